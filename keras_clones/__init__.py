@@ -1,0 +1,22 @@
+"""Clones for Keras 3: a model's computation on every device of a machine."""
+
+from keras_clones.config import DeploymentConfig
+from keras_clones.deploy import (
+    Deployment,
+    clone_model,
+    deployment,
+    unclone_model,
+)
+from keras_clones.placement import Clone, use_virtual_devices
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Clone",
+    "Deployment",
+    "DeploymentConfig",
+    "clone_model",
+    "deployment",
+    "unclone_model",
+    "use_virtual_devices",
+]

@@ -1,0 +1,212 @@
+"""Every private name of Keras that this package reaches, each with its why.
+
+`tests/test_keras_private.py` fails when one of them moves.
+"""
+
+import contextlib
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import tensorflow as tf
+from keras.src import backend
+from keras.src.backend.common import global_state
+from keras.src.losses.losses import LossFunctionWrapper
+from keras.src.random import seed_generator
+
+
+def get_mask(tensor: Any) -> Any:
+    """Return the mask a tensor carries: no public name reads it."""
+    return backend.get_keras_mask(tensor)
+
+
+def set_mask(tensor: Any, mask: Any) -> None:
+    """Make a tensor carry a mask: no public name writes it."""
+    if mask is not None:
+        backend.set_keras_mask(tensor, mask)
+
+
+def set_tf_variable(variable: keras.Variable, new: tf.Variable) -> None:
+    """Give a Keras variable another TensorFlow variable to hold its value."""
+    variable._value = new
+
+
+def reindex_optimizer(optimizer: keras.optimizers.Optimizer) -> None:
+    """Let an optimizer find its variables again after some have moved.
+
+    It finds them by the identity of the TensorFlow variables.
+    """
+    while optimizer is not None:
+        if optimizer.built:
+            optimizer._trainable_variables_indices = {
+                optimizer._var_key(variable): index
+                for index, variable in enumerate(
+                    optimizer._trainable_variables
+                )
+            }
+        optimizer = getattr(optimizer, "inner_optimizer", None)
+
+
+def distribution_strategy(model: keras.Model) -> Any:
+    """Return the `tf.distribute` strategy a model was made under."""
+    return model._distribute_strategy
+
+
+def layers(model: keras.Model) -> list[keras.Layer]:
+    """Return a model and every layer below it: `layers` stops one level down."""
+    return list(model._flatten_layers())
+
+
+def seed_states(model: keras.Model) -> list[keras.Variable]:
+    """Return the states of the model's seed generators, the global one last.
+
+    They are among `model.variables`, with nothing that tells them apart.
+    """
+    states = [
+        generator.state
+        for layer in layers(model)
+        for generator in layer._seed_generators
+    ]
+    return [*states, _global_seed_state()]
+
+
+def _global_seed_state() -> keras.Variable:
+    """Return the state behind `keras.random` calls without a seed.
+
+    Made here if need be, since it cannot be made inside a tower, and without
+    drawing from the user's `random` stream.
+    """
+    if global_state.get_global_attribute("global_seed_generator") is None:
+        stream = random.getstate()
+        with tf.init_scope(), tf.device("/device:CPU:0"):
+            seed_generator.global_seed_generator()
+        random.setstate(stream)
+    return seed_generator.global_seed_generator().state
+
+
+def layer_metrics(model: keras.Model) -> list[keras.Metric]:
+    """Return the metrics that layers made, not those given to `compile`."""
+    return [metric for layer in layers(model) for metric in layer._metrics]
+
+
+def loss_tracker(model: keras.Model) -> keras.metrics.Mean:
+    """Return the metric behind the logged `loss`."""
+    return model._loss_tracker
+
+
+def loss_trackers(model: keras.Model) -> list[keras.metrics.Mean]:
+    """Return the metrics behind the logged losses of single outputs."""
+    return [] if model._compile_loss is None else model._compile_loss.metrics
+
+
+def compiled_losses(model: keras.Model) -> list[keras.losses.Loss]:
+    """Return the losses given to `compile`, as Keras resolved them."""
+    if model._compile_loss is None:
+        return []
+    return [entry.loss for entry in model._compile_loss._flat_losses or ()]
+
+
+def loss_function(loss: keras.losses.Loss) -> tuple[Any, dict[str, Any]] | None:
+    """Return the function behind a built-in loss, and its arguments."""
+    plain = LossFunctionWrapper
+    if not isinstance(loss, plain) or (
+        type(loss).call is not plain.call
+        or type(loss).__call__ is not plain.__call__
+    ):
+        return None
+    return loss.fn, loss._fn_kwargs
+
+
+def has_compiled_metrics(model: keras.Model) -> bool:
+    """Say whether `compile` got metrics, which need the outputs."""
+    return model._compile_metrics is not None
+
+
+def call(model: keras.Model, x: Any, training: bool) -> Any:
+    """Call a model as Keras's own steps do."""
+    if model._call_has_training_arg:
+        return model(x, training=training)
+    return model(x)
+
+
+def compute_loss(
+    model: keras.Model,
+    x: Any,
+    y: Any,
+    y_pred: Any,
+    sample_weight: Any,
+    training: bool,
+) -> tf.Tensor:
+    """Call `compute_loss`, also one without the `training` argument."""
+    return model._compute_loss(
+        x=x,
+        y=y,
+        y_pred=y_pred,
+        sample_weight=sample_weight,
+        training=training,
+    )
+
+
+def num_weight_regularizers(model: keras.Model) -> int:
+    """Return how many of `model.losses`, at its end, regularize weights."""
+    return sum(v.regularizer is not None for v in model.trainable_weights)
+
+
+@contextlib.contextmanager
+def overriding_losses(model: keras.Model, losses: list[Any]) -> Iterator[None]:
+    """Let `model.losses` return the given losses, and no others."""
+    model._clear_losses()
+    held = model._losses_override
+    vars(model)["_losses_override"] = list(losses)
+    try:
+        yield
+    finally:
+        vars(model)["_losses_override"] = held
+
+
+@contextlib.contextmanager
+def marking_activity_losses(model: keras.Model) -> Iterator[list[Any]]:
+    """Collect the losses of built-in activity regularizers, which are sums.
+
+    A loss does not tell whether `add_loss` or a regularizer made it.
+    """
+    sums = (
+        keras.regularizers.L1,
+        keras.regularizers.L2,
+        keras.regularizers.L1L2,
+    )
+    marked: list[Any] = []
+    held = {
+        layer: layer.activity_regularizer
+        for layer in layers(model)
+        if type(layer.activity_regularizer) in sums
+    }
+
+    def marking(regularizer: Any) -> Any:
+        def regularize(output: Any) -> Any:
+            marked.append(regularizer(output))
+            return marked[-1]
+
+        return regularize
+
+    try:
+        for layer, regularizer in held.items():
+            vars(layer)["activity_regularizer"] = marking(regularizer)
+        yield marked
+    finally:
+        for layer, regularizer in held.items():
+            vars(layer)["activity_regularizer"] = regularizer
+
+
+def is_built(model: keras.Model) -> bool:
+    """Say whether every layer, the compiled loss and the metrics are built."""
+    compiled = (model._compile_loss, model._compile_metrics)
+    return all(layer.built for layer in layers(model)) and all(
+        part is None or part.built for part in compiled
+    )
+
+
+def supports_jit(model: keras.Model) -> bool:
+    """Say whether every layer of a model can be compiled by XLA."""
+    return all(layer.supports_jit for layer in layers(model))

@@ -1,0 +1,312 @@
+"""Attach clones to a model and take them off: the only file that changes it."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+
+from keras_clones import _keras, exactness, placement, sharding, state, steps
+from keras_clones.config import DeploymentConfig
+from keras_clones.placement import Clone
+
+_LOSSES = ("auto", "clones", "gather")
+_BATCH_NORMS = ("mean", "first")
+_STEPS = ("train_step", "test_step", "predict_step")
+_MAKERS = ("make_train_function", "make_test_function", "make_predict_function")
+# The underscores keep it out of what Keras walks through to save a model.
+_KEY = "__keras_clones__"
+
+
+class Deployment:
+    """The clones of a model, and where its parts live.
+
+    Attributes:
+        config: The `DeploymentConfig` the clones were made by.
+        clones: Tuple of `Clone(scope, device)`.
+        variables_device: Device string, home of every variable.
+        inputs_device: Device string, where the global batch arrives.
+        optimizer_device: Device string, where the optimizer runs.
+        loss: String, `"auto"`, `"clones"` or `"gather"`.
+        batch_norm: String, `"mean"` or `"first"`.
+        jit_compile: Boolean or `"auto"`, whether XLA compiles each clone.
+    """
+
+    def __init__(
+        self,
+        config: DeploymentConfig,
+        clones: tuple[Clone, ...],
+        loss: str,
+        batch_norm: str,
+        jit_compile: bool | str,
+    ) -> None:
+        self.config = config
+        self.clones = clones
+        self.variables_device = config.variables_device()
+        self.inputs_device = config.inputs_device()
+        self.optimizer_device = config.optimizer_device()
+        self.loss = loss
+        self.batch_norm = batch_norm
+        self.jit_compile = jit_compile
+
+    def shard_sizes(self, batch_size: int) -> list[int]:
+        """Return the rows that each clone gets of a global batch.
+
+        Args:
+            batch_size: Integer, the rows of the global batch.
+        """
+        num_shards = len(self.clones) if batch_size >= len(self.clones) else 1
+        sizes = sharding.shard_sizes(batch_size, num_shards)
+        return sizes + [0] * (len(self.clones) - num_shards)
+
+    def __repr__(self) -> str:
+        clones = ", ".join(f"{c.scope}: {c.device}" for c in self.clones)
+        return f"<Deployment {clones}; variables: {self.variables_device}>"
+
+
+def clone_model(
+    model: keras.Model,
+    num_clones: int | None = None,
+    *,
+    devices: Sequence[str] | None = None,
+    clone_on_cpu: bool = False,
+    config: DeploymentConfig | None = None,
+    loss: str = "auto",
+    batch_norm: str = "mean",
+    jit_compile: bool | str = "auto",
+) -> keras.Model:
+    """Train, evaluate and predict a Keras model on clones of it.
+
+    Each step splits its batch over the clones, one a device, and updates the
+    one set of variables on `CPU:0` with the gradient of the whole batch. The
+    model's own `fit`, `evaluate`, `predict`, `save` and the rest stay what
+    they were, and so do its results.
+
+    Args:
+        model: The `keras.Model` to clone: Sequential, functional or
+            subclassed, built or not, compiled or not. A cloned model gets
+            this deployment in place of the one it has.
+        num_clones: Integer, how many clones to make. Defaults to `None`: one
+            a GPU, or one a logical CPU device where there is no GPU.
+        devices: List of device strings such as `["GPU:0", "GPU:2"]`, one a
+            clone. Defaults to `None`: clone `i` runs on `GPU:i`, or on the
+            CPU devices in turn where there is no GPU.
+        clone_on_cpu: Boolean, whether every clone runs on `CPU:0`. Defaults
+            to `False`.
+        config: A `DeploymentConfig`, in place of the three arguments above.
+            Defaults to `None`.
+        loss: String. `"clones"` computes the loss in the clones and averages
+            it by their rows, `"gather"` computes it once on the outputs of
+            all clones. Defaults to `"auto"`: in the clones where that is
+            exact, else once on all outputs.
+        batch_norm: String, what becomes of the moving statistics of
+            `BatchNormalization` layers. `"mean"` averages over the clones
+            by their rows, `"first"` takes those of the first clone. Defaults
+            to `"mean"`.
+        jit_compile: Boolean, whether XLA compiles the function that each
+            clone runs. Defaults to `"auto"`: on GPUs, if the model supports
+            it, or where `compile` got `jit_compile=True`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of range, the devices are not
+            there, or the model cannot be cloned. The model is unchanged.
+
+    Example:
+
+    >>> import keras
+    >>> from keras_clones import clone_model
+    >>> model = keras.Sequential([keras.layers.Dense(1)])
+    >>> model = clone_model(model, num_clones=2, clone_on_cpu=True)
+    >>> model.compile("sgd", "mse")
+    >>> x, y = keras.ops.ones((5, 3)), keras.ops.ones((5, 1))
+    >>> history = model.fit(x, y, batch_size=5, verbose=0)
+
+    Reference:
+
+    - TF-Slim, `deployment/model_deploy.py`.
+    """
+    _check_model(model)
+    _check_choice("loss", loss, _LOSSES)
+    _check_choice("batch_norm", batch_norm, _BATCH_NORMS)
+    _check_choice("jit_compile", jit_compile, (True, False, "auto"))
+    if config is None:
+        config = placement.choose_config(num_clones, devices, clone_on_cpu)
+    elif not isinstance(config, DeploymentConfig):
+        raise TypeError(
+            "Argument `config` must be a `DeploymentConfig`. "
+            f"Received: config={config!r}"
+        )
+    elif num_clones is not None or devices is not None or clone_on_cpu:
+        raise ValueError(
+            "Argument `config` takes the place of `num_clones`, `devices` and "
+            "`clone_on_cpu`: pass either it or them. "
+            f"Received: num_clones={num_clones}, devices={devices}, "
+            f"clone_on_cpu={clone_on_cpu}, config={config}"
+        )
+    clones = placement.place_clones(config)
+    _attach(model, Deployment(config, clones, loss, batch_norm, jit_compile))
+    return model
+
+
+def unclone_model(model: keras.Model) -> keras.Model:
+    """Take the clones off a model: it is plain Keras again.
+
+    Its variables stay where they are, on `CPU:0`.
+
+    Args:
+        model: A `keras.Model`. One without clones stays as it is.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: If `model` is not a `keras.Model`.
+
+    Example:
+
+    >>> import keras
+    >>> from keras_clones import clone_model, deployment, unclone_model
+    >>> model = keras.Sequential([keras.layers.Dense(1)])
+    >>> model = clone_model(model, num_clones=2, clone_on_cpu=True)
+    >>> deployment(unclone_model(model)) is None
+    True
+    """
+    _check_is_model(model)
+    if deployment(model) is not None:
+        for name in (*_STEPS, *_MAKERS, _KEY):
+            del vars(model)[name]
+        _forget_functions(model)
+    return model
+
+
+def deployment(model: keras.Model) -> Deployment | None:
+    """Return the deployment of a cloned model, `None` for a plain one.
+
+    Args:
+        model: A `keras.Model`.
+
+    Returns:
+        A `Deployment` with its `config`, its `clones` and the devices where
+        the model's parts live, or `None`.
+
+    Raises:
+        TypeError: If `model` is not a `keras.Model`.
+
+    Example:
+
+    >>> import keras
+    >>> from keras_clones import clone_model, deployment
+    >>> model = keras.Sequential([keras.layers.Dense(1)])
+    >>> model = clone_model(model, num_clones=2, clone_on_cpu=True)
+    >>> deployment(model).clones[1]
+    Clone(scope='clone_1', device='/device:CPU:0')
+    """
+    _check_is_model(model)
+    return vars(model).get(_KEY)
+
+
+def _attach(model: keras.Model, made: Deployment) -> None:
+    """Put clone steps on the model object; its class stays what it is."""
+    move_home(model, made.variables_device)
+    options = steps.StepOptions(
+        clones=made.clones,
+        home=made.variables_device,
+        loss=made.loss,
+        batch_norm=made.batch_norm,
+        jit_compile=made.jit_compile,
+    )
+    # `vars` passes by the model's own tracking of what it is given.
+    vars(model)[_KEY] = made
+    for name in _STEPS:
+        vars(model)[name] = functools.partial(
+            getattr(steps, name), model, options
+        )
+    for name in _MAKERS:
+        make = getattr(type(model), name).__get__(model)
+        vars(model)[name] = _maker(model, make, made.variables_device)
+    _forget_functions(model)
+
+
+def _maker(
+    model: keras.Model, make: Callable[..., Any], home: str
+) -> Callable[..., Any]:
+    """Return a `make_..._function` that keeps XLA off the step as a whole.
+
+    XLA compiles a step for one device and forgets the others without a word.
+    The clones compile what each of them runs instead.
+    """
+
+    def make_function(force: bool = False) -> Any:
+        move_home(model, home)
+        jit_compile = model.jit_compile
+        model.jit_compile = False
+        try:
+            return make(force=force)
+        finally:
+            model.jit_compile = jit_compile
+
+    return make_function
+
+
+def move_home(model: keras.Model, home: str) -> None:
+    """Move every variable there is so far to the variables device."""
+    variables = [v for group in state.model_variables(model) for v in group]
+    if model.compiled:
+        variables += model.metrics_variables
+        if model.optimizer is not None:
+            variables += model.optimizer.variables
+    if placement.move_variables(variables, home) and model.compiled:
+        _keras.reindex_optimizer(model.optimizer)
+        _forget_functions(model)
+
+
+def _forget_functions(model: keras.Model) -> None:
+    model.train_function = None
+    model.test_function = None
+    model.predict_function = None
+
+
+def _check_is_model(model: keras.Model) -> None:
+    if not isinstance(model, keras.Model):
+        raise TypeError(
+            "Argument `model` must be a `keras.Model`. "
+            f"Received: model={model!r} (of type {type(model).__name__})"
+        )
+
+
+def _check_model(model: keras.Model) -> None:
+    if keras.backend.backend() != "tensorflow":
+        raise ValueError(
+            "keras_clones works with Keras's TensorFlow backend: set "
+            "`KERAS_BACKEND=tensorflow` before Keras is imported. "
+            f"Received: backend={keras.backend.backend()!r}"
+        )
+    _check_is_model(model)
+    for name in _STEPS:
+        if exactness.overrides(model, name):
+            raise ValueError(
+                f"`{type(model).__name__}` overrides `{name}`, which clones "
+                "cannot split. Supported are models that use Keras's own "
+                "`train_step`, `test_step` and `predict_step`: override "
+                "`call`, `compute_loss` or `compute_metrics` instead."
+            )
+    strategy = _keras.distribution_strategy(model)
+    if strategy is not None:
+        raise ValueError(
+            "Expected a model that was made outside of every `tf.distribute` "
+            "scope: clones take the place of a strategy. "
+            f"Received: a model made under {type(strategy).__name__}. Make "
+            "it again outside of `strategy.scope()`."
+        )
+
+
+def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if not any(value is choice or value == choice for choice in choices):
+        raise ValueError(
+            f"Argument `{name}` must be one of {choices}. "
+            f"Received: {name}={value!r}"
+        )

@@ -1,0 +1,170 @@
+"""Lay a batch out over the clones, run their towers, bring results home."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from keras_clones import gradients, sharding, state
+from keras_clones.placement import Clone, same_device
+from keras_clones.state import Variables
+from keras_clones.tower import Tower, TowerInput, TowerOutput
+
+
+class Layout(NamedTuple):
+    """A global batch laid out over clones: one input and one share a clone.
+
+    A share is the rows of a shard over the rows of the global batch.
+    """
+
+    home: str
+    clones: Sequence[Clone]
+    inputs: list[TowerInput]
+    shares: list[tf.Tensor]
+
+
+class TracedTower(NamedTuple):
+    """A tower function ready to be called on any device.
+
+    `returns` is what it returns, or the types of that in a graph.
+    """
+
+    call: Callable[[TowerInput], TowerOutput]
+    returns: TowerOutput
+
+
+def lay_out(
+    batch: Any,
+    rows: sharding.Rows,
+    variables: Variables,
+    loss_scale: tf.Tensor,
+    clones: Sequence[Clone],
+    home: str,
+) -> Layout:
+    """Split a batch over clones, and send each one mirror of the variables.
+
+    Args:
+        batch: Tuple `(x, y, sample_weight)` of nests of tensors.
+        rows: Integer or scalar int32 tensor, the rows of the batch, at least
+            as many as there are clones.
+        variables: `Variables` of the model, each read once.
+        loss_scale: Scalar tensor, what the optimizer multiplies the loss by.
+        clones: Sequence of `Clone`s.
+        home: Device string, where the batch and the variables are.
+    """
+    sizes = sharding.shard_sizes(rows, len(clones))
+    shards = sharding.split(batch, sizes)
+    total = tf.cast(rows, tf.float64)
+    shares = [tf.cast(size, tf.float64) / total for size in sizes]
+    seeds = [v.value.read_value() for v in variables.seeds]
+    mirrors = gradients.send_to_all(
+        [v.value.read_value() for v in variables.trainable + variables.others],
+        home,
+        [clone.device for clone in clones],
+    )
+    scale = tf.cast(loss_scale, tf.float64)
+    inputs = [
+        TowerInput(
+            mirrors[i],
+            state.offset_seeds(seeds, i),
+            *shards[i],
+            share=tf.stack([shares[i], scale]),
+        )
+        for i in range(len(clones))
+    ]
+    return Layout(home, clones, inputs, shares)
+
+
+def trace(tower: Tower, layout: Layout, jit_compile: bool) -> TracedTower:
+    """Trace a tower function once, for the shards of every clone.
+
+    The trace stays a function of its own in the step's graph: inlined once a
+    clone, it would be optimized once a clone too.
+    """
+    if tf.executing_eagerly():
+        with tf.device(layout.clones[0].device):
+            return TracedTower(tower, tower(layout.inputs[0]))
+    types = [tf.nest.map_structure(_type_of, i) for i in layout.inputs]
+    common = tf.nest.map_structure(
+        lambda one, *more: one.most_specific_common_supertype(more), *types
+    )
+    function = tf.function(
+        tower,
+        autograph=False,
+        jit_compile=jit_compile or None,
+        experimental_attributes={"_noinline": True},
+    ).get_concrete_function(common)
+    return TracedTower(function, function.structured_outputs)
+
+
+def call(tower: TracedTower, layout: Layout) -> list[TowerOutput]:
+    """Run a tower on every clone, each on its device."""
+    results = []
+    for clone, inputs in zip(layout.clones, layout.inputs, strict=True):
+        with tf.device(clone.device), tf.name_scope(clone.scope or "clone"):
+            results.append(tower.call(inputs))
+    return results
+
+
+def call_with_pullback(
+    tower: TracedTower, layout: Layout, num_trainable: int
+) -> tuple[list[TowerOutput], Callable[[list[list[Any]]], list[list[Any]]]]:
+    """Run a tower on every clone, ready to run backward later.
+
+    Returns:
+        The results, and a function that takes the gradients of the loss with
+        respect to each clone's `targets` and returns those with respect to
+        its mirrors of the trainable variables.
+    """
+    results, tapes = [], []
+    for clone, inputs in zip(layout.clones, layout.inputs, strict=True):
+        with tf.device(clone.device), tf.name_scope(clone.scope or "clone"):
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                tape.watch(inputs.mirrors[:num_trainable])
+                results.append(tower.call(inputs))
+            tapes.append(tape)
+
+    def pullback(cotangents: list[list[Any]]) -> list[list[Any]]:
+        pulled = []
+        for i, clone in enumerate(layout.clones):
+            known = [
+                (target, cotangent)
+                for target, cotangent in zip(
+                    targets(results[i]), cotangents[i], strict=True
+                )
+                if cotangent is not None
+            ]
+            mirrors = layout.inputs[i].mirrors[:num_trainable]
+            with tf.device(clone.device), tf.name_scope(clone.scope or "clone"):
+                pulled.append(
+                    tapes[i].gradient(
+                        [target for target, _ in known],
+                        mirrors,
+                        output_gradients=[c for _, c in known],
+                    )
+                    if known
+                    else [None] * len(mirrors)
+                )
+        return pulled
+
+    return results, pullback
+
+
+def targets(result: TowerOutput) -> list[tf.Tensor]:
+    """Return what a loss over the global batch can depend on in a clone."""
+    leaves = tf.nest.flatten(
+        (result.outputs, result.layer_losses), expand_composites=True
+    )
+    return [leaf for leaf in leaves if leaf.dtype.is_floating]
+
+
+def bring_home(layout: Layout, values: list[Any]) -> list[Any]:
+    """Send one nest of small results a clone to the variables device."""
+    return [
+        gradients.send(value, clone.device, layout.home)
+        for clone, value in zip(layout.clones, values, strict=True)
+    ]
+
+
+def _type_of(value: tf.Tensor) -> tf.TypeSpec:
+    return tf.type_spec_from_value(value)

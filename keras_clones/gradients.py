@@ -1,0 +1,162 @@
+"""Merge the clones' gradients, and pack small tensors for transfer."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+Gradient = tf.Tensor | tf.IndexedSlices | None
+
+# A tensor of up to this many bytes travels packed with others. A copy of this
+# size costs less than the fixed cost of a transfer of its own.
+PACK_BYTES = 1 << 16
+
+
+class PackSpec(NamedTuple):
+    """How tensors are packed: groups of positions, and the tensors' shapes."""
+
+    groups: list[list[int]]
+    alone: list[int]
+    shapes: list[tf.TensorShape]
+
+
+def pack_spec(tensors: Sequence[tf.Tensor]) -> PackSpec:
+    """Choose what travels packed: small tensors of known shape, by dtype."""
+    by_dtype: dict[tf.DType, list[int]] = {}
+    for position, tensor in enumerate(tensors):
+        size = tensor.shape.num_elements()
+        if size is not None and size * tensor.dtype.size <= PACK_BYTES:
+            by_dtype.setdefault(tensor.dtype, []).append(position)
+    groups = [group for group in by_dtype.values() if len(group) > 1]
+    packed = {position for group in groups for position in group}
+    return PackSpec(
+        groups=groups,
+        alone=[p for p in range(len(tensors)) if p not in packed],
+        shapes=[tensor.shape for tensor in tensors],
+    )
+
+
+def pack(tensors: Sequence[tf.Tensor], spec: PackSpec) -> list[tf.Tensor]:
+    """Join each group of tensors into one flat buffer.
+
+    Returns:
+        A list of one buffer a group, then the tensors that travel alone.
+    """
+    buffers = [
+        tf.concat([tf.reshape(tensors[p], [-1]) for p in group], axis=0)
+        for group in spec.groups
+    ]
+    return buffers + [tensors[p] for p in spec.alone]
+
+
+def unpack(packed: Sequence[tf.Tensor], spec: PackSpec) -> list[tf.Tensor]:
+    """Return the tensors that `pack` was given, in their order."""
+    tensors = dict(zip(spec.alone, packed[len(spec.groups) :], strict=True))
+    for buffer, group in zip(packed, spec.groups, strict=False):
+        shapes = [spec.shapes[position] for position in group]
+        parts = tf.split(buffer, [shape.num_elements() for shape in shapes])
+        for position, part, shape in zip(group, parts, shapes, strict=True):
+            tensors[position] = tf.reshape(part, shape)
+    return [tensors[position] for position in range(len(spec.shapes))]
+
+
+def send(values: Any, source: str, target: str) -> Any:
+    """Send a nest of tensors from one device to another."""
+    return send_to_all(values, source, [target])[0]
+
+
+def send_to_all(values: Any, source: str, targets: Sequence[str]) -> list[Any]:
+    """Send a nest of tensors from one device to several, small ones packed.
+
+    Packing and unpacking are functions that are traced once, so that the
+    graph does not grow by a node a tensor a target.
+
+    Args:
+        values: A nest of tensors, `IndexedSlices` and `None`s.
+        source: Device string, where the tensors are.
+        targets: Sequence of device strings. On `source` itself the values
+            stay as they are.
+
+    Returns:
+        A list with one nest a target.
+    """
+    tensors = tf.nest.flatten(values, expand_composites=True)
+    present = [tensor for tensor in tensors if tensor is not None]
+    if all(target == source for target in targets) or len(present) < 2:
+        return [values] * len(targets)
+    spec = pack_spec(present)
+    unpacking = _out_of_line(lambda *packed: unpack(packed, spec))
+    with tf.device(source):
+        packed = _out_of_line(lambda *tensors: pack(tensors, spec))(*present)
+    sent = []
+    for target in targets:
+        if target == source:
+            sent.append(values)
+            continue
+        with tf.device(target):
+            arrived = iter(unpacking(*packed))
+        sent.append(
+            tf.nest.pack_sequence_as(
+                values,
+                [None if t is None else next(arrived) for t in tensors],
+                expand_composites=True,
+            )
+        )
+    return sent
+
+
+def _out_of_line(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep a function whole in a graph; leave it as it is outside of one."""
+    if tf.executing_eagerly():
+        return function
+    return tf.function(
+        function,
+        autograph=False,
+        experimental_attributes={"_noinline": True},
+    )
+
+
+def merge(gradients: Sequence[Gradient]) -> Gradient:
+    """Add up the gradients of one variable over the clones.
+
+    The clones' shares of the global batch are in the gradients already, so
+    the sum is the gradient of the global batch. `IndexedSlices` are joined,
+    not added up by row: Keras's optimizers see the same repeated rows that
+    they see on one device.
+
+    Args:
+        gradients: Sequence with one gradient a clone: tensors of one shape,
+            `IndexedSlices`, or `None` where the loss does not depend on the
+            variable.
+
+    Returns:
+        The merged gradient, or `None` if all are `None`.
+    """
+    present = [g for g in gradients if g is not None]
+    if not present:
+        return None
+    if len(present) == 1:
+        return present[0]
+    if all(isinstance(g, tf.IndexedSlices) for g in present):
+        return tf.IndexedSlices(
+            values=tf.concat([g.values for g in present], axis=0),
+            indices=tf.concat([g.indices for g in present], axis=0),
+            dense_shape=present[0].dense_shape,
+        )
+    return tf.add_n([tf.convert_to_tensor(g) for g in present])
+
+
+def average(
+    values: Sequence[tf.Tensor], shares: Sequence[tf.Tensor]
+) -> tf.Tensor:
+    """Average one value a clone by the clones' shares of the global batch.
+
+    Args:
+        values: Sequence of tensors of one shape, one a clone.
+        shares: Sequence of scalar tensors that add up to 1.
+    """
+    if len(values) == 1:
+        return values[0]
+    return tf.add_n(
+        [v * tf.cast(s, v.dtype) for v, s in zip(values, shares, strict=True)]
+    )

@@ -1,0 +1,161 @@
+"""Split a global batch into shards by rows, and join outputs again."""
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+Rows = int | tf.Tensor
+
+
+def count_rows(batch: Any) -> Rows:
+    """Return how many rows the leaves of a batch have, which must agree.
+
+    Leaves of rank 0 and `None` leaves have no rows. A row of a ragged or
+    sparse tensor is an entry of its first axis.
+
+    Args:
+        batch: A nest of tensors, ragged and sparse ones among them.
+
+    Returns:
+        An integer where the shapes tell it, else a scalar int32 tensor.
+
+    Raises:
+        ValueError: If the shapes tell that the leaves disagree, or that no
+            leaf has rows.
+        tf.errors.InvalidArgumentError: If the leaves disagree when the step
+            runs, with the same message.
+    """
+    leaves = {
+        _path_name(path): leaf
+        for path, leaf in keras.tree.flatten_with_path(batch)
+        if _has_rows(leaf)
+    }
+    if not leaves:
+        raise ValueError(
+            "Expected at least one input with a batch axis, to split over the "
+            f"clones. Received: {keras.tree.map_structure(type, batch)}"
+        )
+    known = {name: leaf.shape[0] for name, leaf in leaves.items()}
+    if len({rows for rows in known.values() if rows is not None}) > 1:
+        raise ValueError(
+            _disagree({name: str(leaf.shape) for name, leaf in leaves.items()})
+        )
+    dynamic = [_leaf_rows(leaf) for leaf in leaves.values()]
+    if None not in known.values():
+        return next(iter(known.values()))
+    first = dynamic[0]
+    checks = [
+        tf.debugging.assert_equal(first, rows, message=_disagree(known))
+        for rows in dynamic[1:]
+    ]
+    with tf.control_dependencies([c for c in checks if c is not None]):
+        return tf.identity(first)
+
+
+def shard_sizes(rows: Rows, num_shards: int) -> list[Rows]:
+    """Return the rows of each shard: even, the first ones larger by one."""
+    return [
+        (rows + num_shards - 1 - index) // num_shards
+        for index in range(num_shards)
+    ]
+
+
+def split(batch: Any, sizes: list[Rows]) -> list[Any]:
+    """Split the leaves of a batch into one batch a shard.
+
+    Args:
+        batch: A nest of tensors. A leaf of rank 0 is copied to every shard,
+            and a `None` leaf stays `None`.
+        sizes: List of integers or scalar int32 tensors, the rows of each
+            shard.
+
+    Returns:
+        A list of nests, one a shard.
+    """
+    if len(sizes) == 1:
+        return [batch]
+    leaves = keras.tree.flatten(batch)
+    parts = [_split_leaf(leaf, sizes) for leaf in leaves]
+    return [
+        keras.tree.pack_sequence_as(batch, list(shard))
+        for shard in zip(*parts, strict=True)
+    ]
+
+
+def join(shards: list[Any]) -> Any:
+    """Join one nest a shard into one, along the rows.
+
+    Raises:
+        ValueError: If an output has no batch axis.
+    """
+    if len(shards) == 1:
+        return shards[0]
+    return keras.tree.map_structure(lambda *leaves: _join_leaf(leaves), *shards)
+
+
+def is_composite(leaf: Any) -> bool:
+    """Say whether a leaf is a ragged or a sparse tensor."""
+    return isinstance(leaf, (tf.RaggedTensor, tf.SparseTensor))
+
+
+def _split_leaf(leaf: Any, sizes: list[Rows]) -> list[Any]:
+    if not _has_rows(leaf):
+        return [leaf] * len(sizes)
+    if not is_composite(leaf):
+        return tf.split(leaf, sizes, num=len(sizes))
+    shards, start = [], 0
+    for size in sizes:
+        if isinstance(leaf, tf.SparseTensor):
+            shape = tf.shape(leaf, out_type=tf.int64)
+            begin = tf.cast(tf.one_hot(0, leaf.shape.rank), tf.int64)
+            rows = begin * tf.cast(size, tf.int64)
+            shard = tf.sparse.slice(
+                leaf,
+                begin * tf.cast(start, tf.int64),
+                rows + (1 - begin) * shape,
+            )
+        else:
+            shard = leaf[start : start + size]
+        shards.append(shard)
+        start += size
+    return shards
+
+
+def _join_leaf(leaves: tuple[Any, ...]) -> Any:
+    if leaves[0] is None:
+        return None
+    if isinstance(leaves[0], tf.SparseTensor):
+        return tf.sparse.concat(axis=0, sp_inputs=list(leaves))
+    if leaves[0].shape.rank == 0:
+        raise ValueError(
+            "Expected every output of the model to have a batch axis, so that "
+            "the outputs of the clones can be joined. Received: an output of "
+            f"shape {leaves[0].shape}. Give it a batch axis, or use one clone."
+        )
+    return tf.concat(leaves, axis=0)
+
+
+def _has_rows(leaf: Any) -> bool:
+    return leaf is not None and leaf.shape.rank != 0
+
+
+def _leaf_rows(leaf: Any) -> tf.Tensor:
+    if isinstance(leaf, tf.RaggedTensor):
+        return tf.cast(leaf.nrows(), tf.int32)
+    return tf.shape(leaf)[0]
+
+
+def _path_name(path: tuple[Any, ...]) -> str:
+    return "".join(
+        str(key) if depth == 0 else f"[{key!r}]"
+        for depth, key in enumerate(path)
+    )
+
+
+def _disagree(shapes: dict[str, Any]) -> str:
+    return (
+        "Expected every input, target and sample weight to have the same "
+        f"number of rows (first axis). Received: {shapes}. A value that is "
+        "the same for every row must have rank 0, or be repeated for each row."
+    )

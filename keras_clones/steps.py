@@ -1,0 +1,327 @@
+"""The train, test and predict step on clones, composed of the pure parts."""
+
+import functools
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from keras_clones import _keras, exactness, exchange, gradients, sharding, state
+from keras_clones.placement import Clone
+from keras_clones.state import Variables
+from keras_clones.tower import TowerOutput, make_tower
+
+
+class StepOptions(NamedTuple):
+    """What the steps of one deployment go by."""
+
+    clones: tuple[Clone, ...]
+    home: str
+    loss: str
+    batch_norm: str
+    jit_compile: bool | str
+
+
+class Step(NamedTuple):
+    """One step on one global batch; `training` is `None` to predict."""
+
+    model: keras.Model
+    options: StepOptions
+    variables: Variables
+    batch: tuple[Any, Any, Any]
+    rows: sharding.Rows
+    training: bool | None
+
+
+class StepResult(NamedTuple):
+    """What the clones of a step come to, on the variables device.
+
+    `loss_values` are those of single outputs that no tracker has seen yet.
+    `others` and `seeds` hold new values of `Variables`, by position.
+    """
+
+    outputs: Any
+    masks: list[Any]
+    loss: Any
+    loss_values: list[tf.Tensor]
+    others: dict[int, tf.Tensor]
+    seeds: dict[int, tf.Tensor]
+    gradients: list[Any]
+
+
+def train_step(model: keras.Model, options: StepOptions, data: Any) -> dict:
+    """Train on one global batch, as `keras.Model.train_step` does."""
+    with tf.device(options.home):
+        step = begin(model, options, data, training=True)
+        result = run(step)
+        assign_state(step.variables, result)
+        if step.variables.trainable:
+            model.optimizer.apply_gradients(
+                zip(result.gradients, step.variables.trainable, strict=True)
+            )
+        else:
+            warnings.warn(
+                "The model does not have any trainable weights.", stacklevel=1
+            )
+        return update_metrics(step, result)
+
+
+def test_step(model: keras.Model, options: StepOptions, data: Any) -> dict:
+    """Evaluate one global batch, as `keras.Model.test_step` does."""
+    with tf.device(options.home):
+        step = begin(model, options, data, training=False)
+        result = run(step)
+        assign_state(step.variables, result)
+        return update_metrics(step, result)
+
+
+def predict_step(model: keras.Model, options: StepOptions, data: Any) -> Any:
+    """Predict one global batch, as `keras.Model.predict_step` does."""
+    with tf.device(options.home):
+        step = begin(model, options, data, training=None)
+        result = run(step)
+        assign_state(step.variables, result)
+        return result.outputs
+
+
+def begin(
+    model: keras.Model, options: StepOptions, data: Any, training: bool | None
+) -> Step:
+    """Unpack and check a batch, and build what the model still lacks."""
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+    if training is None:
+        y, sample_weight = None, None
+    named = {"x": x, "y": y, "sample_weight": sample_weight}
+    rows = sharding.count_rows(named)
+    build(model, (x, y, sample_weight), options.home, bool(training))
+    return Step(
+        model=model,
+        options=options,
+        variables=state.model_variables(model),
+        batch=(x, y, sample_weight),
+        rows=rows,
+        training=training,
+    )
+
+
+def build(model: keras.Model, batch: Any, home: str, training: bool) -> None:
+    """Create at home what the first step would create.
+
+    A tower must not create variables, so they have to be there before it.
+    """
+    with tf.init_scope(), tf.device(home):
+        if not _keras.is_built(model):
+            types = tf.nest.map_structure(tf.type_spec_from_value, batch)
+            tf.function(
+                functools.partial(_rehearse, model), autograph=False
+            ).get_concrete_function(*types)
+        optimizer = model.optimizer if training else None
+        if optimizer is not None and not optimizer.built:
+            with keras.name_scope(optimizer.name, caller=optimizer):
+                optimizer.build(model.trainable_variables)
+
+
+def _rehearse(model: keras.Model, x: Any, y: Any, sample_weight: Any) -> None:
+    with keras.StatelessScope(collect_losses=True), keras.SymbolicScope():
+        y_pred = _keras.call(model, x, training=False)
+        if model.compiled and y is not None:
+            _keras.compute_loss(model, x, y, y_pred, sample_weight, False)
+            model.compute_metrics(x, y, y_pred, sample_weight)
+
+
+def run(step: Step) -> StepResult:
+    """Run the clones on their shards of a batch, and bring the results home.
+
+    A batch with fewer rows than clones goes to the first clone whole, so that
+    no clone ever runs on an empty shard.
+    """
+    everyone, first = step.options.clones, step.options.clones[:1]
+    if len(everyone) == 1:
+        return _run_on(first, step)
+    if isinstance(step.rows, int):
+        enough = step.rows >= len(everyone)
+        return _run_on(everyone if enough else first, step)
+    return tf.cond(
+        step.rows >= len(everyone),
+        lambda: _run_on(everyone, step),
+        lambda: _run_on(first, step),
+    )
+
+
+def _run_on(clones: Sequence[Clone], step: Step) -> StepResult:
+    model, options, training = step.model, step.options, bool(step.training)
+    layout = exchange.lay_out(
+        step.batch,
+        step.rows,
+        step.variables,
+        model.optimizer.scale_loss(1.0) if training else 1.0,
+        clones,
+        options.home,
+    )
+
+    def trace(with_loss: bool) -> exchange.TracedTower:
+        tower = make_tower(
+            model,
+            step.variables,
+            training=training,
+            with_loss=with_loss,
+            with_gradients=with_loss and training,
+        )
+        jit_compile = _resolve_jit_compile(model, options)
+        return exchange.trace(tower, layout, jit_compile)
+
+    if step.training is None:
+        results = exchange.call(trace(with_loss=False), layout)
+        return _collect(step, layout, results)
+    reason = exactness.why_not_by_clone(model)
+    if options.loss == "clones" or (options.loss == "auto" and not reason):
+        tower = trace(with_loss=True)
+        reason = reason or exactness.why_not_on(
+            step.batch[1], tower.returns.outputs, tower.returns.masks
+        )
+        if options.loss == "clones" and reason:
+            warnings.warn(
+                "The losses of the clones do not average to the loss of the "
+                f"global batch: {reason}. With loss='clones' the model trains "
+                "on their average all the same; loss='auto' computes the loss "
+                "of the global batch.",
+                stacklevel=1,
+            )
+        if options.loss == "clones" or not reason:
+            return _combine_losses(step, layout, exchange.call(tower, layout))
+    return _gather_outputs(step, layout, trace(with_loss=False))
+
+
+def _combine_losses(
+    step: Step, layout: exchange.Layout, results: list[TowerOutput]
+) -> StepResult:
+    """Average the losses that the clones computed, each by its rows."""
+    small = [result._replace(outputs=None, masks=[]) for result in results]
+    arrived = exchange.bring_home(layout, small)
+    columns = zip(*(result.gradients for result in arrived), strict=True)
+    values = zip(*(result.loss_values for result in arrived), strict=True)
+    return _collect(step, layout, results, arrived)._replace(
+        loss=gradients.average([r.loss for r in arrived], layout.shares),
+        loss_values=[gradients.average(v, layout.shares) for v in values],
+        gradients=[gradients.merge(column) for column in columns],
+    )
+
+
+def _gather_outputs(
+    step: Step, layout: exchange.Layout, tower: exchange.TracedTower
+) -> StepResult:
+    """Compute one loss on the joined outputs, and send its gradient back."""
+    model, trainable = step.model, step.variables.trainable
+    x, y, sample_weight = step.batch
+    results, pullback = exchange.call_with_pullback(
+        tower, layout, len(trainable) if step.training else 0
+    )
+    targets = [exchange.targets(result) for result in results]
+    with tf.GradientTape() as tape:
+        tape.watch(targets)
+        outputs, _ = _join_outputs(results)
+        parts = zip(*(result.layer_losses for result in results), strict=True)
+        with _keras.overriding_losses(model, [tf.add_n(part) for part in parts]):
+            loss = _keras.compute_loss(
+                model, x, y, outputs, sample_weight, bool(step.training)
+            )
+    if not step.training:
+        return _collect(step, layout, results)._replace(loss=loss)
+    pulled, direct = tape.gradient(
+        loss,
+        (targets, [variable.value for variable in trainable]),
+        output_gradients=model.optimizer.scale_loss(tf.ones_like(loss)),
+    )
+    arrived = exchange.bring_home(
+        layout,
+        [
+            result._replace(outputs=None, masks=[], gradients=pulled_back)
+            for result, pulled_back in zip(results, pullback(pulled), strict=True)
+        ],
+    )
+    columns = zip(*(result.gradients for result in arrived), direct, strict=True)
+    return _collect(step, layout, results, arrived)._replace(
+        loss=loss, gradients=[gradients.merge(column) for column in columns]
+    )
+
+
+def _collect(
+    step: Step,
+    layout: exchange.Layout,
+    results: list[TowerOutput],
+    arrived: list[TowerOutput] | None = None,
+) -> StepResult:
+    """Join outputs if anything needs them, and merge what was assigned."""
+    arrived = arrived or results
+    others = step.variables.others
+    policies = state.merge_policies(step.model, others, step.options.batch_norm)
+    wanted = step.training is None or _needs_outputs(step.model)
+    outputs, masks = _join_outputs(results) if wanted else (None, [])
+    return StepResult(
+        outputs=outputs,
+        masks=masks,
+        loss=None,
+        loss_values=[],
+        others={
+            i: state.merge(
+                policies[i],
+                others[i].value,
+                [result.others[i] for result in arrived],
+                layout.shares,
+            )
+            for i in arrived[0].others
+        },
+        seeds=arrived[0].seeds,
+        gradients=[],
+    )
+
+
+def _join_outputs(results: list[TowerOutput]) -> tuple[Any, list[Any]]:
+    outputs = sharding.join([result.outputs for result in results])
+    masks = sharding.join([result.masks for result in results])
+    for output, mask in zip(keras.tree.flatten(outputs), masks, strict=True):
+        _keras.set_mask(output, mask)
+    return outputs, masks
+
+
+def _needs_outputs(model: keras.Model) -> bool:
+    return _keras.has_compiled_metrics(model) or exactness.overrides(
+        model, "compute_metrics"
+    )
+
+
+def _resolve_jit_compile(model: keras.Model, options: StepOptions) -> bool:
+    if options.jit_compile != "auto":
+        return bool(options.jit_compile)
+    on_gpu = all("GPU" in clone.device for clone in options.clones)
+    return on_gpu and _keras.supports_jit(model)
+
+
+def assign_state(variables: Variables, result: StepResult) -> None:
+    """Give the variables that the clones assigned their merged values."""
+    for position, value in result.others.items():
+        variables.others[position].assign(value)
+    for position, value in result.seeds.items():
+        variables.seeds[position].assign(value)
+
+
+def update_metrics(step: Step, result: StepResult) -> dict:
+    """Update every metric once, over the global batch; return the logs."""
+    model = step.model
+    x, y, sample_weight = step.batch
+    _keras.loss_tracker(model).update_state(
+        result.loss, sample_weight=step.rows
+    )
+    first = next(leaf for leaf in keras.tree.flatten(x) if leaf is not None)
+    trackers = _keras.loss_trackers(model)
+    for tracker, value in zip(trackers, result.loss_values, strict=False):
+        tracker.update_state(value, sample_weight=first.shape[0])
+    if not _needs_outputs(model):
+        return model.get_metrics_result()
+    for output, mask in zip(
+        keras.tree.flatten(result.outputs), result.masks, strict=True
+    ):
+        _keras.set_mask(output, mask)
+    return model.compute_metrics(x, y, result.outputs, sample_weight)
