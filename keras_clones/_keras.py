@@ -41,9 +41,7 @@ def reindex_optimizer(optimizer: keras.optimizers.Optimizer) -> None:
         if optimizer.built:
             optimizer._trainable_variables_indices = {
                 optimizer._var_key(variable): index
-                for index, variable in enumerate(
-                    optimizer._trainable_variables
-                )
+                for index, variable in enumerate(optimizer._trainable_variables)
             }
         optimizer = getattr(optimizer, "inner_optimizer", None)
 
@@ -54,7 +52,7 @@ def distribution_strategy(model: keras.Model) -> Any:
 
 
 def layers(model: keras.Model) -> list[keras.Layer]:
-    """Return a model and every layer below it: `layers` stops one level down."""
+    """Return a model and every layer below: `model.layers` has one level."""
     return list(model._flatten_layers())
 
 
@@ -205,8 +203,3 @@ def is_built(model: keras.Model) -> bool:
     return all(layer.built for layer in layers(model)) and all(
         part is None or part.built for part in compiled
     )
-
-
-def supports_jit(model: keras.Model) -> bool:
-    """Say whether every layer of a model can be compiled by XLA."""
-    return all(layer.supports_jit for layer in layers(model))

@@ -1,4 +1,4 @@
-"""What a deployment is asked to be: numbers and device strings, no TensorFlow."""
+"""What a deployment is asked to be: numbers and device strings."""
 
 import dataclasses
 import operator

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 from keras_clones import _keras, exactness, placement, sharding, state, steps
 from keras_clones.config import DeploymentConfig
@@ -227,12 +228,14 @@ def _attach(model: keras.Model, made: Deployment) -> None:
         )
     for name in _MAKERS:
         make = getattr(type(model), name).__get__(model)
-        vars(model)[name] = _maker(model, make, made.variables_device)
+        vars(model)[name] = _maker(
+            model, name.removeprefix("make_"), make, made.variables_device
+        )
     _forget_functions(model)
 
 
 def _maker(
-    model: keras.Model, make: Callable[..., Any], home: str
+    model: keras.Model, name: str, make: Callable[..., Any], home: str
 ) -> Callable[..., Any]:
     """Return a `make_..._function` that keeps XLA off the step as a whole.
 
@@ -240,16 +243,41 @@ def _maker(
     The clones compile what each of them runs instead.
     """
 
-    def make_function(force: bool = False) -> Any:
+    def make_function(force: bool = False) -> None:
         move_home(model, home)
+        if getattr(model, name) is not None and not force:
+            return
         jit_compile = model.jit_compile
         model.jit_compile = False
         try:
-            return make(force=force)
+            make(force=force)
         finally:
             model.jit_compile = jit_compile
+        setattr(model, name, _guarded(model, name, getattr(model, name)))
 
     return make_function
+
+
+def _guarded(
+    model: keras.Model, name: str, function: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Return a step function that can be called again after it has failed.
+
+    A `tf.function` whose first trace failed cannot be, so it is made anew.
+    """
+
+    def step_function(*args: Any) -> Any:
+        try:
+            return function(*args)
+        except (StopIteration, tf.errors.OutOfRangeError):
+            raise
+        except Exception as error:
+            setattr(model, name, None)
+            if message := sharding.disagreement(error):
+                raise ValueError(message) from error
+            raise
+
+    return step_function
 
 
 def move_home(model: keras.Model, home: str) -> None:

@@ -74,6 +74,8 @@ def why_not_on(y: Any, y_pred: Any, masks: list[Any]) -> str | None:
     leaves = keras.tree.flatten((y, y_pred))
     if any(sharding.is_composite(leaf) for leaf in leaves):
         return "a target or an output is ragged or sparse"
-    if any(leaf.shape.rank in (None, 0, 1) for leaf in keras.tree.flatten(y_pred)):
+    if any(
+        leaf.shape.rank in (None, 0, 1) for leaf in keras.tree.flatten(y_pred)
+    ):
         return "an output has no axis beside the batch"
     return None

@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from keras_clones import gradients, sharding, state
-from keras_clones.placement import Clone, same_device
+from keras_clones.placement import Clone
 from keras_clones.state import Variables
 from keras_clones.tower import Tower, TowerInput, TowerOutput
+from keras_clones.unique_rows import looked_up_once
 
 
 class Layout(NamedTuple):
@@ -27,10 +28,13 @@ class TracedTower(NamedTuple):
     """A tower function ready to be called on any device.
 
     `returns` is what it returns, or the types of that in a graph.
+    `unique_rows` has the positions of the trainable variables whose gradients
+    have each row once.
     """
 
     call: Callable[[TowerInput], TowerOutput]
     returns: TowerOutput
+    unique_rows: frozenset[int]
 
 
 def lay_out(
@@ -65,9 +69,11 @@ def lay_out(
     scale = tf.cast(loss_scale, tf.float64)
     inputs = [
         TowerInput(
-            mirrors[i],
-            state.offset_seeds(seeds, i),
-            *shards[i],
+            mirrors=mirrors[i],
+            seeds=state.offset_seeds(seeds, i),
+            x=shards[i][0],
+            y=shards[i][1],
+            sample_weight=shards[i][2],
             share=tf.stack([shares[i], scale]),
         )
         for i in range(len(clones))
@@ -75,26 +81,47 @@ def lay_out(
     return Layout(home, clones, inputs, shares)
 
 
-def trace(tower: Tower, layout: Layout, jit_compile: bool) -> TracedTower:
-    """Trace a tower function once, for the shards of every clone.
+def out_of_line(tower: Tower, jit_compile: bool) -> Any:
+    """Return a tower function that `trace` can call from any place of a graph.
 
-    The trace stays a function of its own in the step's graph: inlined once a
-    clone, it would be optimized once a clone too.
+    It stays a function of its own in the step's graph: inlined once a clone,
+    it would be optimized once a clone too.
     """
-    if tf.executing_eagerly():
-        with tf.device(layout.clones[0].device):
-            return TracedTower(tower, tower(layout.inputs[0]))
-    types = [tf.nest.map_structure(_type_of, i) for i in layout.inputs]
-    common = tf.nest.map_structure(
-        lambda one, *more: one.most_specific_common_supertype(more), *types
-    )
-    function = tf.function(
+    return tf.function(
         tower,
         autograph=False,
         jit_compile=jit_compile or None,
         experimental_attributes={"_noinline": True},
-    ).get_concrete_function(common)
-    return TracedTower(function, function.structured_outputs)
+    )
+
+
+def trace(function: Any, layout: Layout) -> TracedTower:
+    """Trace a tower function once for the shards of all clones.
+
+    Outside of a graph, each clone calls the Python function itself, so that
+    it can be debugged.
+    """
+    if tf.executing_eagerly() and not _has_sparse(layout.inputs[0].x):
+        tower = function.python_function
+        with tf.device(layout.clones[0].device):
+            return TracedTower(tower, tower(layout.inputs[0]), frozenset())
+    types = [
+        tf.nest.map_structure(tf.type_spec_from_value, inputs)
+        for inputs in layout.inputs
+    ]
+    common = tf.nest.map_structure(
+        lambda one, *more: one.most_specific_common_supertype(more), *types
+    )
+    concrete = function.get_concrete_function(common)
+    mirrors = concrete.inputs[: len(layout.inputs[0].mirrors)]
+    return TracedTower(
+        concrete, concrete.structured_outputs, looked_up_once(mirrors)
+    )
+
+
+def _has_sparse(x: Any) -> bool:
+    """Say whether gradients have unique rows, which only a graph tells of."""
+    return any(isinstance(leaf, tf.SparseTensor) for leaf in tf.nest.flatten(x))
 
 
 def call(tower: TracedTower, layout: Layout) -> list[TowerOutput]:
@@ -164,7 +191,3 @@ def bring_home(layout: Layout, values: list[Any]) -> list[Any]:
         gradients.send(value, clone.device, layout.home)
         for clone, value in zip(layout.clones, values, strict=True)
     ]
-
-
-def _type_of(value: tf.Tensor) -> tf.TypeSpec:
-    return tf.type_spec_from_value(value)

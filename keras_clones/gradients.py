@@ -1,11 +1,11 @@
 """Merge the clones' gradients, and pack small tensors for transfer."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import tensorflow as tf
 
-Gradient = tf.Tensor | tf.IndexedSlices | None
+Gradient: TypeAlias = "tf.Tensor | tf.IndexedSlices | None"
 
 # A tensor of up to this many bytes travels packed with others. A copy of this
 # size costs less than the fixed cost of a transfer of its own.
@@ -116,18 +116,21 @@ def _out_of_line(function: Callable[..., Any]) -> Callable[..., Any]:
     )
 
 
-def merge(gradients: Sequence[Gradient]) -> Gradient:
+def merge(gradients: Sequence[Gradient], unique_rows: bool = False) -> Gradient:
     """Add up the gradients of one variable over the clones.
 
     The clones' shares of the global batch are in the gradients already, so
     the sum is the gradient of the global batch. `IndexedSlices` are joined,
-    not added up by row: Keras's optimizers see the same repeated rows that
-    they see on one device.
+    not added up by row, unless one device would do so too: Keras's optimizers
+    see the same repeated rows that they see on one device.
 
     Args:
         gradients: Sequence with one gradient a clone: tensors of one shape,
             `IndexedSlices`, or `None` where the loss does not depend on the
             variable.
+        unique_rows: Boolean, whether the gradient has each row once on one
+            device. Rows that several clones have are added up then. Defaults
+            to `False`.
 
     Returns:
         The merged gradient, or `None` if all are `None`.
@@ -138,11 +141,14 @@ def merge(gradients: Sequence[Gradient]) -> Gradient:
     if len(present) == 1:
         return present[0]
     if all(isinstance(g, tf.IndexedSlices) for g in present):
-        return tf.IndexedSlices(
-            values=tf.concat([g.values for g in present], axis=0),
-            indices=tf.concat([g.indices for g in present], axis=0),
-            dense_shape=present[0].dense_shape,
-        )
+        values = tf.concat([g.values for g in present], axis=0)
+        indices = tf.concat([g.indices for g in present], axis=0)
+        if unique_rows:
+            indices, rows = tf.unique(indices)
+            values = tf.math.unsorted_segment_sum(
+                values, rows, tf.size(indices)
+            )
+        return tf.IndexedSlices(values, indices, present[0].dense_shape)
     return tf.add_n([tf.convert_to_tensor(g) for g in present])
 
 

@@ -95,9 +95,7 @@ def choose_config(
         elif clone_on_cpu:
             num_clones = 1
         else:
-            num_clones = len(
-                logical_devices("GPU") or logical_devices("CPU")
-            )
+            num_clones = len(logical_devices("GPU") or logical_devices("CPU"))
     return DeploymentConfig(num_clones, clone_on_cpu, devices)
 
 
@@ -132,7 +130,7 @@ def place_clones(config: DeploymentConfig) -> tuple[Clone, ...]:
             "They train the same model, but they share the processor's cores "
             "and do not make it faster. `clone_on_cpu=True` says that this is "
             "meant.",
-            stacklevel=4,
+            stacklevel=3,
         )
         wanted = [cpus[i % len(cpus)] for i in indices]
     return tuple(Clone(config.clone_scope(i), wanted[i]) for i in indices)

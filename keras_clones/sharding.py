@@ -1,11 +1,21 @@
 """Split a global batch into shards by rows, and join outputs again."""
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import keras
 import tensorflow as tf
 
-Rows = int | tf.Tensor
+# A number of rows: known from the shapes, or a scalar int32 tensor.
+Rows: TypeAlias = "int | tf.Tensor"
+
+_DISAGREE = (
+    "Expected every input, target and sample weight to have the same number "
+    "of rows (first axis)."
+)
+_REMEDY = (
+    "A value that is the same for every row must have rank 0, or be repeated "
+    "for each row."
+)
 
 
 def count_rows(batch: Any) -> Rows:
@@ -36,20 +46,20 @@ def count_rows(batch: Any) -> Rows:
             "Expected at least one input with a batch axis, to split over the "
             f"clones. Received: {keras.tree.map_structure(type, batch)}"
         )
-    known = {name: leaf.shape[0] for name, leaf in leaves.items()}
-    if len({rows for rows in known.values() if rows is not None}) > 1:
-        raise ValueError(
-            _disagree({name: str(leaf.shape) for name, leaf in leaves.items()})
-        )
-    dynamic = [_leaf_rows(leaf) for leaf in leaves.values()]
-    if None not in known.values():
-        return next(iter(known.values()))
-    first = dynamic[0]
-    checks = [
-        tf.debugging.assert_equal(first, rows, message=_disagree(known))
-        for rows in dynamic[1:]
-    ]
-    with tf.control_dependencies([c for c in checks if c is not None]):
+    known = [leaf.shape[0] for leaf in leaves.values()]
+    if len({rows for rows in known if rows is not None}) > 1:
+        shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
+        raise ValueError(f"{_DISAGREE} Received: {shapes}. {_REMEDY}")
+    if None not in known:
+        return known[0]
+    rows = {name: _leaf_rows(leaf) for name, leaf in leaves.items()}
+    first, *others = rows.values()
+    agree = tf.reduce_all([first == other for other in others])
+    received = [part for pair in rows.items() for part in pair]
+    check = tf.debugging.Assert(
+        agree, [f"{_DISAGREE} Received rows:", *received, _REMEDY]
+    )
+    with tf.control_dependencies([check]):
         return tf.identity(first)
 
 
@@ -153,9 +163,10 @@ def _path_name(path: tuple[Any, ...]) -> str:
     )
 
 
-def _disagree(shapes: dict[str, Any]) -> str:
-    return (
-        "Expected every input, target and sample weight to have the same "
-        f"number of rows (first axis). Received: {shapes}. A value that is "
-        "the same for every row must have rank 0, or be repeated for each row."
-    )
+def disagreement(error: Exception) -> str | None:
+    """Return the message of `count_rows` in an error of a running step."""
+    if not isinstance(error, tf.errors.InvalidArgumentError):
+        return None
+    _, found, rest = str(error).partition(_DISAGREE)
+    received = rest.partition(_REMEDY)[0].replace("] [", " ")
+    return f"{found}{received}{_REMEDY}" if found else None

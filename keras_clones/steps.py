@@ -2,14 +2,14 @@
 
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
 from keras_clones import _keras, exactness, exchange, gradients, sharding, state
-from keras_clones.placement import Clone
+from keras_clones.placement import Clone, logical_devices
 from keras_clones.state import Variables
 from keras_clones.tower import TowerOutput, make_tower
 
@@ -90,6 +90,7 @@ def begin(
     model: keras.Model, options: StepOptions, data: Any, training: bool | None
 ) -> Step:
     """Unpack and check a batch, and build what the model still lacks."""
+    data = keras.tree.map_structure(_as_tensor, data)
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
     if training is None:
         y, sample_weight = None, None
@@ -104,6 +105,11 @@ def begin(
         rows=rows,
         training=training,
     )
+
+
+def _as_tensor(value: Any) -> Any:
+    known = value is None or tf.is_tensor(value)
+    return value if known else tf.convert_to_tensor(value)
 
 
 def build(model: keras.Model, batch: Any, home: str, training: bool) -> None:
@@ -138,46 +144,56 @@ def run(step: Step) -> StepResult:
     no clone ever runs on an empty shard.
     """
     everyone, first = step.options.clones, step.options.clones[:1]
+    run_on = functools.partial(_run_on, step, functools.cache(_towers(step)))
     if len(everyone) == 1:
-        return _run_on(first, step)
+        return run_on(first)
     if isinstance(step.rows, int):
-        enough = step.rows >= len(everyone)
-        return _run_on(everyone if enough else first, step)
+        return run_on(everyone if step.rows >= len(everyone) else first)
     return tf.cond(
         step.rows >= len(everyone),
-        lambda: _run_on(everyone, step),
-        lambda: _run_on(first, step),
+        lambda: run_on(everyone),
+        lambda: run_on(first),
     )
 
 
-def _run_on(clones: Sequence[Clone], step: Step) -> StepResult:
-    model, options, training = step.model, step.options, bool(step.training)
+def _towers(step: Step) -> Callable[[bool], Callable[..., Any]]:
+    """Return what makes a step's tower function, with or without its loss."""
+
+    def make(with_loss: bool) -> Callable[..., Any]:
+        tower = make_tower(
+            step.model,
+            step.variables,
+            training=bool(step.training),
+            with_loss=with_loss,
+            with_gradients=with_loss and bool(step.training),
+        )
+        return exchange.out_of_line(
+            tower, _resolve_jit_compile(step.model, step.options)
+        )
+
+    return make
+
+
+def _run_on(
+    step: Step,
+    towers: Callable[[bool], Callable[..., Any]],
+    clones: Sequence[Clone],
+) -> StepResult:
+    model, options = step.model, step.options
     layout = exchange.lay_out(
         step.batch,
         step.rows,
         step.variables,
-        model.optimizer.scale_loss(1.0) if training else 1.0,
+        model.optimizer.scale_loss(1.0) if step.training else 1.0,
         clones,
         options.home,
     )
-
-    def trace(with_loss: bool) -> exchange.TracedTower:
-        tower = make_tower(
-            model,
-            step.variables,
-            training=training,
-            with_loss=with_loss,
-            with_gradients=with_loss and training,
-        )
-        jit_compile = _resolve_jit_compile(model, options)
-        return exchange.trace(tower, layout, jit_compile)
-
     if step.training is None:
-        results = exchange.call(trace(with_loss=False), layout)
+        results = exchange.call(exchange.trace(towers(False), layout), layout)
         return _collect(step, layout, results)
     reason = exactness.why_not_by_clone(model)
     if options.loss == "clones" or (options.loss == "auto" and not reason):
-        tower = trace(with_loss=True)
+        tower = exchange.trace(towers(True), layout)
         reason = reason or exactness.why_not_on(
             step.batch[1], tower.returns.outputs, tower.returns.masks
         )
@@ -190,14 +206,15 @@ def _run_on(clones: Sequence[Clone], step: Step) -> StepResult:
                 stacklevel=1,
             )
         if options.loss == "clones" or not reason:
-            return _combine_losses(step, layout, exchange.call(tower, layout))
-    return _gather_outputs(step, layout, trace(with_loss=False))
+            return _combine_losses(step, layout, tower)
+    return _gather_outputs(step, layout, exchange.trace(towers(False), layout))
 
 
 def _combine_losses(
-    step: Step, layout: exchange.Layout, results: list[TowerOutput]
+    step: Step, layout: exchange.Layout, tower: exchange.TracedTower
 ) -> StepResult:
-    """Average the losses that the clones computed, each by its rows."""
+    """Average the losses that the clones compute, each by its rows."""
+    results = exchange.call(tower, layout)
     small = [result._replace(outputs=None, masks=[]) for result in results]
     arrived = exchange.bring_home(layout, small)
     columns = zip(*(result.gradients for result in arrived), strict=True)
@@ -205,7 +222,7 @@ def _combine_losses(
     return _collect(step, layout, results, arrived)._replace(
         loss=gradients.average([r.loss for r in arrived], layout.shares),
         loss_values=[gradients.average(v, layout.shares) for v in values],
-        gradients=[gradients.merge(column) for column in columns],
+        gradients=_merge_gradients(columns, tower),
     )
 
 
@@ -223,7 +240,9 @@ def _gather_outputs(
         tape.watch(targets)
         outputs, _ = _join_outputs(results)
         parts = zip(*(result.layer_losses for result in results), strict=True)
-        with _keras.overriding_losses(model, [tf.add_n(part) for part in parts]):
+        with _keras.overriding_losses(
+            model, [tf.add_n(part) for part in parts]
+        ):
             loss = _keras.compute_loss(
                 model, x, y, outputs, sample_weight, bool(step.training)
             )
@@ -238,13 +257,26 @@ def _gather_outputs(
         layout,
         [
             result._replace(outputs=None, masks=[], gradients=pulled_back)
-            for result, pulled_back in zip(results, pullback(pulled), strict=True)
+            for result, pulled_back in zip(
+                results, pullback(pulled), strict=True
+            )
         ],
     )
-    columns = zip(*(result.gradients for result in arrived), direct, strict=True)
-    return _collect(step, layout, results, arrived)._replace(
-        loss=loss, gradients=[gradients.merge(column) for column in columns]
+    columns = zip(
+        *(result.gradients for result in arrived), direct, strict=True
     )
+    return _collect(step, layout, results, arrived)._replace(
+        loss=loss, gradients=_merge_gradients(columns, tower)
+    )
+
+
+def _merge_gradients(
+    columns: Iterable[Sequence[Any]], tower: exchange.TracedTower
+) -> list[Any]:
+    return [
+        gradients.merge(column, unique_rows=position in tower.unique_rows)
+        for position, column in enumerate(columns)
+    ]
 
 
 def _collect(
@@ -295,8 +327,10 @@ def _needs_outputs(model: keras.Model) -> bool:
 def _resolve_jit_compile(model: keras.Model, options: StepOptions) -> bool:
     if options.jit_compile != "auto":
         return bool(options.jit_compile)
+    # Keras settles its own "auto" by whether the machine has a GPU. Without
+    # one, a true value is what the user asked `compile` for.
     on_gpu = all("GPU" in clone.device for clone in options.clones)
-    return on_gpu and _keras.supports_jit(model)
+    return model.jit_compile and (on_gpu or not logical_devices("GPU"))
 
 
 def assign_state(variables: Variables, result: StepResult) -> None:

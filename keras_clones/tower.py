@@ -83,7 +83,11 @@ def make_tower(
             *zip(variables.trainable, trained, strict=True),
             *zip(variables.others, others, strict=True),
             *zip(variables.seeds, inputs.seeds, strict=True),
-            *((v, tf.zeros(v.shape, v.dtype)) for m in trackers for v in m.variables),
+            *(
+                (v, tf.zeros(v.shape, v.dtype))
+                for m in trackers
+                for v in m.variables
+            ),
         ]
         loss, loss_values, gradients = None, [], []
         with tf.GradientTape(watch_accessed_variables=False) as tape:
@@ -107,7 +111,7 @@ def make_tower(
                         )
         if with_loss:
             loss_values = [_tracked_value(scope, m) for m in trackers]
-        if with_gradients:
+        if with_gradients and loss is not None:
             seed = tf.cast(tf.reduce_prod(inputs.share), loss.dtype)
             gradients = tape.gradient(loss, trained, output_gradients=seed)
         return TowerOutput(

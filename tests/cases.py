@@ -22,7 +22,9 @@ def convnet():
     return keras.Sequential(
         [
             keras.Input((8, 8, 1)),
-            keras.layers.Conv2D(4, 3, activation="relu", kernel_regularizer="l2"),
+            keras.layers.Conv2D(
+                4, 3, activation="relu", kernel_regularizer="l2"
+            ),
             keras.layers.MaxPooling2D(),
             keras.layers.Flatten(),
             keras.layers.Dense(3, "softmax"),
