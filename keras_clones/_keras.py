@@ -163,40 +163,6 @@ def overriding_losses(model: keras.Model, losses: list[Any]) -> Iterator[None]:
         vars(model)["_losses_override"] = held
 
 
-@contextlib.contextmanager
-def marking_activity_losses(model: keras.Model) -> Iterator[list[Any]]:
-    """Collect the losses of built-in activity regularizers, which are sums.
-
-    A loss does not tell whether `add_loss` or a regularizer made it.
-    """
-    sums = (
-        keras.regularizers.L1,
-        keras.regularizers.L2,
-        keras.regularizers.L1L2,
-    )
-    marked: list[Any] = []
-    held = {
-        layer: layer.activity_regularizer
-        for layer in layers(model)
-        if type(layer.activity_regularizer) in sums
-    }
-
-    def marking(regularizer: Any) -> Any:
-        def regularize(output: Any) -> Any:
-            marked.append(regularizer(output))
-            return marked[-1]
-
-        return regularize
-
-    try:
-        for layer, regularizer in held.items():
-            vars(layer)["activity_regularizer"] = marking(regularizer)
-        yield marked
-    finally:
-        for layer, regularizer in held.items():
-            vars(layer)["activity_regularizer"] = regularizer
-
-
 def is_built(model: keras.Model) -> bool:
     """Say whether every layer, the compiled loss and the metrics are built."""
     compiled = (model._compile_loss, model._compile_metrics)

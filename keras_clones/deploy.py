@@ -7,7 +7,15 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_clones import _keras, exactness, placement, sharding, state, steps
+from keras_clones import (
+    _keras,
+    exactness,
+    placement,
+    report,
+    sharding,
+    state,
+    steps,
+)
 from keras_clones.config import DeploymentConfig
 from keras_clones.placement import Clone
 
@@ -59,6 +67,21 @@ class Deployment:
         num_shards = len(self.clones) if batch_size >= len(self.clones) else 1
         sizes = sharding.shard_sizes(batch_size, num_shards)
         return sizes + [0] * (len(self.clones) - num_shards)
+
+    def summary(self, batch_size: int | None = None) -> None:
+        """Print which clone runs where, and where the model's parts live.
+
+        Args:
+            batch_size: Integer, the rows of a global batch, to also print
+                the rows that each clone gets. Defaults to `None`.
+        """
+        homes = {
+            "variables": self.variables_device,
+            "optimizer": self.optimizer_device,
+            "inputs": self.inputs_device,
+        }
+        rows = None if batch_size is None else self.shard_sizes(batch_size)
+        print(report.placement_table(self.clones, homes, rows))
 
     def __repr__(self) -> str:
         clones = ", ".join(f"{c.scope}: {c.device}" for c in self.clones)

@@ -133,20 +133,19 @@ def _forward(
 ) -> tuple[Any, list[tf.Tensor]]:
     """Call the model; return its outputs and its parts of `model.losses`.
 
-    A loss that is a sum over rows is part of the global one as it is, and so
-    is the sum of a loss that has one entry a row. Any other is taken for a
-    mean over the batch, or for a value that is the same in every clone.
+    A scalar loss is taken for a mean over the batch (Keras divides activity
+    regularizers by the rows), or for a value that is the same in every clone.
+    The entries of any other loss are added up, as Keras does.
     """
-    with _keras.marking_activity_losses(model) as sums:
-        outputs = _keras.call(model, x, training)
+    outputs = _keras.call(model, x, training)
     parts = []
     for loss in model.losses:
         loss = tf.convert_to_tensor(loss)
         if loss.dtype.is_integer or loss.dtype.is_bool:
             loss = tf.cast(loss, keras.config.floatx())
-        is_sum = any(loss is marked for marked in sums) or loss.shape.rank != 0
-        loss = tf.reduce_sum(loss)
-        parts.append(loss if is_sum else loss * tf.cast(share, loss.dtype))
+        if loss.shape.rank == 0:
+            loss = loss * tf.cast(share, loss.dtype)
+        parts.append(tf.reduce_sum(loss))
     return outputs, parts
 
 

@@ -18,6 +18,7 @@ EPOCHS = 4
 def train(name, num_clones=None):
     x, y = cases.arrays(sum(SIZES))[name]
     model = cases.make(name)
+    assert model.compute_dtype == keras.config.floatx()
     if num_clones:
         clone_model(model, num_clones)
     cases.compiled(name, model)

@@ -1,0 +1,111 @@
+"""Gradients merge to their sum, and small tensors travel together."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_clones import gradients
+
+
+def test_dense_gradients_add_up():
+    merged = gradients.merge([tf.constant([1.0, 2.0]), tf.constant([3.0, 5.0])])
+    np.testing.assert_array_equal(merged, [4.0, 7.0])
+
+
+def test_missing_gradients_are_left_out():
+    assert gradients.merge([None, None]) is None
+    np.testing.assert_array_equal(
+        gradients.merge([None, tf.constant([2.0])]), [2.0]
+    )
+
+
+def slices(values, indices):
+    return tf.IndexedSlices(
+        tf.constant(values), tf.constant(indices), tf.constant([4, 1])
+    )
+
+
+def test_slices_keep_their_repeated_rows():
+    merged = gradients.merge(
+        [slices([[1.0], [2.0]], [0, 3]), slices([[5.0]], [3])]
+    )
+    assert isinstance(merged, tf.IndexedSlices)
+    np.testing.assert_array_equal(merged.indices, [0, 3, 3])
+    np.testing.assert_array_equal(merged.values, [[1.0], [2.0], [5.0]])
+
+
+def test_slices_with_unique_rows_stay_unique():
+    merged = gradients.merge(
+        [slices([[1.0], [2.0]], [0, 3]), slices([[5.0]], [3])],
+        unique_rows=True,
+    )
+    np.testing.assert_array_equal(merged.indices, [0, 3])
+    np.testing.assert_array_equal(merged.values, [[1.0], [7.0]])
+
+
+def test_slices_and_dense_gradients_of_one_variable_add_up():
+    merged = gradients.merge([slices([[1.0]], [2]), tf.ones((4, 1))])
+    np.testing.assert_array_equal(merged, [[1.0], [1.0], [2.0], [1.0]])
+
+
+def test_averages_are_weighted():
+    average = gradients.average(
+        [tf.constant(1.0), tf.constant(5.0)],
+        [tf.constant(0.75, tf.float64), tf.constant(0.25, tf.float64)],
+    )
+    assert float(average) == 2.0
+
+
+def tensors():
+    return [
+        tf.range(3.0),
+        tf.constant(7),
+        tf.zeros((300, 300)),
+        tf.ones((2, 2)),
+        tf.constant([[1, 2], [3, 4]]),
+        tf.constant(9.0),
+    ]
+
+
+def test_unpack_undoes_pack():
+    spec = gradients.pack_spec(tensors())
+    packed = gradients.pack(tensors(), spec)
+    assert len(packed) == 3  # floats, integers, and the one large tensor
+    unpacked = gradients.unpack(packed, spec)
+    for one, other in zip(tensors(), unpacked, strict=True):
+        assert one.shape == other.shape and one.dtype == other.dtype
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("in_graph", [True, False])
+def test_send_brings_a_nest_as_it_was(in_graph):
+    nest = {"a": tensors(), "b": [None, slices([[1.0]], [2])]}
+    received = []
+
+    def send():
+        arrived = gradients.send_to_all(
+            nest, "/device:CPU:0", ["/device:CPU:1", "/device:CPU:0"]
+        )
+        received.extend(arrived)
+        return arrived
+
+    for arrived in (tf.function(send) if in_graph else send)():
+        tf.nest.assert_same_structure(nest, arrived, expand_composites=True)
+        for one, other in zip(
+            tf.nest.flatten(nest, expand_composites=True),
+            tf.nest.flatten(arrived, expand_composites=True),
+            strict=True,
+        ):
+            if one is not None:
+                np.testing.assert_array_equal(one, other)
+    if in_graph:
+        packed = received[0]["a"][0].op
+        assert packed.device == "/device:CPU:1"
+        assert packed.type in ("PartitionedCall", "StatefulPartitionedCall")
+
+
+@pytest.mark.parametrize("num_small", [2, 40])
+def test_transfers_do_not_grow_with_the_small_tensors(num_small):
+    small = [tf.ones(i + 1) for i in range(num_small)]
+    spec = gradients.pack_spec([*small, tf.zeros((300, 300))])
+    assert len(gradients.pack([*small, tf.zeros((300, 300))], spec)) == 2

@@ -1,0 +1,74 @@
+"""Modules import only what stands below them, and nothing but their needs."""
+
+import ast
+import pathlib
+
+import keras_clones
+
+PACKAGE = pathlib.Path(keras_clones.__file__).parent
+
+# What each module may import, as CONTRIBUTING.md has it. `_keras` is the one
+# door to private names, open to all but the configuration.
+MAY_IMPORT = {
+    "config": set(),
+    "_keras": {"keras", "tensorflow"},
+    "placement": {"config", "_keras", "keras", "tensorflow"},
+    "sharding": {"keras", "tensorflow"},
+    "state": {"_keras", "keras", "tensorflow"},
+    "gradients": {"tensorflow"},
+    "unique_rows": {"tensorflow"},
+    "exactness": {"_keras", "sharding", "keras"},
+    "tower": {"_keras", "state", "keras", "tensorflow"},
+    "exchange": {
+        *("gradients", "placement", "sharding", "state", "tower"),
+        *("unique_rows", "keras", "tensorflow"),
+    },
+    "steps": {
+        *("_keras", "exactness", "exchange", "gradients", "placement"),
+        *("sharding", "state", "tower", "keras", "tensorflow"),
+    },
+    "report": {"placement"},
+    "deploy": {
+        *("_keras", "config", "exactness", "placement", "report", "sharding"),
+        *("state", "steps", "keras", "tensorflow"),
+    },
+    "__init__": {"config", "deploy", "placement"},
+}
+STANDARD = {
+    *("collections", "contextlib", "dataclasses", "functools", "operator"),
+    *("random", "re", "typing", "warnings"),
+}
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name} has a relative import"
+            if node.module == "keras_clones":
+                yield from (f"keras_clones.{a.name}" for a in node.names)
+            else:
+                yield node.module
+
+
+def test_imports_only_go_down():
+    modules = {path.stem: path for path in PACKAGE.glob("*.py")}
+    assert modules.keys() == MAY_IMPORT.keys()
+    for name, path in modules.items():
+        found = {
+            module.removeprefix("keras_clones.").split(".")[0]
+            for module in imported(path)
+        }
+        assert found - STANDARD <= MAY_IMPORT[name], name
+
+
+def test_only_one_module_reaches_private_keras():
+    for path in PACKAGE.glob("*.py"):
+        private = [m for m in imported(path) if m.startswith("keras.src")]
+        assert not private or path.stem == "_keras", path.name
+
+
+def test_no_module_holds_two_concepts():
+    for path in PACKAGE.glob("*.py"):
+        assert len(path.read_text().splitlines()) <= 400, path.name
