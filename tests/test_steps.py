@@ -270,7 +270,7 @@ class WithLosses(keras.Model):
     def __init__(self):
         super().__init__()
         self.hidden = keras.layers.Dense(8, activity_regularizer="l2")
-        self.head = keras.layers.Dense(3, "softmax", bias_regularizer="l1")
+        self.head = keras.layers.Dense(3, "softmax", bias_regularizer="l2")
 
     def call(self, x):
         hidden = self.hidden(x)
