@@ -46,6 +46,13 @@ def reindex_optimizer(optimizer: keras.optimizers.Optimizer) -> None:
         optimizer = getattr(optimizer, "inner_optimizer", None)
 
 
+def optimized_variables(
+    optimizer: keras.optimizers.Optimizer,
+) -> list[keras.Variable]:
+    """Return the variables that a built optimizer updates."""
+    return optimizer._trainable_variables
+
+
 def distribution_strategy(model: keras.Model) -> Any:
     """Return the `tf.distribute` strategy a model was made under."""
     return model._distribute_strategy
@@ -169,3 +176,62 @@ def is_built(model: keras.Model) -> bool:
     return all(layer.built for layer in layers(model)) and all(
         part is None or part.built for part in compiled
     )
+
+
+# What a thread that runs a part of a model must know of the one before it.
+_THREAD_STATE = ("global_seed_generator", "dtype_policy")
+
+
+def thread_state() -> dict[str, Any]:
+    """Return the part of Keras's state that each thread has of its own."""
+    return {
+        name: global_state.get_global_attribute(name) for name in _THREAD_STATE
+    }
+
+
+@contextlib.contextmanager
+def thread_state_of(held: dict[str, Any]) -> Iterator[None]:
+    """Take over another thread's part of Keras's state."""
+    for name, value in held.items():
+        global_state.set_global_attribute(name, value)
+    yield
+
+
+class CloneScope(keras.StatelessScope):
+    """A scope that keeps what is assigned, and reads the variables itself.
+
+    Keras's own returns `None` for a variable it has no value for, which weight
+    regularizers cannot take.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._assigned: dict[int, keras.Variable] = {}
+
+    def add_update(self, update: tuple[keras.Variable, Any]) -> None:
+        """Keep what a variable is assigned."""
+        self._assigned[id(update[0])] = update[0]
+        super().add_update(update)
+
+    def assigned_variables(self) -> list[keras.Variable]:
+        """Return the variables that were assigned in this scope."""
+        return list(self._assigned.values())
+
+    def get_current_value(self, variable: keras.Variable) -> Any:
+        """Return the value in this scope, else the variable's own."""
+        value = super().get_current_value(variable)
+        return variable._value if value is None else value
+
+    def assigned(self, variable: keras.Variable) -> Any:
+        """Return what a variable was assigned in this scope, or `None`."""
+        return super().get_current_value(variable)
+
+
+def set_moments(layer: keras.layers.BatchNormalization, moments: Any) -> None:
+    """Let a layer get the moments of its batch from a function."""
+    vars(layer)["_moments"] = moments
+
+
+def unset_moments(layer: keras.layers.BatchNormalization) -> None:
+    """Let a layer compute the moments of its batch itself again."""
+    vars(layer).pop("_moments", None)

@@ -9,7 +9,6 @@ import tensorflow as tf
 
 from keras_clones import (
     _keras,
-    exactness,
     placement,
     report,
     sharding,
@@ -20,7 +19,7 @@ from keras_clones.config import DeploymentConfig
 from keras_clones.placement import Clone
 
 _LOSSES = ("auto", "clones", "gather")
-_BATCH_NORMS = ("mean", "first")
+_BATCH_NORMS = ("mean", "first", "sync")
 _STEPS = ("train_step", "test_step", "predict_step")
 _MAKERS = ("make_train_function", "make_test_function", "make_predict_function")
 # The underscores keep it out of what Keras walks through to save a model.
@@ -37,7 +36,7 @@ class Deployment:
         inputs_device: Device string, where the global batch arrives.
         optimizer_device: Device string, where the optimizer runs.
         loss: String, `"auto"`, `"clones"` or `"gather"`.
-        batch_norm: String, `"mean"` or `"first"`.
+        batch_norm: String, `"mean"`, `"first"` or `"sync"`.
         jit_compile: Boolean or `"auto"`, whether XLA compiles each clone.
     """
 
@@ -123,10 +122,12 @@ def clone_model(
             it by their rows, `"gather"` computes it once on the outputs of
             all clones. Defaults to `"auto"`: in the clones where that is
             exact, else once on all outputs.
-        batch_norm: String, what becomes of the moving statistics of
-            `BatchNormalization` layers. `"mean"` averages over the clones
-            by their rows, `"first"` takes those of the first clone. Defaults
-            to `"mean"`.
+        batch_norm: String, what `BatchNormalization` layers do. `"mean"` and
+            `"first"` normalize each shard by itself; the moving statistics
+            are averaged over the clones by their rows, or taken from the
+            first clone. `"sync"` normalizes over the global batch, as one
+            device does and as a layer made with `synchronized=True` always
+            does; XLA compiles no clone then. Defaults to `"mean"`.
         jit_compile: Boolean, whether XLA compiles the function that each
             clone runs. Defaults to `"auto"`: on GPUs, if the model supports
             it, or where `compile` got `jit_compile=True`.
@@ -337,14 +338,6 @@ def _check_model(model: keras.Model) -> None:
             f"Received: backend={keras.backend.backend()!r}"
         )
     _check_is_model(model)
-    for name in _STEPS:
-        if exactness.overrides(model, name):
-            raise ValueError(
-                f"`{type(model).__name__}` overrides `{name}`, which clones "
-                "cannot split. Supported are models that use Keras's own "
-                "`train_step`, `test_step` and `predict_step`: override "
-                "`call`, `compute_loss` or `compute_metrics` instead."
-            )
     strategy = _keras.distribution_strategy(model)
     if strategy is not None:
         raise ValueError(

@@ -3,11 +3,14 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import keras
 import tensorflow as tf
 
 from keras_clones import gradients, sharding, state
 from keras_clones.placement import Clone
+from keras_clones.rendezvous import run_side_by_side
 from keras_clones.state import Variables
+from keras_clones.synchronize import over_clones
 from keras_clones.tower import Tower, TowerInput, TowerOutput
 from keras_clones.unique_rows import looked_up_once
 
@@ -27,14 +30,17 @@ class Layout(NamedTuple):
 class TracedTower(NamedTuple):
     """A tower function ready to be called on any device.
 
-    `returns` is what it returns, or the types of that in a graph.
+    `returns` is what it returns, or the types of that in a graph, as far as
+    that is known before it runs.
     `unique_rows` has the positions of the trainable variables whose gradients
-    have each row once.
+    have each row once. `synchronized` has the layers that share sums over
+    the clones, which then run side by side as parts of the step's own graph.
     """
 
     call: Callable[[TowerInput], TowerOutput]
-    returns: TowerOutput
+    returns: TowerOutput | None
     unique_rows: frozenset[int]
+    synchronized: Sequence[keras.layers.BatchNormalization] = ()
 
 
 def lay_out(
@@ -95,14 +101,21 @@ def out_of_line(tower: Tower, jit_compile: bool) -> Any:
     )
 
 
-def trace(function: Any, layout: Layout) -> TracedTower:
+def trace(
+    function: Any,
+    layout: Layout,
+    synchronized: Sequence[keras.layers.BatchNormalization] = (),
+) -> TracedTower:
     """Trace a tower function once for the shards of all clones.
 
     Outside of a graph, each clone calls the Python function itself, so that
     it can be debugged.
     """
-    if tf.executing_eagerly() and not _has_sparse(layout.inputs[0].x):
+    inline = tf.executing_eagerly() or synchronized
+    if inline and not _has_sparse(layout.inputs[0].x):
         tower = function.python_function
+        if synchronized:
+            return TracedTower(tower, None, frozenset(), synchronized)
         with tf.device(layout.clones[0].device):
             return TracedTower(tower, tower(layout.inputs[0]), frozenset())
     types = [
@@ -115,7 +128,10 @@ def trace(function: Any, layout: Layout) -> TracedTower:
     concrete = function.get_concrete_function(common)
     mirrors = concrete.inputs[: len(layout.inputs[0].mirrors)]
     return TracedTower(
-        concrete, concrete.structured_outputs, looked_up_once(mirrors)
+        function.python_function if inline else concrete,
+        concrete.structured_outputs,
+        looked_up_once(mirrors),
+        synchronized,
     )
 
 
@@ -126,10 +142,20 @@ def _has_sparse(x: Any) -> bool:
 
 def call(tower: TracedTower, layout: Layout) -> list[TowerOutput]:
     """Run a tower on every clone, each on its device."""
+    return _each(tower, layout, lambda i: tower.call(layout.inputs[i]))
+
+
+def _each(
+    tower: TracedTower, layout: Layout, function: Callable[[int], Any]
+) -> list[Any]:
+    """Call a function once a clone, in its scope and on its device."""
+    if tower.synchronized:
+        with over_clones(tower.synchronized):
+            return run_side_by_side(layout.clones, function)
     results = []
-    for clone, inputs in zip(layout.clones, layout.inputs, strict=True):
+    for i, clone in enumerate(layout.clones):
         with tf.device(clone.device), tf.name_scope(clone.scope or "clone"):
-            results.append(tower.call(inputs))
+            results.append(function(i))
     return results
 
 
@@ -143,38 +169,29 @@ def call_with_pullback(
         respect to each clone's `targets` and returns those with respect to
         its mirrors of the trainable variables.
     """
-    results, tapes = [], []
-    for clone, inputs in zip(layout.clones, layout.inputs, strict=True):
-        with tf.device(clone.device), tf.name_scope(clone.scope or "clone"):
-            with tf.GradientTape(watch_accessed_variables=False) as tape:
-                tape.watch(inputs.mirrors[:num_trainable])
-                results.append(tower.call(inputs))
-            tapes.append(tape)
+    watched = [inputs.mirrors[:num_trainable] for inputs in layout.inputs]
+
+    def forward(i: int) -> tuple[TowerOutput, tf.GradientTape]:
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(watched[i])
+            return tower.call(layout.inputs[i]), tape
+
+    results, tapes = zip(*_each(tower, layout, forward), strict=True)
 
     def pullback(cotangents: list[list[Any]]) -> list[list[Any]]:
-        pulled = []
-        for i, clone in enumerate(layout.clones):
-            known = [
-                (target, cotangent)
-                for target, cotangent in zip(
-                    targets(results[i]), cotangents[i], strict=True
-                )
-                if cotangent is not None
-            ]
-            mirrors = layout.inputs[i].mirrors[:num_trainable]
-            with tf.device(clone.device), tf.name_scope(clone.scope or "clone"):
-                pulled.append(
-                    tapes[i].gradient(
-                        [target for target, _ in known],
-                        mirrors,
-                        output_gradients=[c for _, c in known],
-                    )
-                    if known
-                    else [None] * len(mirrors)
-                )
-        return pulled
+        def backward(i: int) -> list[Any]:
+            pairs = zip(targets(results[i]), cotangents[i], strict=True)
+            known = [(t, c) for t, c in pairs if c is not None]
+            if not known:
+                return [None] * len(watched[i])
+            wanted, upstream = zip(*known, strict=True)
+            return tapes[i].gradient(
+                wanted, watched[i], output_gradients=upstream
+            )
 
-    return results, pullback
+        return _each(tower, layout, backward)
+
+    return list(results), pullback
 
 
 def targets(result: TowerOutput) -> list[tf.Tensor]:

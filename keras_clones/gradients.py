@@ -152,6 +152,26 @@ def merge(gradients: Sequence[Gradient], unique_rows: bool = False) -> Gradient:
     return tf.add_n([tf.convert_to_tensor(g) for g in present])
 
 
+def scale(gradient: Gradient, factor: tf.Tensor) -> Gradient:
+    """Multiply a gradient by a scalar."""
+    if gradient is None:
+        return None
+    if isinstance(gradient, tf.IndexedSlices):
+        values = gradient.values * tf.cast(factor, gradient.values.dtype)
+        return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
+    return gradient * tf.cast(factor, gradient.dtype)
+
+
+def largest(values: Sequence[Gradient]) -> Gradient:
+    """Merge by the largest value what overwrites a variable.
+
+    That is what a variable with `overwrite_with_gradient` holds: largest
+    magnitudes seen, and scales that follow from them.
+    """
+    present = [v for v in values if v is not None]
+    return tf.reduce_max(tf.stack(present), axis=0) if present else None
+
+
 def average(
     values: Sequence[tf.Tensor], shares: Sequence[tf.Tensor]
 ) -> tf.Tensor:

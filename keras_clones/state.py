@@ -51,8 +51,8 @@ def merge_policies(
     Args:
         model: The `keras.Model` the variables belong to.
         variables: Sequence of `keras.Variable`s.
-        batch_norm: String, `"mean"` or `"first"`: the policy of the moving
-            statistics of `BatchNormalization` layers.
+        batch_norm: String, `"mean"`, `"first"` or `"sync"`: what becomes of
+            the moving statistics of `BatchNormalization` layers.
     """
     statistics = {
         id(variable)
@@ -63,7 +63,8 @@ def merge_policies(
 
     def policy(variable: keras.Variable) -> str:
         if id(variable) in statistics:
-            return batch_norm
+            # Synchronized layers come to the same statistics in every clone.
+            return "mean" if batch_norm == "mean" else "first"
         if variable.aggregation == "only_first_replica":
             return "first"
         if variable.aggregation in ("sum", "mean"):

@@ -1,5 +1,6 @@
 """The train, test and predict step on clones, composed of the pure parts."""
 
+import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -8,9 +9,18 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_clones import _keras, exactness, exchange, gradients, sharding, state
+from keras_clones import (
+    _keras,
+    custom,
+    exactness,
+    exchange,
+    gradients,
+    sharding,
+    state,
+)
 from keras_clones.placement import Clone, logical_devices
 from keras_clones.state import Variables
+from keras_clones.synchronize import synchronized_layers
 from keras_clones.tower import TowerOutput, make_tower
 
 
@@ -54,6 +64,8 @@ class StepResult(NamedTuple):
 def train_step(model: keras.Model, options: StepOptions, data: Any) -> dict:
     """Train on one global batch, as `keras.Model.train_step` does."""
     with tf.device(options.home):
+        if exactness.overrides(model, "train_step"):
+            return run_own_step(model, options, "train_step", data)
         step = begin(model, options, data, training=True)
         result = run(step)
         assign_state(step.variables, result)
@@ -71,6 +83,8 @@ def train_step(model: keras.Model, options: StepOptions, data: Any) -> dict:
 def test_step(model: keras.Model, options: StepOptions, data: Any) -> dict:
     """Evaluate one global batch, as `keras.Model.test_step` does."""
     with tf.device(options.home):
+        if exactness.overrides(model, "test_step"):
+            return run_own_step(model, options, "test_step", data)
         step = begin(model, options, data, training=False)
         result = run(step)
         assign_state(step.variables, result)
@@ -80,10 +94,47 @@ def test_step(model: keras.Model, options: StepOptions, data: Any) -> dict:
 def predict_step(model: keras.Model, options: StepOptions, data: Any) -> Any:
     """Predict one global batch, as `keras.Model.predict_step` does."""
     with tf.device(options.home):
+        if exactness.overrides(model, "predict_step"):
+            return run_own_step(model, options, "predict_step", data)
         step = begin(model, options, data, training=None)
         result = run(step)
         assign_state(step.variables, result)
         return result.outputs
+
+
+def run_own_step(
+    model: keras.Model, options: StepOptions, name: str, data: Any
+) -> Any:
+    """Run a step that the model's class overrides in every clone."""
+    data = keras.tree.map_structure(_as_tensor, data)
+    rows = sharding.count_rows({"data": data})
+    batch = keras.utils.unpack_x_y_sample_weight(data)
+    build(model, batch, options.home, training=False, own_step=True)
+
+    def run_on(clones: Sequence[Clone]) -> Any:
+        return custom.run(
+            model, name, data, rows, clones, options.home, options.batch_norm
+        )
+
+    return on_enough_clones(options.clones, rows, run_on)
+
+
+def on_enough_clones(
+    clones: Sequence[Clone],
+    rows: sharding.Rows,
+    run_on: Callable[[Sequence[Clone]], Any],
+) -> Any:
+    """Run on every clone, or on the first if there are more than rows.
+
+    So no clone ever runs on an empty shard.
+    """
+    if len(clones) == 1:
+        return run_on(clones)
+    if isinstance(rows, int):
+        return run_on(clones if rows >= len(clones) else clones[:1])
+    return tf.cond(
+        rows >= len(clones), lambda: run_on(clones), lambda: run_on(clones[:1])
+    )
 
 
 def begin(
@@ -112,17 +163,41 @@ def _as_tensor(value: Any) -> Any:
     return value if known else tf.convert_to_tensor(value)
 
 
-def build(model: keras.Model, batch: Any, home: str, training: bool) -> None:
+def build(
+    model: keras.Model,
+    batch: Any,
+    home: str,
+    training: bool,
+    own_step: bool = False,
+) -> None:
     """Create at home what the first step would create.
 
     A tower must not create variables, so they have to be there before it.
+
+    Raises:
+        ValueError: If a model with a step of its own has layers that calling
+            the model does not build.
     """
     with tf.init_scope(), tf.device(home):
         if not _keras.is_built(model):
             types = tf.nest.map_structure(tf.type_spec_from_value, batch)
-            tf.function(
+            rehearsal = tf.function(
                 functools.partial(_rehearse, model), autograph=False
-            ).get_concrete_function(*types)
+            )
+            # A model with a step of its own may not be one to call.
+            with contextlib.suppress(*[Exception] if own_step else []):
+                rehearsal.get_concrete_function(*types)
+            unbuilt = [
+                layer.name
+                for layer in _keras.layers(model)
+                if layer is not model and not layer.built
+            ]
+            if own_step and unbuilt:
+                raise ValueError(
+                    "Expected the layers of a model with a step of its own to "
+                    f"be built before it runs on clones. Received: {unbuilt}, "
+                    "which are not. Build them, or call them once on data."
+                )
         optimizer = model.optimizer if training else None
         if optimizer is not None and not optimizer.built:
             with keras.name_scope(optimizer.name, caller=optimizer):
@@ -138,22 +213,9 @@ def _rehearse(model: keras.Model, x: Any, y: Any, sample_weight: Any) -> None:
 
 
 def run(step: Step) -> StepResult:
-    """Run the clones on their shards of a batch, and bring the results home.
-
-    A batch with fewer rows than clones goes to the first clone whole, so that
-    no clone ever runs on an empty shard.
-    """
-    everyone, first = step.options.clones, step.options.clones[:1]
+    """Run the clones on their shards of a batch, and bring the results home."""
     run_on = functools.partial(_run_on, step, functools.cache(_towers(step)))
-    if len(everyone) == 1:
-        return run_on(first)
-    if isinstance(step.rows, int):
-        return run_on(everyone if step.rows >= len(everyone) else first)
-    return tf.cond(
-        step.rows >= len(everyone),
-        lambda: run_on(everyone),
-        lambda: run_on(first),
-    )
+    return on_enough_clones(step.options.clones, step.rows, run_on)
 
 
 def _towers(step: Step) -> Callable[[bool], Callable[..., Any]]:
@@ -191,12 +253,20 @@ def _run_on(
     if step.training is None:
         results = exchange.call(exchange.trace(towers(False), layout), layout)
         return _collect(step, layout, results)
+    synchronized = (
+        synchronized_layers(model, options.batch_norm)
+        if step.training and len(clones) > 1
+        else []
+    )
     reason = exactness.why_not_by_clone(model)
+    if synchronized and options.loss == "auto":
+        reason = "layers share sums over the clones"
     if options.loss == "clones" or (options.loss == "auto" and not reason):
-        tower = exchange.trace(towers(True), layout)
-        reason = reason or exactness.why_not_on(
-            step.batch[1], tower.returns.outputs, tower.returns.masks
-        )
+        tower = exchange.trace(towers(True), layout, synchronized)
+        if tower.returns is not None:
+            reason = reason or exactness.why_not_on(
+                step.batch[1], tower.returns.outputs, tower.returns.masks
+            )
         if options.loss == "clones" and reason:
             warnings.warn(
                 "The losses of the clones do not average to the loss of the "
@@ -207,7 +277,8 @@ def _run_on(
             )
         if options.loss == "clones" or not reason:
             return _combine_losses(step, layout, tower)
-    return _gather_outputs(step, layout, exchange.trace(towers(False), layout))
+    tower = exchange.trace(towers(False), layout, synchronized)
+    return _gather_outputs(step, layout, tower)
 
 
 def _combine_losses(
