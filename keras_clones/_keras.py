@@ -37,13 +37,15 @@ def reindex_optimizer(optimizer: keras.optimizers.Optimizer) -> None:
 
     It finds them by the identity of the TensorFlow variables.
     """
-    while optimizer is not None:
-        if optimizer.built:
-            optimizer._trainable_variables_indices = {
-                optimizer._var_key(variable): index
-                for index, variable in enumerate(optimizer._trainable_variables)
-            }
-        optimizer = getattr(optimizer, "inner_optimizer", None)
+    inner = getattr(optimizer, "inner_optimizer", None)
+    for other in [*getattr(optimizer, "optimizers", []), inner]:
+        if other is not None:
+            reindex_optimizer(other)
+    if optimizer.built:
+        optimizer._trainable_variables_indices = {
+            optimizer._var_key(variable): index
+            for index, variable in enumerate(optimizer._trainable_variables)
+        }
 
 
 def optimized_variables(
@@ -158,6 +160,24 @@ def num_weight_regularizers(model: keras.Model) -> int:
     return sum(v.regularizer is not None for v in model.trainable_weights)
 
 
+def as_loss(loss: Any) -> tf.Tensor:
+    """Return an entry of `model.losses` as Keras adds it up."""
+    loss = tf.convert_to_tensor(loss)
+    return loss if loss.dtype.is_floating else tf.cast(loss, backend.floatx())
+
+
+def layers_with_scalar_losses(model: keras.Model) -> list[str]:
+    """Return the names of layers that passed a loss to `add_loss`.
+
+    Activity regularizers go the same way; layers that have one are left out.
+    """
+    return [
+        layer.name
+        for layer in layers(model)
+        if layer._loss_ids and layer.activity_regularizer is None
+    ]
+
+
 @contextlib.contextmanager
 def overriding_losses(model: keras.Model, losses: list[Any]) -> Iterator[None]:
     """Let `model.losses` return the given losses, and no others."""
@@ -235,3 +255,8 @@ def set_moments(layer: keras.layers.BatchNormalization, moments: Any) -> None:
 def unset_moments(layer: keras.layers.BatchNormalization) -> None:
     """Let a layer compute the moments of its batch itself again."""
     vars(layer).pop("_moments", None)
+
+
+def overwrites_with_gradient(variable: keras.Variable) -> bool:
+    """Say whether a variable is given its gradient for its next value."""
+    return getattr(variable, "overwrite_with_gradient", False)

@@ -175,7 +175,7 @@ def _apply_once(
 def _merge_gradient(
     variable: keras.Variable, column: Sequence[Any], shares: list[tf.Tensor]
 ) -> Any:
-    if getattr(variable, "overwrite_with_gradient", False):
+    if _keras.overwrites_with_gradient(variable):
         return gradients.largest(column)
     pairs = zip(column, shares, strict=True)
     return gradients.merge([gradients.scale(g, share) for g, share in pairs])

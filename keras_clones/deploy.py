@@ -37,6 +37,7 @@ class Deployment:
         optimizer_device: Device string, where the optimizer runs.
         loss: String, `"auto"`, `"clones"` or `"gather"`.
         batch_norm: String, `"mean"`, `"first"` or `"sync"`.
+        layer_losses: String, `"mean"` or `"sum"`, or `None`.
         jit_compile: Boolean or `"auto"`, whether XLA compiles each clone.
     """
 
@@ -46,6 +47,7 @@ class Deployment:
         clones: tuple[Clone, ...],
         loss: str,
         batch_norm: str,
+        layer_losses: str | None,
         jit_compile: bool | str,
     ) -> None:
         self.config = config
@@ -55,6 +57,7 @@ class Deployment:
         self.optimizer_device = config.optimizer_device()
         self.loss = loss
         self.batch_norm = batch_norm
+        self.layer_losses = layer_losses
         self.jit_compile = jit_compile
 
     def shard_sizes(self, batch_size: int) -> list[int]:
@@ -96,6 +99,7 @@ def clone_model(
     config: DeploymentConfig | None = None,
     loss: str = "auto",
     batch_norm: str = "mean",
+    layer_losses: str | None = None,
     jit_compile: bool | str = "auto",
 ) -> keras.Model:
     """Train, evaluate and predict a Keras model on clones of it.
@@ -128,6 +132,9 @@ def clone_model(
             first clone. `"sync"` normalizes over the global batch, as one
             device does and as a layer made with `synchronized=True` always
             does; XLA compiles no clone then. Defaults to `"mean"`.
+        layer_losses: String, `"mean"` or `"sum"`: what the scalars that layers
+            pass to `add_loss` are of the rows of a batch. Defaults to `None`:
+            means, with a warning that names the layers.
         jit_compile: Boolean, whether XLA compiles the function that each
             clone runs. Defaults to `"auto"`: on GPUs, if the model supports
             it, or where `compile` got `jit_compile=True`.
@@ -157,6 +164,7 @@ def clone_model(
     _check_model(model)
     _check_choice("loss", loss, _LOSSES)
     _check_choice("batch_norm", batch_norm, _BATCH_NORMS)
+    _check_choice("layer_losses", layer_losses, (None, "mean", "sum"))
     _check_choice("jit_compile", jit_compile, (True, False, "auto"))
     if config is None:
         config = placement.choose_config(num_clones, devices, clone_on_cpu)
@@ -173,7 +181,10 @@ def clone_model(
             f"clone_on_cpu={clone_on_cpu}, config={config}"
         )
     clones = placement.place_clones(config)
-    _attach(model, Deployment(config, clones, loss, batch_norm, jit_compile))
+    made = Deployment(
+        config, clones, loss, batch_norm, layer_losses, jit_compile
+    )
+    _attach(model, made)
     return model
 
 
@@ -242,6 +253,7 @@ def _attach(model: keras.Model, made: Deployment) -> None:
         home=made.variables_device,
         loss=made.loss,
         batch_norm=made.batch_norm,
+        layer_losses=made.layer_losses,
         jit_compile=made.jit_compile,
     )
     # `vars` passes by the model's own tracking of what it is given.
@@ -311,8 +323,9 @@ def move_home(model: keras.Model, home: str) -> None:
         variables += model.metrics_variables
         if model.optimizer is not None:
             variables += model.optimizer.variables
-    if placement.move_variables(variables, home) and model.compiled:
-        _keras.reindex_optimizer(model.optimizer)
+    if placement.move_variables(variables, home):
+        if model.compiled and model.optimizer is not None:
+            _keras.reindex_optimizer(model.optimizer)
         _forget_functions(model)
 
 

@@ -1,5 +1,7 @@
 """Which losses split over shards exactly, and may stay in the clones."""
 
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -25,12 +27,124 @@ _BY_ROW = {
     keras.losses.poisson,
     keras.losses.kl_divergence,
 }
+# Metrics whose state is a sum over rows.
+_SUMS = (
+    keras.metrics.Sum,
+    keras.metrics.Mean,
+    keras.metrics.AUC,
+    keras.metrics.Precision,
+    keras.metrics.Recall,
+    keras.metrics.TruePositives,
+    keras.metrics.TrueNegatives,
+    keras.metrics.FalsePositives,
+    keras.metrics.FalseNegatives,
+    keras.metrics.MeanIoU,
+)
+# Layers whose state has a stated policy, or comes from the weights alone.
+_OF_STATED_POLICY = (
+    keras.layers.BatchNormalization,
+    keras.layers.SpectralNormalization,
+)
 _MEANS = ("sum_over_batch_size", "mean")
 
 
 def overrides(model: keras.Model, method: str) -> bool:
     """Say whether a model's class has its own version of a Keras method."""
     return getattr(type(model), method) is not getattr(keras.Model, method)
+
+
+def check_layers(model: keras.Model) -> None:
+    """Refuse layers that cannot run on shards.
+
+    Raises:
+        ValueError: If a recurrent layer keeps its state from batch to batch.
+    """
+    stateful = [
+        layer.name
+        for layer in _keras.layers(model)
+        if isinstance(layer, keras.layers.RNN) and layer.stateful
+    ]
+    if stateful:
+        raise ValueError(
+            "Expected recurrent layers that start each batch anew. Received: "
+            f"layers with `stateful=True`: {stateful}. Their state has a row "
+            "for each row of the global batch, and a clone sees only its "
+            "shard. Pass the state from batch to batch as an input and an "
+            "output (`return_state=True`), or use one clone."
+        )
+
+
+def warn_of_inexact_state(
+    model: keras.Model, assigned: Sequence[keras.Variable], batch_norm: str
+) -> None:
+    """Warn of what a training step assigned that differs by clone.
+
+    Args:
+        model: A `keras.Model`.
+        assigned: Sequence of `keras.Variable`s that the forward pass assigned.
+        batch_norm: String, the policy of `BatchNormalization` layers.
+    """
+    ids = {id(variable) for variable in assigned}
+
+    def owners(kind: Any, keep: Callable[[Any], bool]) -> list[Any]:
+        return [
+            layer
+            for layer in _keras.layers(model)
+            if isinstance(layer, kind)
+            and keep(layer)
+            and ids & {id(v) for v in layer.variables}
+        ]
+
+    normalizing = owners(
+        keras.layers.BatchNormalization,
+        lambda layer: batch_norm != "sync" and not layer.synchronized,
+    )
+    if normalizing:
+        warnings.warn(
+            f"Layers {[layer.name for layer in normalizing]} normalize each "
+            "clone's shard by itself, so they do not train what one device "
+            "trains. `clone_model(..., batch_norm='sync')` normalizes over "
+            "the global batch.",
+            stacklevel=1,
+        )
+    alike = {
+        id(variable)
+        for layer in owners(_OF_STATED_POLICY, lambda layer: True)
+        for variable in layer.variables
+    }
+    metrics = {
+        id(v): m for m in _keras.layer_metrics(model) for v in m.variables
+    }
+    unknown = [
+        v.path
+        for v in assigned
+        if id(v) not in alike
+        and id(v) not in metrics
+        and v.aggregation == "none"
+        and keras.backend.is_float_dtype(v.dtype)
+    ]
+    if unknown:
+        warnings.warn(
+            f"Variables {unknown} are assigned in the forward pass, by each "
+            "clone from its own shard; their values are averaged by rows, "
+            "which may differ from what one device comes to. Make the "
+            "variable with `aggregation='mean'`, `'sum'` or "
+            "`'only_first_replica'` to say what is right.",
+            stacklevel=1,
+        )
+    not_sums = {
+        metrics[i].name
+        for i in ids & metrics.keys()
+        if not isinstance(metrics[i], _SUMS)
+    }
+    if not_sums:
+        warnings.warn(
+            f"Metrics {sorted(not_sums)} are updated in a layer, by each "
+            "clone with its own shard, and what they add is added up. That "
+            "is exact for a metric whose state is a sum. Update any other "
+            "in `compute_metrics`, which sees the global batch.",
+            stacklevel=1,
+        )
 
 
 def why_not_by_clone(model: keras.Model) -> str | None:

@@ -204,7 +204,5 @@ def targets(result: TowerOutput) -> list[tf.Tensor]:
 
 def bring_home(layout: Layout, values: list[Any]) -> list[Any]:
     """Send one nest of small results a clone to the variables device."""
-    return [
-        gradients.send(value, clone.device, layout.home)
-        for clone, value in zip(layout.clones, values, strict=True)
-    ]
+    sources = [clone.device for clone in layout.clones]
+    return gradients.collect(values, sources, layout.home)

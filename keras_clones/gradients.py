@@ -60,16 +60,8 @@ def unpack(packed: Sequence[tf.Tensor], spec: PackSpec) -> list[tf.Tensor]:
     return [tensors[position] for position in range(len(spec.shapes))]
 
 
-def send(values: Any, source: str, target: str) -> Any:
-    """Send a nest of tensors from one device to another."""
-    return send_to_all(values, source, [target])[0]
-
-
 def send_to_all(values: Any, source: str, targets: Sequence[str]) -> list[Any]:
-    """Send a nest of tensors from one device to several, small ones packed.
-
-    Packing and unpacking are functions that are traced once, so that the
-    graph does not grow by a node a tensor a target.
+    """Send a nest of tensors from one device to several.
 
     Args:
         values: A nest of tensors, `IndexedSlices` and `None`s.
@@ -80,29 +72,70 @@ def send_to_all(values: Any, source: str, targets: Sequence[str]) -> list[Any]:
     Returns:
         A list with one nest a target.
     """
-    tensors = tf.nest.flatten(values, expand_composites=True)
-    present = [tensor for tensor in tensors if tensor is not None]
-    if all(target == source for target in targets) or len(present) < 2:
+    if all(target == source for target in targets):
         return [values] * len(targets)
-    spec = pack_spec(present)
-    unpacking = _out_of_line(lambda *packed: unpack(packed, spec))
-    with tf.device(source):
-        packed = _out_of_line(lambda *tensors: pack(tensors, spec))(*present)
-    sent = []
-    for target in targets:
-        if target == source:
-            sent.append(values)
-            continue
+    transfer = _Transfer(values)
+    packed = transfer.pack(values, source)
+    return [
+        values if target == source else transfer.unpack(packed, values, target)
+        for target in targets
+    ]
+
+
+def collect(
+    values: list[Any], sources: Sequence[str], target: str
+) -> list[Any]:
+    """Send one nest of tensors a device to one device.
+
+    Args:
+        values: A list of nests of one structure, one a source.
+        sources: Sequence of device strings.
+        target: Device string. What is there stays as it is.
+
+    Returns:
+        A list with the nests, in their order.
+    """
+    transfer = _Transfer(values[0])
+    return [
+        value
+        if source == target
+        else transfer.unpack(transfer.pack(value, source), value, target)
+        for value, source in zip(values, sources, strict=True)
+    ]
+
+
+class _Transfer:
+    """Sends nests of one structure, their small tensors packed.
+
+    Packing and unpacking are functions that are traced once, so that the
+    graph does not grow by a node a tensor a device.
+    """
+
+    def __init__(self, like: Any) -> None:
+        spec = pack_spec(_tensors(like))
+        self._pack = _out_of_line(lambda *tensors: pack(tensors, spec))
+        self._unpack = _out_of_line(lambda *packed: unpack(packed, spec))
+
+    def pack(self, values: Any, source: str) -> list[tf.Tensor]:
+        with tf.device(source):
+            return self._pack(*_tensors(values))
+
+    def unpack(self, packed: list[tf.Tensor], like: Any, target: str) -> Any:
         with tf.device(target):
-            arrived = iter(unpacking(*packed))
-        sent.append(
-            tf.nest.pack_sequence_as(
-                values,
-                [None if t is None else next(arrived) for t in tensors],
-                expand_composites=True,
-            )
+            arrived = iter(self._unpack(*packed))
+        return tf.nest.pack_sequence_as(
+            like,
+            [
+                None if leaf is None else next(arrived)
+                for leaf in tf.nest.flatten(like, expand_composites=True)
+            ],
+            expand_composites=True,
         )
-    return sent
+
+
+def _tensors(values: Any) -> list[tf.Tensor]:
+    leaves = tf.nest.flatten(values, expand_composites=True)
+    return [leaf for leaf in leaves if leaf is not None]
 
 
 def _out_of_line(function: Callable[..., Any]) -> Callable[..., Any]:

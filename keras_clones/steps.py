@@ -31,6 +31,7 @@ class StepOptions(NamedTuple):
     home: str
     loss: str
     batch_norm: str
+    layer_losses: str | None
     jit_compile: bool | str
 
 
@@ -49,14 +50,15 @@ class StepResult(NamedTuple):
     """What the clones of a step come to, on the variables device.
 
     `loss_values` are those of single outputs that no tracker has seen yet.
-    `others` and `seeds` hold new values of `Variables`, by position.
+    `assigned` holds new values of `Variables.trainable` and `.others`, by
+    position, and `seeds` those of `.seeds`.
     """
 
     outputs: Any
     masks: list[Any]
     loss: Any
     loss_values: list[tf.Tensor]
-    others: dict[int, tf.Tensor]
+    assigned: dict[int, tf.Tensor]
     seeds: dict[int, tf.Tensor]
     gradients: list[Any]
 
@@ -148,6 +150,8 @@ def begin(
     named = {"x": x, "y": y, "sample_weight": sample_weight}
     rows = sharding.count_rows(named)
     build(model, (x, y, sample_weight), options.home, bool(training))
+    if len(options.clones) > 1:
+        exactness.check_layers(model)
     return Step(
         model=model,
         options=options,
@@ -226,6 +230,11 @@ def _towers(step: Step) -> Callable[[bool], Callable[..., Any]]:
             step.model,
             step.variables,
             training=bool(step.training),
+            layer_losses=(
+                step.options.layer_losses
+                if len(step.options.clones) > 1
+                else "mean"
+            ),
             with_loss=with_loss,
             with_gradients=with_loss and bool(step.training),
         )
@@ -293,7 +302,7 @@ def _combine_losses(
     return _collect(step, layout, results, arrived)._replace(
         loss=gradients.average([r.loss for r in arrived], layout.shares),
         loss_values=[gradients.average(v, layout.shares) for v in values],
-        gradients=_merge_gradients(columns, tower),
+        gradients=_merge_gradients(columns, step.variables.trainable, tower),
     )
 
 
@@ -337,16 +346,23 @@ def _gather_outputs(
         *(result.gradients for result in arrived), direct, strict=True
     )
     return _collect(step, layout, results, arrived)._replace(
-        loss=loss, gradients=_merge_gradients(columns, tower)
+        loss=loss,
+        gradients=_merge_gradients(columns, step.variables.trainable, tower),
     )
 
 
 def _merge_gradients(
-    columns: Iterable[Sequence[Any]], tower: exchange.TracedTower
+    columns: Iterable[Sequence[Any]],
+    variables: Sequence[keras.Variable],
+    tower: exchange.TracedTower,
 ) -> list[Any]:
     return [
-        gradients.merge(column, unique_rows=position in tower.unique_rows)
-        for position, column in enumerate(columns)
+        gradients.largest(column)
+        if _keras.overwrites_with_gradient(variable)
+        else gradients.merge(column, unique_rows=position in tower.unique_rows)
+        for position, (column, variable) in enumerate(
+            zip(columns, variables, strict=False)
+        )
     ]
 
 
@@ -358,8 +374,19 @@ def _collect(
 ) -> StepResult:
     """Join outputs if anything needs them, and merge what was assigned."""
     arrived = arrived or results
-    others = step.variables.others
-    policies = state.merge_policies(step.model, others, step.options.batch_norm)
+    variables = [*step.variables.trainable, *step.variables.others]
+    positions = list(arrived[0].assigned)
+    policies = state.merge_policies(
+        step.model,
+        [variables[i] for i in positions],
+        step.options.batch_norm,
+    )
+    if step.training and len(layout.clones) > 1:
+        exactness.warn_of_inexact_state(
+            step.model,
+            [variables[i] for i in positions],
+            step.options.batch_norm,
+        )
     wanted = step.training is None or _needs_outputs(step.model)
     outputs, masks = _join_outputs(results) if wanted else (None, [])
     return StepResult(
@@ -367,14 +394,14 @@ def _collect(
         masks=masks,
         loss=None,
         loss_values=[],
-        others={
+        assigned={
             i: state.merge(
-                policies[i],
-                others[i].value,
-                [result.others[i] for result in arrived],
+                policy,
+                variables[i].value,
+                [result.assigned[i] for result in arrived],
                 layout.shares,
             )
-            for i in arrived[0].others
+            for i, policy in zip(positions, policies, strict=True)
         },
         seeds=arrived[0].seeds,
         gradients=[],
@@ -406,8 +433,9 @@ def _resolve_jit_compile(model: keras.Model, options: StepOptions) -> bool:
 
 def assign_state(variables: Variables, result: StepResult) -> None:
     """Give the variables that the clones assigned their merged values."""
-    for position, value in result.others.items():
-        variables.others[position].assign(value)
+    mirrored = [*variables.trainable, *variables.others]
+    for position, value in result.assigned.items():
+        mirrored[position].assign(value)
     for position, value in result.seeds.items():
         variables.seeds[position].assign(value)
 

@@ -1,5 +1,6 @@
 """The tower function: the pure function that a clone runs on its shard."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -31,9 +32,9 @@ class TowerOutput(NamedTuple):
 
     `layer_losses` are the clone's parts of `model.losses`: their sum over the
     clones is that of the global batch. `loss_values` are the losses of single
-    outputs that Keras logs. `others` and `seeds` hold the new values of the
-    variables that the forward pass assigned, by position. `gradients` are
-    those of the clone's part of the scaled global loss.
+    outputs that Keras logs. `assigned` and `seeds` hold the new values of the
+    mirrors and seeds that the forward pass assigned, by position. `gradients`
+    are those of the clone's part of the scaled global loss.
     """
 
     outputs: Any
@@ -41,7 +42,7 @@ class TowerOutput(NamedTuple):
     loss: Any
     loss_values: list[tf.Tensor]
     layer_losses: list[tf.Tensor]
-    others: dict[int, tf.Tensor]
+    assigned: dict[int, tf.Tensor]
     seeds: dict[int, tf.Tensor]
     gradients: list[Any]
 
@@ -54,6 +55,7 @@ def make_tower(
     variables: Variables,
     *,
     training: bool,
+    layer_losses: str | None,
     with_loss: bool,
     with_gradients: bool,
 ) -> Tower:
@@ -67,6 +69,9 @@ def make_tower(
         model: A built `keras.Model`.
         variables: `Variables` of the model.
         training: Boolean, what the model is called with.
+        layer_losses: String, `"mean"` or `"sum"`: what a scalar that a layer
+            passes to `add_loss` is of the rows. `None` takes it for a mean,
+            with a warning.
         with_loss: Boolean, whether the clone computes its own loss.
         with_gradients: Boolean, whether it also computes the gradients.
 
@@ -74,14 +79,13 @@ def make_tower(
         A function from `TowerInput` to `TowerOutput`, with no side effects.
     """
     num_trainable = len(variables.trainable)
+    mirrored = [*variables.trainable, *variables.others]
 
     def tower(inputs: TowerInput) -> TowerOutput:
         trained = inputs.mirrors[:num_trainable]
-        others = inputs.mirrors[num_trainable:]
         trackers = _keras.loss_trackers(model) if with_loss else []
         mapping = [
-            *zip(variables.trainable, trained, strict=True),
-            *zip(variables.others, others, strict=True),
+            *zip(mirrored, inputs.mirrors, strict=True),
             *zip(variables.seeds, inputs.seeds, strict=True),
             *(
                 (v, tf.zeros(v.shape, v.dtype))
@@ -93,13 +97,12 @@ def make_tower(
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             if with_gradients:
                 tape.watch(trained)
-            with keras.StatelessScope(mapping, collect_losses=True) as scope:
-                outputs, layer_losses = _forward(
-                    model, inputs.x, inputs.share[0], training
-                )
+            with _TowerScope(mapping, trained) as scope:
+                outputs = _keras.call(model, inputs.x, training)
+                losses = _layer_losses(model, inputs.share[0], layer_losses)
                 if with_loss:
                     share = inputs.share[0]
-                    local = [l / tf.cast(share, l.dtype) for l in layer_losses]
+                    local = [l / tf.cast(share, l.dtype) for l in losses]
                     with _keras.overriding_losses(model, local):
                         loss = _keras.compute_loss(
                             model,
@@ -119,8 +122,8 @@ def make_tower(
             masks=[_keras.get_mask(t) for t in keras.tree.flatten(outputs)],
             loss=loss,
             loss_values=loss_values,
-            layer_losses=layer_losses,
-            others=_assigned(scope, variables.others, others),
+            layer_losses=losses,
+            assigned=_assigned(scope, mirrored, inputs.mirrors),
             seeds=_assigned(scope, variables.seeds, inputs.seeds),
             gradients=gradients,
         )
@@ -128,25 +131,69 @@ def make_tower(
     return tower
 
 
-def _forward(
-    model: keras.Model, x: Any, share: tf.Tensor, training: bool
-) -> tuple[Any, list[tf.Tensor]]:
-    """Call the model; return its outputs and its parts of `model.losses`.
+class _TowerScope(keras.StatelessScope):
+    """A scope whose assignments stop gradients, as assigning variables does.
 
-    A scalar loss is taken for a mean over the batch (Keras divides activity
-    regularizers by the rows), or for a value that is the same in every clone.
-    The entries of any other loss are added up, as Keras does.
+    What reads a variable after an assignment has a gradient with respect to
+    the variable, and none with respect to what the new value came from.
     """
-    outputs = _keras.call(model, x, training)
+
+    def __init__(
+        self,
+        mapping: list[tuple[keras.Variable, tf.Tensor]],
+        trained: list[tf.Tensor],
+    ) -> None:
+        super().__init__(mapping, collect_losses=True)
+        trained_ids = {id(mirror) for mirror in trained}
+        self._trained = {
+            id(variable): mirror
+            for variable, mirror in mapping
+            if id(mirror) in trained_ids
+        }
+
+    def add_update(self, update: tuple[keras.Variable, Any]) -> None:
+        variable, value = update
+        value = tf.stop_gradient(value)
+        mirror = self._trained.get(id(variable))
+        if mirror is not None:
+            value += mirror - tf.stop_gradient(mirror)
+        super().add_update((variable, value))
+
+
+def _layer_losses(
+    model: keras.Model, share: tf.Tensor, scalars: str | None
+) -> list[tf.Tensor]:
+    """Return the clone's parts of `model.losses`.
+
+    The entries of a loss that is no scalar are added up, as Keras does. A
+    scalar is a mean over the rows (Keras divides activity regularizers by
+    them) or a sum, as the user says. A weight regularizer is the same in
+    every clone, so its share of the rows counts it once.
+    """
+    losses = [_keras.as_loss(loss) for loss in model.losses]
+    num_own = len(losses) - _keras.num_weight_regularizers(model)
     parts = []
-    for loss in model.losses:
-        loss = tf.convert_to_tensor(loss)
-        if loss.dtype.is_integer or loss.dtype.is_bool:
-            loss = tf.cast(loss, keras.config.floatx())
-        if loss.shape.rank == 0:
+    if scalars is None and any(l.shape.rank == 0 for l in losses[:num_own]):
+        _warn_of_scalar_losses(model)
+    for position, loss in enumerate(losses):
+        is_mean = position >= num_own or scalars != "sum"
+        if loss.shape.rank == 0 and is_mean:
             loss = loss * tf.cast(share, loss.dtype)
         parts.append(tf.reduce_sum(loss))
-    return outputs, parts
+    return parts
+
+
+def _warn_of_scalar_losses(model: keras.Model) -> None:
+    """Warn of scalars passed to `add_loss` that are taken for means."""
+    names = _keras.layers_with_scalar_losses(model)
+    if names:
+        warnings.warn(
+            f"Layers {names} pass scalars to `add_loss`, which are taken for "
+            "means over the rows of the batch. Say "
+            "`clone_model(..., layer_losses='mean')` if they are, or 'sum' if "
+            "they are sums.",
+            stacklevel=1,
+        )
 
 
 def _tracked_value(

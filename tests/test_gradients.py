@@ -86,6 +86,9 @@ def test_send_brings_a_nest_as_it_was(in_graph):
         arrived = gradients.send_to_all(
             nest, "/device:CPU:0", ["/device:CPU:1", "/device:CPU:0"]
         )
+        arrived += gradients.collect(
+            arrived, ["/device:CPU:1", "/device:CPU:0"], "/device:CPU:2"
+        )
         received.extend(arrived)
         return arrived
 
