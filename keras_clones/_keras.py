@@ -260,3 +260,8 @@ def unset_moments(layer: keras.layers.BatchNormalization) -> None:
 def overwrites_with_gradient(variable: keras.Variable) -> bool:
     """Say whether a variable is given its gradient for its next value."""
     return getattr(variable, "overwrite_with_gradient", False)
+
+
+def embedding_table(layer: keras.layers.Embedding) -> keras.Variable:
+    """Return the variable of an embedding: `embeddings` may be a tensor."""
+    return layer._embeddings

@@ -47,6 +47,7 @@ def lay_out(
     batch: Any,
     rows: sharding.Rows,
     variables: Variables,
+    tables: Sequence[keras.Variable],
     loss_scale: tf.Tensor,
     clones: Sequence[Clone],
     home: str,
@@ -58,6 +59,7 @@ def lay_out(
         rows: Integer or scalar int32 tensor, the rows of the batch, at least
             as many as there are clones.
         variables: `Variables` of the model, each read once.
+        tables: Sequence of the variables that are not sent, but looked up.
         loss_scale: Scalar tensor, what the optimizer multiplies the loss by.
         clones: Sequence of `Clone`s.
         home: Device string, where the batch and the variables are.
@@ -67,8 +69,12 @@ def lay_out(
     total = tf.cast(rows, tf.float64)
     shares = [tf.cast(size, tf.float64) / total for size in sizes]
     seeds = [v.value.read_value() for v in variables.seeds]
+    stay = {id(table) for table in tables}
     mirrors = gradients.send_to_all(
-        [v.value.read_value() for v in variables.trainable + variables.others],
+        [
+            None if id(variable) in stay else variable.value.read_value()
+            for variable in variables.trainable + variables.others
+        ],
         home,
         [clone.device for clone in clones],
     )
@@ -126,7 +132,10 @@ def trace(
         lambda one, *more: one.most_specific_common_supertype(more), *types
     )
     concrete = function.get_concrete_function(common)
-    mirrors = concrete.inputs[: len(layout.inputs[0].mirrors)]
+    mirrors: list[Any] = list(layout.inputs[0].mirrors)
+    sent = [i for i, mirror in enumerate(mirrors) if mirror is not None]
+    for position, value in zip(sent, concrete.inputs, strict=False):
+        mirrors[position] = value
     return TracedTower(
         function.python_function if inline else concrete,
         concrete.structured_outputs,
@@ -160,16 +169,20 @@ def _each(
 
 
 def call_with_pullback(
-    tower: TracedTower, layout: Layout, num_trainable: int
+    tower: TracedTower, layout: Layout, watched: Sequence[Sequence[Any]]
 ) -> tuple[list[TowerOutput], Callable[[list[list[Any]]], list[list[Any]]]]:
     """Run a tower on every clone, ready to run backward later.
+
+    Args:
+        tower: `TracedTower` without a loss of its own.
+        layout: `Layout` of the global batch.
+        watched: Sequence of what gradients are wanted for, one a clone.
 
     Returns:
         The results, and a function that takes the gradients of the loss with
         respect to each clone's `targets` and returns those with respect to
-        its mirrors of the trainable variables.
+        what is watched.
     """
-    watched = [inputs.mirrors[:num_trainable] for inputs in layout.inputs]
 
     def forward(i: int) -> tuple[TowerOutput, tf.GradientTape]:
         with tf.GradientTape(watch_accessed_variables=False) as tape:
@@ -186,7 +199,7 @@ def call_with_pullback(
                 return [None] * len(watched[i])
             wanted, upstream = zip(*known, strict=True)
             return tapes[i].gradient(
-                wanted, watched[i], output_gradients=upstream
+                wanted, list(watched[i]), output_gradients=upstream
             )
 
         return _each(tower, layout, backward)

@@ -20,19 +20,27 @@ class PackSpec(NamedTuple):
     shapes: list[tf.TensorShape]
 
 
-def pack_spec(tensors: Sequence[tf.Tensor]) -> PackSpec:
-    """Choose what travels packed: small tensors of known shape, by dtype."""
+def pack_spec(*tensors: Sequence[tf.Tensor]) -> PackSpec:
+    """Choose what travels packed: small tensors of known shape, by dtype.
+
+    Args:
+        *tensors: Sequences of as many tensors, one for each time that the
+            spec is to be used.
+    """
     by_dtype: dict[tf.DType, list[int]] = {}
-    for position, tensor in enumerate(tensors):
-        size = tensor.shape.num_elements()
-        if size is not None and size * tensor.dtype.size <= PACK_BYTES:
-            by_dtype.setdefault(tensor.dtype, []).append(position)
+    columns = list(zip(*tensors, strict=True))
+    for position, column in enumerate(columns):
+        first = column[0]
+        size = first.shape.num_elements()
+        fixed = all(tensor.shape == first.shape for tensor in column)
+        if fixed and size is not None and size * first.dtype.size <= PACK_BYTES:
+            by_dtype.setdefault(first.dtype, []).append(position)
     groups = [group for group in by_dtype.values() if len(group) > 1]
     packed = {position for group in groups for position in group}
     return PackSpec(
         groups=groups,
-        alone=[p for p in range(len(tensors)) if p not in packed],
-        shapes=[tensor.shape for tensor in tensors],
+        alone=[p for p in range(len(columns)) if p not in packed],
+        shapes=[column[0].shape for column in columns],
     )
 
 
@@ -74,7 +82,7 @@ def send_to_all(values: Any, source: str, targets: Sequence[str]) -> list[Any]:
     """
     if all(target == source for target in targets):
         return [values] * len(targets)
-    transfer = _Transfer(values)
+    transfer = _Transfer([values])
     packed = transfer.pack(values, source)
     return [
         values if target == source else transfer.unpack(packed, values, target)
@@ -95,7 +103,7 @@ def collect(
     Returns:
         A list with the nests, in their order.
     """
-    transfer = _Transfer(values[0])
+    transfer = _Transfer(values)
     return [
         value
         if source == target
@@ -111,8 +119,8 @@ class _Transfer:
     graph does not grow by a node a tensor a device.
     """
 
-    def __init__(self, like: Any) -> None:
-        spec = pack_spec(_tensors(like))
+    def __init__(self, nests: list[Any]) -> None:
+        spec = pack_spec(*(_tensors(nest) for nest in nests))
         self._pack = _out_of_line(lambda *tensors: pack(tensors, spec))
         self._unpack = _out_of_line(lambda *packed: unpack(packed, spec))
 

@@ -21,7 +21,8 @@ from keras_clones import (
 from keras_clones.placement import Clone, logical_devices
 from keras_clones.state import Variables
 from keras_clones.synchronize import synchronized_layers
-from keras_clones.tower import TowerOutput, make_tower
+from keras_clones.tables import large_tables, looked_up_at_home
+from keras_clones.tower import TowerOutput, make_tower, sources
 
 
 class StepOptions(NamedTuple):
@@ -44,6 +45,8 @@ class Step(NamedTuple):
     batch: tuple[Any, Any, Any]
     rows: sharding.Rows
     training: bool | None
+    tables: Sequence[keras.Variable]
+    jit_compile: bool
 
 
 class StepResult(NamedTuple):
@@ -152,6 +155,7 @@ def begin(
     build(model, (x, y, sample_weight), options.home, bool(training))
     if len(options.clones) > 1:
         exactness.check_layers(model)
+    jit_compile = _resolve_jit_compile(model, options)
     return Step(
         model=model,
         options=options,
@@ -159,6 +163,8 @@ def begin(
         batch=(x, y, sample_weight),
         rows=rows,
         training=training,
+        tables=[] if jit_compile else large_tables(model),
+        jit_compile=jit_compile,
     )
 
 
@@ -219,7 +225,8 @@ def _rehearse(model: keras.Model, x: Any, y: Any, sample_weight: Any) -> None:
 def run(step: Step) -> StepResult:
     """Run the clones on their shards of a batch, and bring the results home."""
     run_on = functools.partial(_run_on, step, functools.cache(_towers(step)))
-    return on_enough_clones(step.options.clones, step.rows, run_on)
+    with looked_up_at_home(step.tables, step.options.home):
+        return on_enough_clones(step.options.clones, step.rows, run_on)
 
 
 def _towers(step: Step) -> Callable[[bool], Callable[..., Any]]:
@@ -238,9 +245,7 @@ def _towers(step: Step) -> Callable[[bool], Callable[..., Any]]:
             with_loss=with_loss,
             with_gradients=with_loss and bool(step.training),
         )
-        return exchange.out_of_line(
-            tower, _resolve_jit_compile(step.model, step.options)
-        )
+        return exchange.out_of_line(tower, step.jit_compile)
 
     return make
 
@@ -255,6 +260,7 @@ def _run_on(
         step.batch,
         step.rows,
         step.variables,
+        step.tables,
         model.optimizer.scale_loss(1.0) if step.training else 1.0,
         clones,
         options.home,
@@ -312,9 +318,11 @@ def _gather_outputs(
     """Compute one loss on the joined outputs, and send its gradient back."""
     model, trainable = step.model, step.variables.trainable
     x, y, sample_weight = step.batch
-    results, pullback = exchange.call_with_pullback(
-        tower, layout, len(trainable) if step.training else 0
-    )
+    watched = [
+        sources(step.variables, inputs) if step.training else []
+        for inputs in layout.inputs
+    ]
+    results, pullback = exchange.call_with_pullback(tower, layout, watched)
     targets = [exchange.targets(result) for result in results]
     with tf.GradientTape() as tape:
         tape.watch(targets)

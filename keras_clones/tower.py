@@ -15,11 +15,12 @@ class TowerInput(NamedTuple):
     """What a clone gets for one step.
 
     `mirrors` holds the values of `Variables.trainable`, then of
-    `Variables.others`. `share` holds two float64 numbers: the rows of the
-    shard over the rows of the global batch, and the optimizer's loss scale.
+    `Variables.others`, and `None` for a table that stays home.
+    `share` holds two float64 numbers: the rows of the shard over the rows of
+    the global batch, and the optimizer's loss scale.
     """
 
-    mirrors: list[tf.Tensor]
+    mirrors: list[tf.Tensor | None]
     seeds: list[tf.Tensor]
     x: Any
     y: Any
@@ -78,14 +79,19 @@ def make_tower(
     Returns:
         A function from `TowerInput` to `TowerOutput`, with no side effects.
     """
-    num_trainable = len(variables.trainable)
     mirrored = [*variables.trainable, *variables.others]
 
     def tower(inputs: TowerInput) -> TowerOutput:
-        trained = inputs.mirrors[:num_trainable]
+        trained = sources(variables, inputs)
         trackers = _keras.loss_trackers(model) if with_loss else []
         mapping = [
-            *zip(mirrored, inputs.mirrors, strict=True),
+            *(
+                (variable, mirror)
+                for variable, mirror in zip(
+                    mirrored, inputs.mirrors, strict=True
+                )
+                if mirror is not None
+            ),
             *zip(variables.seeds, inputs.seeds, strict=True),
             *(
                 (v, tf.zeros(v.shape, v.dtype))
@@ -129,6 +135,19 @@ def make_tower(
         )
 
     return tower
+
+
+def sources(variables: Variables, inputs: TowerInput) -> list[Any]:
+    """Return what a clone's gradients are with respect to.
+
+    These are the mirrors of the trainable variables, or the variable itself
+    where it is a table that stays home.
+    """
+    mirrors = inputs.mirrors[: len(variables.trainable)]
+    return [
+        variable.value if mirror is None else mirror
+        for variable, mirror in zip(variables.trainable, mirrors, strict=True)
+    ]
 
 
 class _TowerScope(keras.StatelessScope):

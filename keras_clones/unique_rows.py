@@ -16,11 +16,12 @@ _UNIQUE = ("Unique", "UniqueV2")
 _LOOKUPS = ("GatherV2", "ResourceGather")
 
 
-def looked_up_once(tables: Sequence[tf.Tensor]) -> frozenset[int]:
+def looked_up_once(tables: Sequence[tf.Tensor | None]) -> frozenset[int]:
     """Return the positions of the tables whose every look-up is of unique ids.
 
     Args:
-        tables: Sequence of tensors in a graph, the values of variables.
+        tables: Sequence of tensors in a graph, the values of variables, or
+            `None` where there is none.
     """
     return frozenset(
         position
@@ -30,9 +31,11 @@ def looked_up_once(tables: Sequence[tf.Tensor]) -> frozenset[int]:
     )
 
 
-def _lookups(table: tf.Tensor) -> list[Any]:
+def _lookups(table: tf.Tensor | None) -> list[Any]:
     """Return the operations that look rows of a table up."""
     found = []
+    if table is None:
+        return []
     for consumer in table.consumers():
         if consumer.type in _LOOKUPS and consumer.inputs[0] is table:
             found.append(consumer)

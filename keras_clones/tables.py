@@ -1,0 +1,62 @@
+"""Large embedding tables: they stay home, and only their rows travel."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import keras
+import tensorflow as tf
+
+from keras_clones import _keras
+
+# A smaller table is sent whole, packed or not: its rows would save little.
+LARGE_BYTES = 1 << 20
+
+
+def large_tables(model: keras.Model) -> list[keras.Variable]:
+    """Return the tables of a model that are large and only looked up.
+
+    A table that is regularized, quantized or adapted by LoRA is read whole.
+    """
+    tables = [
+        _keras.embedding_table(layer)
+        for layer in _keras.layers(model)
+        if isinstance(layer, keras.layers.Embedding)
+        and layer.built
+        and not layer.lora_enabled
+        and layer.quantization_mode is None
+    ]
+    return [
+        table
+        for table in tables
+        if table.regularizer is None
+        and table.shape.num_elements() * tf.as_dtype(table.dtype).size
+        >= LARGE_BYTES
+    ]
+
+
+@contextlib.contextmanager
+def looked_up_at_home(
+    tables: Sequence[keras.Variable], home: str
+) -> Iterator[None]:
+    """Look rows up where the table is, for the time of a trace.
+
+    `tf.gather` asks its first argument for `sparse_read`, which TensorFlow's
+    variables have and Keras's lack.
+    """
+
+    def read(table: keras.Variable) -> object:
+        def sparse_read(
+            indices: tf.Tensor, name: str | None = None
+        ) -> tf.Tensor:
+            with tf.device(home):
+                return table.value.sparse_read(indices, name=name)
+
+        return sparse_read
+
+    try:
+        for table in tables:
+            vars(table)["sparse_read"] = read(table)
+        yield
+    finally:
+        for table in tables:
+            vars(table).pop("sparse_read", None)

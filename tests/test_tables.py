@@ -1,0 +1,105 @@
+"""A large table stays home, and trains as it does in plain Keras."""
+
+import cases
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers, ops
+
+from keras_clones import clone_model, tables
+
+
+def pooled():
+    return keras.Sequential(
+        [
+            keras.Input((6,), dtype="int32"),
+            layers.Embedding(5000, 64),
+            layers.GlobalAveragePooling1D(),
+            layers.Dense(3),
+        ]
+    )
+
+
+class Tied(keras.Model):
+    """Looks rows up, and multiplies by the whole table."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = layers.Embedding(5000, 64)
+
+    def call(self, x):
+        hidden = ops.mean(self.table(x), axis=1)
+        return ops.matmul(hidden, ops.transpose(self.table.embeddings))
+
+
+def data():
+    rng = np.random.default_rng(0)
+    return rng.integers(0, 5000, (22, 6)), rng.integers(0, 3, 22)
+
+
+@pytest.mark.parametrize("loss", ["clones", "gather"])
+@pytest.mark.parametrize("make", [pooled, Tied])
+@pytest.mark.parametrize("eagerly", [False, True])
+def test_large_tables_train_the_same(make, loss, eagerly, float64):
+    trained = []
+    for num_clones in (None, 2, 3):
+        keras.utils.set_random_seed(1)
+        model = make()
+        if num_clones:
+            clone_model(model, num_clones, loss=loss)
+        model.compile(
+            "adam",
+            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            run_eagerly=eagerly,
+        )
+        model.fit(*data(), batch_size=8, epochs=2, verbose=0)
+        trained.append(cases.weights(model))
+    assert cases.difference(trained[0], trained[1]) < 1e-12
+    assert cases.difference(trained[0], trained[2]) < 1e-12
+
+
+@pytest.mark.parametrize("limit", [1 << 20, 1 << 40])
+def test_only_rows_of_a_large_table_travel(limit, monkeypatch):
+    monkeypatch.setattr(tables, "LARGE_BYTES", limit)
+    model = clone_model(pooled(), 2)
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy())
+
+    @tf.function
+    def step(x, y):
+        return model.train_step((x, y))
+
+    x, y = (tf.constant(array) for array in data())
+    library = step.get_concrete_function(x, y).graph.as_graph_def().library
+    (tower,) = (f for f in library.function if "tower" in f.signature.name)
+    lookups = [n.device for n in tower.node_def if n.op == "ResourceGather"]
+    whole = [a for a in tower.signature.input_arg if a.type == tf.float32]
+    shapes = [
+        [
+            d.size
+            for d in tower.arg_attr[i].attr["_output_shapes"].list.shape[0].dim
+        ]
+        for i, a in enumerate(tower.signature.input_arg)
+        if a in whole
+    ]
+    assert ([5000, 64] in shapes) == (limit > 1 << 20)
+    assert lookups == ([] if limit > 1 << 20 else ["/device:CPU:0"])
+    # What is read for the shape of the table alone is pruned.
+    reads = {n.name for n in tower.node_def if n.op == "ReadVariableOp"}
+    used = {name.split(":")[0] for n in tower.node_def for name in n.input}
+    assert not reads & used
+
+
+def test_tables_that_are_read_whole_are_sent():
+    small = layers.Embedding(10, 4)
+    penalized = layers.Embedding(5000, 64, embeddings_regularizer="l2")
+    adapted = layers.Embedding(5000, 64)
+    large = layers.Embedding(5000, 64)
+    model = keras.Sequential([small, penalized, adapted, large])
+    for layer in model.layers:
+        layer.build()
+    adapted.enable_lora(2)
+    assert tables.large_tables(model) == [large.embeddings]
+    with tables.looked_up_at_home([large.embeddings], "/device:CPU:0"):
+        assert hasattr(large.embeddings, "sparse_read")
+    assert not hasattr(large.embeddings, "sparse_read")
