@@ -12,7 +12,14 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_clones import _keras, gradients, rendezvous, sharding, state
+from keras_clones import (
+    _keras,
+    exactness,
+    gradients,
+    rendezvous,
+    sharding,
+    state,
+)
 from keras_clones.placement import Clone
 from keras_clones.synchronize import over_clones, synchronized_layers
 
@@ -240,6 +247,7 @@ def _merge_state(
     seeds = {id(v) for v in state.model_variables(model).seeds}
     assigned = scopes[0].assigned_variables()
     policies = state.merge_policies(model, assigned, batch_norm)
+    exactness.warn_of_inexact_state(model, assigned, batch_norm)
     for variable, policy in zip(assigned, policies, strict=True):
         merged = state.merge(
             "first" if id(variable) in seeds else policy,

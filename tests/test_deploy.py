@@ -122,16 +122,6 @@ def test_more_clones_than_gpus(two_gpus):
     assert deployment(model) is None
 
 
-class OwnTrainStep(keras.Sequential):
-    def train_step(self, data):
-        return super().train_step(data)
-
-
-class OwnPredictStep(keras.Sequential):
-    def predict_step(self, data):
-        return super().predict_step(data)
-
-
 def under_a_strategy():
     with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
         return cases.mlp()
@@ -181,8 +171,7 @@ def under_a_strategy():
         (cases.mlp, {"loss": "mean"}, ValueError, "must be one of"),
         (cases.mlp, {"batch_norm": None}, ValueError, "must be one of"),
         (cases.mlp, {"jit_compile": "yes"}, ValueError, "must be one of"),
-        (OwnTrainStep, {}, ValueError, "overrides `train_step`"),
-        (OwnPredictStep, {}, ValueError, "overrides `predict_step`"),
+        (cases.mlp, {"layer_losses": "max"}, ValueError, "must be one of"),
         (under_a_strategy, {}, ValueError, "outside of every `tf.distribute`"),
     ],
 )
