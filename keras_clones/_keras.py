@@ -48,6 +48,16 @@ def reindex_optimizer(optimizer: keras.optimizers.Optimizer) -> None:
         }
 
 
+def optimizers(model: keras.Model) -> list[keras.optimizers.Optimizer]:
+    """Return the optimizers of a model: a step of its own may use several."""
+    return [
+        value
+        for layer in layers(model)
+        for value in vars(layer).values()
+        if isinstance(value, keras.optimizers.Optimizer)
+    ]
+
+
 def optimized_variables(
     optimizer: keras.optimizers.Optimizer,
 ) -> list[keras.Variable]:

@@ -169,7 +169,8 @@ def _apply_once(
     if variables is None:
         variables = _keras.optimized_variables(optimizer)
     if not optimizer.built:
-        with tf.init_scope(), keras.name_scope(optimizer.name):
+        name = keras.name_scope(optimizer.name, caller=optimizer)
+        with tf.init_scope(), tf.device(batch.home), name:
             optimizer.build(variables)
     columns = zip(*(grads for grads, _ in calls), strict=True)
     merged = [

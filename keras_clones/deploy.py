@@ -321,11 +321,12 @@ def move_home(model: keras.Model, home: str) -> None:
     variables = [v for group in state.model_variables(model) for v in group]
     if model.compiled:
         variables += model.metrics_variables
-        if model.optimizer is not None:
-            variables += model.optimizer.variables
+    optimizers = _keras.optimizers(model)
+    for optimizer in optimizers:
+        variables += optimizer.variables
     if placement.move_variables(variables, home):
-        if model.compiled and model.optimizer is not None:
-            _keras.reindex_optimizer(model.optimizer)
+        for optimizer in optimizers:
+            _keras.reindex_optimizer(optimizer)
         _forget_functions(model)
 
 

@@ -204,6 +204,19 @@ def test_two_optimizers(num_clones, float64):
     assert cases.difference(logs, clone_logs) < 1e-10
 
 
+def test_every_optimizer_lives_on_the_cpu():
+    rng = np.random.default_rng(0)
+    data = rng.normal(size=(8, 6)), rng.normal(size=(8, 4))
+    with tf.device("CPU:3"):
+        model = clone_model(Adversarial(), devices=["CPU:1", "CPU:2"])
+        model.compile(keras.optimizers.Adam(), keras.optimizers.RMSprop())
+        model.fit(*(a.astype("float32") for a in data), verbose=0)
+    for optimizer in (model.d_optimizer, model.g_optimizer):
+        assert len(optimizer.variables) > 2
+        for variable in optimizer.variables:
+            assert variable.value.device.endswith("CPU:0"), variable.path
+
+
 class Conditional(keras.Sequential):
     def train_step(self, data):
         x, y = data

@@ -86,6 +86,25 @@ def test_one_clone_is_plain_keras_bit_for_bit(floatx):
         np.testing.assert_array_equal(one, other)
 
 
+def test_augmentation_differs_from_clone_to_clone_and_is_reproducible():
+    outputs = []
+    for _ in range(2):
+        keras.utils.set_random_seed(3)
+        augment = keras.Sequential(
+            [
+                keras.Input((4, 4, 3)),
+                keras.layers.RandomBrightness(0.9, value_range=(0, 1)),
+                keras.layers.Flatten(),
+            ]
+        )
+        model = clone_model(cases.Recorder(augment), 4)
+        model.compile("sgd", "mse")
+        model.train_on_batch(np.full((8, 4, 4, 3), 0.5), np.zeros((8, 48)))
+        outputs.append(np.asarray(model.seen))
+    np.testing.assert_array_equal(*outputs)
+    assert len({row[0] for row in outputs[0].tolist()}) == 8
+
+
 def test_dropout_differs_from_clone_to_clone_and_is_reproducible():
     outputs = []
     for _ in range(2):
