@@ -140,6 +140,34 @@ def has_compiled_metrics(model: keras.Model) -> bool:
     return model._compile_metrics is not None
 
 
+def compiled_metrics(model: keras.Model) -> list[keras.Metric]:
+    """Return the metrics given to `compile`, as Keras resolved them."""
+    if model._compile_metrics is None:
+        return []
+    return model._compile_metrics.metrics
+
+
+def metric_variables(model: keras.Model) -> list[keras.Variable]:
+    """Return the variables of the metrics given to `compile`, each once."""
+    variables = [v for m in compiled_metrics(model) for v in m.variables]
+    return list({id(v): v for v in variables}.values())
+
+
+def update_compiled_metrics(
+    model: keras.Model, y: Any, y_pred: Any, sample_weight: Any
+) -> None:
+    """Update the metrics given to `compile`, without reading results."""
+    if model._compile_metrics is not None:
+        model._compile_metrics.update_state(y, y_pred, sample_weight)
+
+
+def metric_function(
+    metric: keras.metrics.MeanMetricWrapper,
+) -> tuple[Any, dict[str, Any]]:
+    """Return the function that a metric averages, and its arguments."""
+    return metric._fn, metric._fn_kwargs
+
+
 def call(model: keras.Model, x: Any, training: bool) -> Any:
     """Call a model as Keras's own steps do."""
     if model._call_has_training_arg:

@@ -15,6 +15,8 @@ class StepResult(NamedTuple):
     """What the clones of a step come to, on the variables device.
 
     `loss_values` are those of single outputs that no tracker has seen yet.
+    `metrics` is what the batch adds to the variables of the compiled metrics,
+    or `None` where they are still to see the outputs.
     `assigned` holds new values of `Variables.trainable` and `.others`, by
     position, and `seeds` those of `.seeds`.
     """
@@ -23,13 +25,17 @@ class StepResult(NamedTuple):
     masks: list[Any]
     loss: Any
     loss_values: list[tf.Tensor]
+    metrics: list[tf.Tensor] | None
     assigned: dict[int, tf.Tensor]
     seeds: dict[int, tf.Tensor]
     gradients: list[Any]
 
 
 def combine_losses(
-    step: Step, layout: exchange.Layout, tower: exchange.TracedTower
+    step: Step,
+    layout: exchange.Layout,
+    tower: exchange.TracedTower,
+    with_metrics: bool,
 ) -> StepResult:
     """Average the losses that the clones compute, each by its rows."""
     results = exchange.call(tower, layout)
@@ -37,9 +43,12 @@ def combine_losses(
     arrived = exchange.bring_home(layout, small)
     columns = zip(*(result.gradients for result in arrived), strict=True)
     values = zip(*(result.loss_values for result in arrived), strict=True)
-    return collect_results(step, layout, results, arrived)._replace(
+    added = zip(*(result.metrics for result in arrived), strict=True)
+    wanted = not with_metrics and needs_outputs(step.model)
+    return collect_results(step, layout, results, arrived, wanted)._replace(
         loss=gradients.average([r.loss for r in arrived], layout.shares),
         loss_values=[gradients.average(v, layout.shares) for v in values],
+        metrics=[tf.add_n(part) for part in added] if with_metrics else None,
         gradients=_merge_gradients(columns, step.variables.trainable, tower),
     )
 
@@ -67,7 +76,9 @@ def gather_outputs(
                 model, x, y, outputs, sample_weight, bool(step.training)
             )
     if not step.training:
-        return collect_results(step, layout, results)._replace(loss=loss)
+        return collect_results(
+            step, layout, results, results, needs_outputs(model)
+        )._replace(loss=loss)
     pulled, direct = tape.gradient(
         loss,
         (targets, [variable.value for variable in trainable]),
@@ -85,7 +96,9 @@ def gather_outputs(
     columns = zip(
         *(result.gradients for result in arrived), direct, strict=True
     )
-    return collect_results(step, layout, results, arrived)._replace(
+    return collect_results(
+        step, layout, results, arrived, needs_outputs(model)
+    )._replace(
         loss=loss,
         gradients=_merge_gradients(columns, step.variables.trainable, tower),
     )
@@ -110,10 +123,19 @@ def collect_results(
     step: Step,
     layout: exchange.Layout,
     results: list[TowerOutput],
-    arrived: list[TowerOutput] | None = None,
+    arrived: list[TowerOutput],
+    with_outputs: bool,
 ) -> StepResult:
-    """Join outputs if anything needs them, and merge what was assigned."""
-    arrived = arrived or results
+    """Merge what was assigned, and join the outputs if they are needed.
+
+    Args:
+        step: `Step` that the clones ran.
+        layout: `Layout` of its batch.
+        results: List with what each clone returned.
+        arrived: The same on the variables device, outputs left out.
+        with_outputs: Boolean, whether anything needs the outputs, which stay
+            in the clones else.
+    """
     variables = [*step.variables.trainable, *step.variables.others]
     positions = list(arrived[0].assigned)
     policies = state.merge_policies(
@@ -127,13 +149,13 @@ def collect_results(
             [variables[i] for i in positions],
             step.options.batch_norm,
         )
-    wanted = step.training is None or needs_outputs(step.model)
-    outputs, masks = _join_outputs(results) if wanted else (None, [])
+    outputs, masks = _join_outputs(results) if with_outputs else (None, [])
     return StepResult(
         outputs=outputs,
         masks=masks,
         loss=None,
         loss_values=[],
+        metrics=None,
         assigned={
             i: state.merge(
                 policy,
@@ -157,7 +179,7 @@ def _join_outputs(results: list[TowerOutput]) -> tuple[Any, list[Any]]:
 
 
 def needs_outputs(model: keras.Model) -> bool:
-    """Say whether metrics need the outputs, which stay in the clones else."""
+    """Say whether metrics have to see the outputs."""
     return _keras.has_compiled_metrics(model) or exactness.overrides(
         model, "compute_metrics"
     )

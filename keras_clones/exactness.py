@@ -27,6 +27,38 @@ _BY_ROW = {
     keras.losses.poisson,
     keras.losses.kl_divergence,
 }
+# Functions that metrics average, which judge each row by itself.
+_JUDGED_BY_ROW = _BY_ROW | {
+    keras.metrics.binary_accuracy,
+    keras.metrics.categorical_accuracy,
+    keras.metrics.sparse_categorical_accuracy,
+    keras.metrics.top_k_categorical_accuracy,
+    keras.metrics.sparse_top_k_categorical_accuracy,
+}
+# Metrics that add up over the rows, given targets and outputs. A subclass may
+# do anything, so these are compared with the type itself.
+ADDITIVE = {
+    keras.metrics.AUC,
+    keras.metrics.BinaryIoU,
+    keras.metrics.F1Score,
+    keras.metrics.FBetaScore,
+    keras.metrics.FalseNegatives,
+    keras.metrics.FalsePositives,
+    keras.metrics.IoU,
+    keras.metrics.MeanIoU,
+    keras.metrics.OneHotIoU,
+    keras.metrics.OneHotMeanIoU,
+    keras.metrics.Precision,
+    keras.metrics.PrecisionAtRecall,
+    keras.metrics.R2Score,
+    keras.metrics.Recall,
+    keras.metrics.RecallAtPrecision,
+    keras.metrics.RootMeanSquaredError,
+    keras.metrics.SensitivityAtSpecificity,
+    keras.metrics.SpecificityAtSensitivity,
+    keras.metrics.TrueNegatives,
+    keras.metrics.TruePositives,
+}
 # Metrics whose state is a sum over rows.
 _SUMS = (
     keras.metrics.Sum,
@@ -145,6 +177,32 @@ def warn_of_inexact_state(
             "in `compute_metrics`, which sees the global batch.",
             stacklevel=1,
         )
+
+
+def metrics_add_up(model: keras.Model) -> bool:
+    """Say whether the compiled metrics' states are sums over the rows.
+
+    Each clone can then update them by its own shard, from zero, and what it
+    comes to is added up; the outputs stay in the clones.
+    """
+    return not overrides(model, "compute_metrics") and all(
+        adds_up(metric) for metric in _keras.compiled_metrics(model)
+    )
+
+
+def adds_up(metric: keras.Metric) -> bool:
+    """Say whether a built-in metric's state is a sum over the rows."""
+    if type(metric) in ADDITIVE:
+        return True
+    kind = keras.metrics.MeanMetricWrapper
+    if not isinstance(metric, kind) or (
+        type(metric).update_state is not kind.update_state
+    ):
+        return False
+    function, arguments = _keras.metric_function(metric)
+    # A function may be any object with `__call__`, also one with no hash.
+    known = any(function is one for one in _JUDGED_BY_ROW)
+    return known and arguments.get("axis", -1) == -1
 
 
 def why_not_by_clone(model: keras.Model) -> str | None:

@@ -116,6 +116,7 @@ def _towers(step: Step) -> Callable[[bool], Callable[..., Any]]:
                 else "mean"
             ),
             with_loss=with_loss,
+            with_metrics=with_loss and exactness.metrics_add_up(step.model),
             with_gradients=with_loss and bool(step.training),
         )
         return exchange.out_of_line(tower, step.jit_compile)
@@ -140,7 +141,7 @@ def _run_on(
     )
     if step.training is None:
         results = exchange.call(exchange.trace(towers(False), layout), layout)
-        return combine.collect_results(step, layout, results)
+        return combine.collect_results(step, layout, results, results, True)
     synchronized = (
         synchronized_layers(model, options.batch_norm)
         if step.training and len(clones) > 1
@@ -164,7 +165,9 @@ def _run_on(
                 stacklevel=1,
             )
         if options.loss == "clones" or not reason:
-            return combine.combine_losses(step, layout, tower)
+            return combine.combine_losses(
+                step, layout, tower, exactness.metrics_add_up(model)
+            )
     tower = exchange.trace(towers(False), layout, synchronized)
     return combine.gather_outputs(step, layout, tower)
 
@@ -179,7 +182,7 @@ def assign_state(variables: Variables, result: combine.StepResult) -> None:
 
 
 def update_metrics(step: Step, result: combine.StepResult) -> dict:
-    """Update every metric once, over the global batch; return the logs."""
+    """Update every metric once, for the global batch; return the logs."""
     model = step.model
     x, y, sample_weight = step.batch
     _keras.loss_tracker(model).update_state(
@@ -189,7 +192,11 @@ def update_metrics(step: Step, result: combine.StepResult) -> dict:
     trackers = _keras.loss_trackers(model)
     for tracker, value in zip(trackers, result.loss_values, strict=False):
         tracker.update_state(value, sample_weight=first.shape[0])
-    if not combine.needs_outputs(model):
+    for variable, added in zip(
+        _keras.metric_variables(model), result.metrics or [], strict=False
+    ):
+        variable.assign_add(added)
+    if result.metrics is not None or not combine.needs_outputs(model):
         return model.get_metrics_result()
     for output, mask in zip(
         keras.tree.flatten(result.outputs), result.masks, strict=True

@@ -34,8 +34,9 @@ class TowerOutput(NamedTuple):
     `layer_losses` are the clone's parts of `model.losses`: their sum over the
     clones is that of the global batch. `loss_values` are the losses of single
     outputs that Keras logs. `assigned` and `seeds` hold the new values of the
-    mirrors and seeds that the forward pass assigned, by position. `gradients`
-    are those of the clone's part of the scaled global loss.
+    mirrors and seeds that the forward pass assigned, by position. `metrics`
+    are what the shard adds to the variables of the compiled metrics.
+    `gradients` are those of the clone's part of the scaled global loss.
     """
 
     outputs: Any
@@ -45,6 +46,7 @@ class TowerOutput(NamedTuple):
     layer_losses: list[tf.Tensor]
     assigned: dict[int, tf.Tensor]
     seeds: dict[int, tf.Tensor]
+    metrics: list[tf.Tensor]
     gradients: list[Any]
 
 
@@ -58,6 +60,7 @@ def make_tower(
     training: bool,
     layer_losses: str | None,
     with_loss: bool,
+    with_metrics: bool,
     with_gradients: bool,
 ) -> Tower:
     """Return the tower function of a model.
@@ -74,6 +77,8 @@ def make_tower(
             passes to `add_loss` is of the rows. `None` takes it for a mean,
             with a warning.
         with_loss: Boolean, whether the clone computes its own loss.
+        with_metrics: Boolean, whether it also updates the compiled metrics,
+            from zero, by its own shard.
         with_gradients: Boolean, whether it also computes the gradients.
 
     Returns:
@@ -84,6 +89,8 @@ def make_tower(
     def tower(inputs: TowerInput) -> TowerOutput:
         trained = sources(variables, inputs)
         trackers = _keras.loss_trackers(model) if with_loss else []
+        metrics = _keras.metric_variables(model) if with_metrics else []
+        from_zero = [*(v for m in trackers for v in m.variables), *metrics]
         mapping = [
             *(
                 (variable, mirror)
@@ -93,11 +100,7 @@ def make_tower(
                 if mirror is not None
             ),
             *zip(variables.seeds, inputs.seeds, strict=True),
-            *(
-                (v, tf.zeros(v.shape, v.dtype))
-                for m in trackers
-                for v in m.variables
-            ),
+            *((v, tf.zeros(v.shape, v.dtype)) for v in from_zero),
         ]
         loss, loss_values, gradients = None, [], []
         with tf.GradientTape(watch_accessed_variables=False) as tape:
@@ -118,6 +121,10 @@ def make_tower(
                             inputs.sample_weight,
                             training,
                         )
+                if with_metrics:
+                    _keras.update_compiled_metrics(
+                        model, inputs.y, outputs, inputs.sample_weight
+                    )
         if with_loss:
             loss_values = [_tracked_value(scope, m) for m in trackers]
         if with_gradients and loss is not None:
@@ -131,6 +138,7 @@ def make_tower(
             layer_losses=losses,
             assigned=_assigned(scope, mirrored, inputs.mirrors),
             seeds=_assigned(scope, variables.seeds, inputs.seeds),
+            metrics=[scope.get_current_value(v) for v in metrics],
             gradients=gradients,
         )
 
