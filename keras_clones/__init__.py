@@ -1,12 +1,12 @@
 """Clones for Keras 3: a model's computation on every device of a machine."""
 
-from keras_clones.config import DeploymentConfig
-from keras_clones.deploy import (
+from keras_clones.attach import (
     Deployment,
     clone_model,
     deployment,
     unclone_model,
 )
+from keras_clones.config import DeploymentConfig
 from keras_clones.placement import Clone, use_virtual_devices
 
 __version__ = "0.1.0"

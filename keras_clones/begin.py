@@ -9,13 +9,18 @@ import keras
 import tensorflow as tf
 
 from keras_clones import _keras, exactness, sharding, state
+from keras_clones.balance import Balance
 from keras_clones.placement import Clone, logical_devices
 from keras_clones.state import Variables
 from keras_clones.tables import large_tables
 
 
 class StepOptions(NamedTuple):
-    """What the steps of one deployment go by."""
+    """What the steps of one deployment go by.
+
+    `shares` are the fractions of the rows that the clones get, `None` for
+    even ones. `balance` measures them while the model trains.
+    """
 
     clones: tuple[Clone, ...]
     home: str
@@ -23,6 +28,8 @@ class StepOptions(NamedTuple):
     batch_norm: str
     layer_losses: str | None
     jit_compile: bool | str
+    shares: Any = None
+    balance: Balance | None = None
 
 
 class Step(NamedTuple):

@@ -6,7 +6,15 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_clones import _keras, exactness, exchange, gradients, sharding, state
+from keras_clones import (
+    _keras,
+    balance,
+    exactness,
+    exchange,
+    gradients,
+    sharding,
+    state,
+)
 from keras_clones.begin import Step
 from keras_clones.tower import TowerOutput, sources
 
@@ -149,6 +157,13 @@ def collect_results(
             [variables[i] for i in positions],
             step.options.batch_norm,
         )
+    shares = step.options.balance
+    if shares is not None and layout.started is not None and len(results) > 1:
+        ends = [
+            balance.seconds_now(clock, result)
+            for clock, result in zip(shares.clocks[1:], arrived, strict=True)
+        ]
+        balance.observe(shares, [end - layout.started for end in ends])
     outputs, masks = _join_outputs(results) if with_outputs else (None, [])
     return StepResult(
         outputs=outputs,

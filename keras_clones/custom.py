@@ -42,6 +42,7 @@ def run(
     clones: Sequence[Clone],
     home: str,
     batch_norm: str,
+    fractions: Any = None,
 ) -> Any:
     """Run a model's own step on clones.
 
@@ -53,6 +54,8 @@ def run(
         clones: Sequence of `Clone`s, no more than there are rows.
         home: Device string, where the variables live.
         batch_norm: String, the policy of `BatchNormalization` layers.
+        fractions: Sequence of floats or tensor, the clones' fractions of the
+            rows. Defaults to `None`: even ones.
 
     Returns:
         What the step returns: outputs joined by rows to predict, else logs,
@@ -62,7 +65,7 @@ def run(
     if len(clones) == 1:
         with tf.device(clones[0].device):
             return own_step(model, data)
-    sizes = sharding.shard_sizes(rows, len(clones))
+    sizes = sharding.shard_sizes(rows, len(clones), fractions)
     total = tf.cast(rows, tf.float64)
     shares = [tf.cast(size, tf.float64) / total for size in sizes]
     batch = _Batch(clones, home, sharding.split(data, sizes), sizes, shares)

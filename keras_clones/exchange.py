@@ -7,6 +7,7 @@ import keras
 import tensorflow as tf
 
 from keras_clones import gradients, sharding, state
+from keras_clones.balance import seconds_now
 from keras_clones.placement import Clone
 from keras_clones.rendezvous import run_side_by_side
 from keras_clones.state import Variables
@@ -19,12 +20,14 @@ class Layout(NamedTuple):
     """A global batch laid out over clones: one input and one share a clone.
 
     A share is the rows of a shard over the rows of the global batch.
+    `started` is when the batch was laid out, in seconds, if that is measured.
     """
 
     home: str
     clones: Sequence[Clone]
     inputs: list[TowerInput]
     shares: list[tf.Tensor]
+    started: tf.Tensor | None
 
 
 class TracedTower(NamedTuple):
@@ -51,6 +54,9 @@ def lay_out(
     loss_scale: tf.Tensor,
     clones: Sequence[Clone],
     home: str,
+    fractions: Any = None,
+    clock: tf.Variable | None = None,
+    jit_compile: bool = False,
 ) -> Layout:
     """Split a batch over clones, and send each one mirror of the variables.
 
@@ -63,8 +69,14 @@ def lay_out(
         loss_scale: Scalar tensor, what the optimizer multiplies the loss by.
         clones: Sequence of `Clone`s.
         home: Device string, where the batch and the variables are.
+        fractions: Sequence of floats or tensor, the clones' fractions of the
+            rows. Defaults to `None`: even ones.
+        clock: Variable that keeps when the batch was laid out. Defaults to
+            `None`: that is not measured.
+        jit_compile: Boolean, whether XLA compiles the clones. Defaults to
+            `False`.
     """
-    sizes = sharding.shard_sizes(rows, len(clones))
+    sizes = sharding.shard_sizes(rows, len(clones), fractions)
     shards = sharding.split(batch, sizes)
     total = tf.cast(rows, tf.float64)
     shares = [tf.cast(size, tf.float64) / total for size in sizes]
@@ -87,10 +99,26 @@ def lay_out(
             y=shards[i][1],
             sample_weight=shards[i][2],
             share=tf.stack([shares[i], scale]),
+            place=None if jit_compile else _place(clones[i]),
         )
         for i in range(len(clones))
     ]
-    return Layout(home, clones, inputs, shares)
+    started = None if clock is None else seconds_now(clock, shards)
+    return Layout(home, clones, inputs, shares, started)
+
+
+def _place(clone: Clone) -> tf.Tensor | None:
+    """Return a resource of a clone's own, which nothing is ever kept in.
+
+    Within a `tf.function`, TensorFlow runs functions that have a state (they
+    draw from `tf.random`, print or call Python) one after the other, unless
+    each works on resources of its own. So clones get one.
+    """
+    if tf.executing_eagerly():
+        return None
+    return tf.raw_ops.VarHandleOp(
+        dtype=tf.float32, shape=[], shared_name=f"keras_clones/{clone.scope}"
+    )
 
 
 def out_of_line(tower: Tower, jit_compile: bool) -> Any:

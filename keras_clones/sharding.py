@@ -1,5 +1,6 @@
 """Split a global batch into shards by rows, and join outputs again."""
 
+import itertools
 from typing import Any, TypeAlias
 
 import keras
@@ -63,12 +64,36 @@ def count_rows(batch: Any) -> Rows:
         return tf.identity(first)
 
 
-def shard_sizes(rows: Rows, num_shards: int) -> list[Rows]:
-    """Return the rows of each shard: even, the first ones larger by one."""
-    return [
-        (rows + num_shards - 1 - index) // num_shards
-        for index in range(num_shards)
-    ]
+def shard_sizes(
+    rows: Rows, num_shards: int, fractions: Any = None
+) -> list[Rows]:
+    """Return the rows of each shard, at least one if there are enough.
+
+    Args:
+        rows: Integer or scalar int32 tensor, at least `num_shards`.
+        num_shards: Integer, how many shards to make.
+        fractions: Sequence of floats or float64 tensor, the share of each
+            shard; they add up to 1. Defaults to `None`: even shards, the
+            first ones larger by one row.
+    """
+    if fractions is None:
+        return [
+            (rows + num_shards - 1 - index) // num_shards
+            for index in range(num_shards)
+        ]
+    known = isinstance(rows, int) and not tf.is_tensor(fractions)
+    ends: list[Rows] = [0]
+    for index in range(num_shards - 1):
+        share = sum(fractions[i] for i in range(index + 1))
+        least = ends[-1] + 1
+        most = rows - (num_shards - 1 - index)
+        if known:
+            ends.append(min(max(round(share * rows), least), most))
+        else:
+            end = tf.round(share * tf.cast(rows, tf.float64))
+            end = tf.maximum(tf.cast(end, tf.int32), least)
+            ends.append(tf.minimum(end, most))
+    return [end - start for start, end in itertools.pairwise([*ends, rows])]
 
 
 def split(batch: Any, sizes: list[Rows]) -> list[Any]:

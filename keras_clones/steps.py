@@ -71,7 +71,14 @@ def run_own_step(
 
     def run_on(clones: Sequence[Clone]) -> Any:
         return custom.run(
-            model, name, data, rows, clones, options.home, options.batch_norm
+            model,
+            name,
+            data,
+            rows,
+            clones,
+            options.home,
+            options.batch_norm,
+            options.shares,
         )
 
     return on_enough_clones(options.clones, rows, run_on)
@@ -138,6 +145,11 @@ def _run_on(
         model.optimizer.scale_loss(1.0) if step.training else 1.0,
         clones,
         options.home,
+        options.shares if clones == options.clones else None,
+        options.balance.clocks[0]
+        if options.balance and step.training
+        else None,
+        step.jit_compile,
     )
     if step.training is None:
         results = exchange.call(exchange.trace(towers(False), layout), layout)

@@ -17,7 +17,8 @@ class TowerInput(NamedTuple):
     `mirrors` holds the values of `Variables.trainable`, then of
     `Variables.others`, and `None` for a table that stays home.
     `share` holds two float64 numbers: the rows of the shard over the rows of
-    the global batch, and the optimizer's loss scale.
+    the global batch, and the optimizer's loss scale. `place` is a resource
+    that keeps clones with a state of their own from waiting for each other.
     """
 
     mirrors: list[tf.Tensor | None]
@@ -26,6 +27,7 @@ class TowerInput(NamedTuple):
     y: Any
     sample_weight: Any
     share: tf.Tensor
+    place: tf.Tensor | None = None
 
 
 class TowerOutput(NamedTuple):

@@ -28,7 +28,7 @@ import pytest
 import tensorflow as tf
 
 import keras_clones
-from keras_clones import deploy
+from keras_clones import attach
 
 SOURCE = pathlib.Path(keras.__file__).parent / "src"
 FILES = (
@@ -64,7 +64,7 @@ class CloneEveryModel:
 
     def pytest_configure(self):
         # Keras's tests mix a `Trainer` into a layer where they want a model.
-        deploy._check_is_model = lambda model: None
+        attach._check_is_model = lambda model: None
         for name in ENTRIES:
             # The class that has it: a model that overrides `compile` is not
             # compiled again when it is loaded.

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import keras_clones
-from keras_clones import deploy
+from keras_clones import deployed
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -70,7 +70,7 @@ def test_public_names_have_examples_that_run(name):
 
 
 def test_every_public_method_is_documented():
-    for thing in (deploy.Deployment, keras_clones.DeploymentConfig):
+    for thing in (deployed.Deployment, keras_clones.DeploymentConfig):
         for name, method in inspect.getmembers(thing, inspect.isfunction):
             assert name.startswith("_") or inspect.getdoc(method), name
 

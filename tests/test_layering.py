@@ -13,6 +13,7 @@ MAY_IMPORT = {
     "config": set(),
     "_keras": {"keras", "tensorflow"},
     "placement": {"config", "_keras", "keras", "tensorflow"},
+    "balance": {"tensorflow"},
     "sharding": {"keras", "tensorflow"},
     "state": {"_keras", "keras", "tensorflow"},
     "gradients": {"tensorflow"},
@@ -23,15 +24,22 @@ MAY_IMPORT = {
     "tables": {"_keras", "keras", "tensorflow"},
     "tower": {"_keras", "state", "keras", "tensorflow"},
     "exchange": {
-        *("gradients", "placement", "rendezvous", "sharding", "state"),
+        *(
+            "balance",
+            "gradients",
+            "placement",
+            "rendezvous",
+            "sharding",
+            "state",
+        ),
         *("synchronize", "tower", "unique_rows", "keras", "tensorflow"),
     },
     "begin": {
-        *("_keras", "exactness", "placement", "sharding", "state", "tables"),
-        *("keras", "tensorflow"),
+        *("_keras", "balance", "exactness", "placement", "sharding"),
+        *("state", "tables", "keras", "tensorflow"),
     },
     "combine": {
-        *("_keras", "begin", "exactness", "exchange", "gradients"),
+        *("_keras", "balance", "begin", "exactness", "exchange", "gradients"),
         *("sharding", "state", "tower", "keras", "tensorflow"),
     },
     "custom": {
@@ -44,14 +52,16 @@ MAY_IMPORT = {
         *("tower", "keras", "tensorflow"),
     },
     "report": {"placement"},
-    "deploy": {
-        *("_keras", "config", "exactness", "placement", "report", "sharding"),
-        *("state", "steps", "keras", "tensorflow"),
+    "deployed": {"balance", "config", "placement", "report", "sharding"},
+    "attach": {
+        *("_keras", "balance", "config", "deployed", "exactness", "placement"),
+        *("sharding", "state", "steps", "keras", "tensorflow"),
     },
-    "__init__": {"config", "deploy", "placement"},
+    "__init__": {"attach", "config", "placement"},
 }
 STANDARD = {
-    *("collections", "contextlib", "dataclasses", "functools", "operator"),
+    *("collections", "contextlib", "dataclasses", "functools", "itertools"),
+    *("math", "numbers", "operator"),
     *("random", "re", "threading", "typing", "warnings"),
 }
 

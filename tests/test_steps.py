@@ -447,3 +447,27 @@ def test_step_is_traced_once_a_signature():
     traced = len(traces)
     model.fit(cases.batches(x, y, [9, 2, 30, 1]), epochs=3, verbose=0)
     assert len(traces) == traced
+
+
+def test_clones_with_a_state_do_not_wait_for_each_other():
+    draw = keras.layers.Lambda(lambda x: x + tf.random.normal(tf.shape(x)))
+    inner = keras.Sequential(
+        [keras.Input((6,)), draw, keras.layers.Dense(3, "softmax")]
+    )
+    model = clone_model(cases.compiled("mlp", inner), 3)
+    data = (tf.ones((9, 6)), tf.zeros((9,), tf.int32))
+    step = tf.function(lambda: model.train_step(data), autograph=False)
+    calls = {
+        op
+        for op in step.get_concrete_function().graph.get_operations()
+        if op.type == "StatefulPartitionedCall" and op.name.startswith("clone_")
+    }
+    assert len(calls) == 3
+    for call in calls:
+        before, found = [call], set()
+        while before:
+            op = before.pop()
+            earlier = [*op.control_inputs, *(t.op for t in op.inputs)]
+            before += [o for o in earlier if o not in found]
+            found.update(earlier)
+        assert not found & calls

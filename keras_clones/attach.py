@@ -9,14 +9,15 @@ import tensorflow as tf
 
 from keras_clones import (
     _keras,
+    balance,
+    exactness,
     placement,
-    report,
     sharding,
     state,
     steps,
 )
 from keras_clones.config import DeploymentConfig
-from keras_clones.placement import Clone
+from keras_clones.deployed import Deployment
 
 _LOSSES = ("auto", "clones", "gather")
 _BATCH_NORMS = ("mean", "first", "sync")
@@ -24,70 +25,6 @@ _STEPS = ("train_step", "test_step", "predict_step")
 _MAKERS = ("make_train_function", "make_test_function", "make_predict_function")
 # The underscores keep it out of what Keras walks through to save a model.
 _KEY = "__keras_clones__"
-
-
-class Deployment:
-    """The clones of a model, and where its parts live.
-
-    Attributes:
-        config: The `DeploymentConfig` the clones were made by.
-        clones: Tuple of `Clone(scope, device)`.
-        variables_device: Device string, home of every variable.
-        inputs_device: Device string, where the global batch arrives.
-        optimizer_device: Device string, where the optimizer runs.
-        loss: String, `"auto"`, `"clones"` or `"gather"`.
-        batch_norm: String, `"mean"`, `"first"` or `"sync"`.
-        layer_losses: String, `"mean"` or `"sum"`, or `None`.
-        jit_compile: Boolean or `"auto"`, whether XLA compiles each clone.
-    """
-
-    def __init__(
-        self,
-        config: DeploymentConfig,
-        clones: tuple[Clone, ...],
-        loss: str,
-        batch_norm: str,
-        layer_losses: str | None,
-        jit_compile: bool | str,
-    ) -> None:
-        self.config = config
-        self.clones = clones
-        self.variables_device = config.variables_device()
-        self.inputs_device = config.inputs_device()
-        self.optimizer_device = config.optimizer_device()
-        self.loss = loss
-        self.batch_norm = batch_norm
-        self.layer_losses = layer_losses
-        self.jit_compile = jit_compile
-
-    def shard_sizes(self, batch_size: int) -> list[int]:
-        """Return the rows that each clone gets of a global batch.
-
-        Args:
-            batch_size: Integer, the rows of the global batch.
-        """
-        num_shards = len(self.clones) if batch_size >= len(self.clones) else 1
-        sizes = sharding.shard_sizes(batch_size, num_shards)
-        return sizes + [0] * (len(self.clones) - num_shards)
-
-    def summary(self, batch_size: int | None = None) -> None:
-        """Print which clone runs where, and where the model's parts live.
-
-        Args:
-            batch_size: Integer, the rows of a global batch, to also print
-                the rows that each clone gets. Defaults to `None`.
-        """
-        homes = {
-            "variables": self.variables_device,
-            "optimizer": self.optimizer_device,
-            "inputs": self.inputs_device,
-        }
-        rows = None if batch_size is None else self.shard_sizes(batch_size)
-        print(report.placement_table(self.clones, homes, rows))
-
-    def __repr__(self) -> str:
-        clones = ", ".join(f"{c.scope}: {c.device}" for c in self.clones)
-        return f"<Deployment {clones}; variables: {self.variables_device}>"
 
 
 def clone_model(
@@ -101,6 +38,7 @@ def clone_model(
     batch_norm: str = "mean",
     layer_losses: str | None = None,
     jit_compile: bool | str = "auto",
+    shares: Sequence[float] | str | None = None,
 ) -> keras.Model:
     """Train, evaluate and predict a Keras model on clones of it.
 
@@ -138,6 +76,10 @@ def clone_model(
         jit_compile: Boolean, whether XLA compiles the function that each
             clone runs. Defaults to `"auto"`: on GPUs, if the model supports
             it, or where `compile` got `jit_compile=True`.
+        shares: List with one positive number a clone: the clones get rows in
+            that proportion, for devices of uneven speed. `"auto"` measures
+            the clones in the first steps of training, then settles and
+            prints what it chose. Defaults to `None`: even shards.
 
     Returns:
         The same model.
@@ -180,9 +122,16 @@ def clone_model(
             f"Received: num_clones={num_clones}, devices={devices}, "
             f"clone_on_cpu={clone_on_cpu}, config={config}"
         )
+    checked = balance.check_shares(shares, config.num_clones)
+    if checked == "auto" and exactness.overrides(model, "train_step"):
+        raise ValueError(
+            "Argument `shares='auto'` measures the train step of Keras, and "
+            "this model has its own. Pass a list with a number a clone. "
+            f"Received: model={model!r}"
+        )
     clones = placement.place_clones(config)
     made = Deployment(
-        config, clones, loss, batch_norm, layer_losses, jit_compile
+        config, clones, loss, batch_norm, layer_losses, jit_compile, checked
     )
     _attach(model, made)
     return model
@@ -255,6 +204,8 @@ def _attach(model: keras.Model, made: Deployment) -> None:
         batch_norm=made.batch_norm,
         layer_losses=made.layer_losses,
         jit_compile=made.jit_compile,
+        shares=made.fractions,
+        balance=made.balance,
     )
     # `vars` passes by the model's own tracking of what it is given.
     vars(model)[_KEY] = made
@@ -265,13 +216,13 @@ def _attach(model: keras.Model, made: Deployment) -> None:
     for name in _MAKERS:
         make = getattr(type(model), name).__get__(model)
         vars(model)[name] = _maker(
-            model, name.removeprefix("make_"), make, made.variables_device
+            model, made, name.removeprefix("make_"), make
         )
     _forget_functions(model)
 
 
 def _maker(
-    model: keras.Model, name: str, make: Callable[..., Any], home: str
+    model: keras.Model, made: Deployment, name: str, make: Callable[..., Any]
 ) -> Callable[..., Any]:
     """Return a `make_..._function` that keeps XLA off the step as a whole.
 
@@ -280,7 +231,7 @@ def _maker(
     """
 
     def make_function(force: bool = False) -> None:
-        move_home(model, home)
+        move_home(model, made.variables_device)
         if getattr(model, name) is not None and not force:
             return
         jit_compile = model.jit_compile
@@ -289,13 +240,17 @@ def _maker(
             make(force=force)
         finally:
             model.jit_compile = jit_compile
-        setattr(model, name, _guarded(model, name, getattr(model, name)))
+        function = _guarded(model, made, name, getattr(model, name))
+        setattr(model, name, function)
 
     return make_function
 
 
 def _guarded(
-    model: keras.Model, name: str, function: Callable[..., Any]
+    model: keras.Model,
+    made: Deployment,
+    name: str,
+    function: Callable[..., Any],
 ) -> Callable[..., Any]:
     """Return a step function that can be called again after it has failed.
 
@@ -304,7 +259,9 @@ def _guarded(
 
     def step_function(*args: Any) -> Any:
         try:
-            return function(*args)
+            result = function(*args)
+            made.report_balance()
+            return result
         except (StopIteration, tf.errors.OutOfRangeError):
             raise
         except Exception as error:
