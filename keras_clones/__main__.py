@@ -1,0 +1,20 @@
+"""The commands of `python -m keras_clones`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from keras_clones import benchmark
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command, and return its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m keras_clones")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    benchmark.add_command(commands)
+    options = parser.parse_args(arguments)
+    return options.run(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

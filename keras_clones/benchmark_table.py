@@ -1,0 +1,233 @@
+"""What the benchmark's results come to: rows, tables and a picture."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from keras_clones.benchmark_cell import Cell
+
+Results = Mapping[Cell, Sequence[Mapping[str, Any]]]
+
+_HEADER = (
+    *("model", "peer", "ms a step", "of plain", "first step, s"),
+    *("peak MiB", "KiB moved a step"),
+)
+
+
+class Row(NamedTuple):
+    """One line of the table; `None` is what is not known.
+
+    `ratio` is to plain Keras of the same model, `first` the seconds to the
+    first step, `memory` in MiB, `bytes` those moved a step.
+    """
+
+    model: str
+    peer: str
+    ms: float | None = None
+    ratio: float | None = None
+    first: float | None = None
+    memory: float | None = None
+    bytes: int | None = None
+    error: str | None = None
+
+
+class Control(NamedTuple):
+    """Two independent processes: milliseconds a step alone and together."""
+
+    model: str
+    alone: float | None
+    together: float | None
+    error: str | None = None
+
+
+def label(cell: Cell) -> str:
+    """Return how a table names a cell's peer."""
+    if cell.peer == "plain":
+        return "plain Keras"
+    reduction = f" ({cell.reduction})" if cell.reduction else ""
+    return f"{cell.peer} {cell.clones}{reduction}"
+
+
+def best(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the best of each figure over the repeats of a cell.
+
+    A cell that failed in one repeat and not in another has not failed.
+    """
+    done = [result for result in results if "error" not in result]
+    if not done:
+        return {"error": results[-1]["error"]} if results else {}
+
+    def least(name: str) -> Any:
+        known = [r[name] for r in done if r.get(name) is not None]
+        return min(known, default=None)
+
+    return {name: least(name) for name in ("ms", "first", "memory", "bytes")}
+
+
+def fastest(cells: Sequence[Cell], results: Results) -> Cell:
+    """Return the fastest of some cells, the first if none has a time."""
+    return min(
+        cells,
+        key=lambda cell: best(results.get(cell, ())).get("ms") or float("inf"),
+    )
+
+
+def make_rows(cells: Sequence[Cell], results: Results) -> list[Row]:
+    """Return one row a model and peer, with the fastest reduction of each."""
+    plain = {
+        cell.model: best(results.get(cell, ())).get("ms")
+        for cell in cells
+        if cell.peer == "plain"
+    }
+    groups: dict[Any, list[Cell]] = {}
+    for cell in cells:
+        key = (cell.model, cell.peer, cell.clones)
+        groups.setdefault(key, []).append(cell)
+    rows = []
+    for group in groups.values():
+        cell = fastest(group, results)
+        figures = best(results.get(cell, ()))
+        if not figures:
+            continue
+        reference, ms = plain.get(cell.model), figures.get("ms")
+        ratio = ms / reference if ms and reference else None
+        rows.append(Row(cell.model, label(cell), ratio=ratio, **figures))
+    return rows
+
+
+def make_controls(
+    pairs: Mapping[str, Sequence[Mapping[str, Any]]],
+) -> list[Control]:
+    """Return what each model's pairs of processes came to."""
+    controls = []
+    for model, repeats in pairs.items():
+        done = [r for r in repeats if "error" not in r]
+        if done:
+            alone = min(r["alone"] for r in done)
+            together = min(max(r["together"]) for r in done)
+            controls.append(Control(model, alone, together))
+        elif repeats:
+            error = repeats[-1]["error"]
+            controls.append(Control(model, None, None, error))
+    return controls
+
+
+def _cells(row: Row) -> list[str]:
+    """Return a row as the strings of its columns."""
+    if row.error is not None:
+        return [row.model, row.peer, "failed", "", "", "", ""]
+    return [
+        row.model,
+        row.peer,
+        _number(row.ms, 2),
+        _number(row.ratio, 2),
+        _number(row.first, 1),
+        _number(row.memory, 0),
+        _number(None if row.bytes is None else row.bytes / 1024, 1),
+    ]
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:,.{digits}f}"
+
+
+def _control_cells(control: Control) -> list[str]:
+    if control.alone is None or control.together is None:
+        return [control.model, "failed", "", ""]
+    ratio = control.together / control.alone
+    return [
+        control.model,
+        _number(control.alone, 2),
+        _number(control.together, 2),
+        _number(ratio, 2),
+    ]
+
+
+def _controls_table(controls: Sequence[Control]) -> list[list[str]]:
+    header = ["two processes", "ms alone", "ms together", "of alone"]
+    return [header, *map(_control_cells, controls)]
+
+
+def failures(rows: Sequence[Row], controls: Sequence[Control]) -> list[str]:
+    """Return one line on each row that failed, with why."""
+    return [
+        f"{r.model}, {r.peer}: failed: {r.error}" for r in rows if r.error
+    ] + [
+        f"{c.model}, two processes: failed: {c.error}"
+        for c in controls
+        if c.error
+    ]
+
+
+def plain_text(rows: Sequence[Row], controls: Sequence[Control] = ()) -> str:
+    """Return a table to read in a terminal."""
+    parts = [_aligned([list(_HEADER), *map(_cells, rows)], 2)]
+    if controls:
+        parts.append(_aligned(_controls_table(controls), 1))
+    failed = failures(rows, controls)
+    return "\n\n".join([*parts, *(["\n".join(failed)] if failed else [])])
+
+
+def _aligned(table: list[list[str]], num_names: int) -> str:
+    """Align the names to the left, and the numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = [
+        "  ".join(
+            text.ljust(width) if i < num_names else text.rjust(width)
+            for i, (text, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in table
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def markdown(rows: Sequence[Row], controls: Sequence[Control] = ()) -> str:
+    """Return a table to paste into a Markdown file."""
+    parts = [_piped([list(_HEADER), *map(_cells, rows)], 2)]
+    if controls:
+        parts.append(_piped(_controls_table(controls), 1))
+    return "\n\n".join(parts)
+
+
+def _piped(table: list[list[str]], num_names: int) -> str:
+    marks = ["---" if i < num_names else "---:" for i in range(len(table[0]))]
+    lines = [f"| {' | '.join(line)} |" for line in table]
+    return "\n".join([lines[0], f"|{'|'.join(marks)}|", *lines[1:]])
+
+
+def draw(rows: Sequence[Row], path: str) -> None:
+    """Draw the time of a step, a chart of bars a model."""
+    from matplotlib.figure import Figure
+
+    timed = [row for row in rows if row.ms is not None]
+    models = list(dict.fromkeys(row.model for row in timed)) or [""]
+    num_columns = min(len(models), 3)
+    num_rows = -(-len(models) // num_columns)
+    most = max(sum(r.model == m for r in timed) for m in models)
+    # A figure of its own needs no window system, and leaves pyplot alone.
+    figure = Figure(
+        (5.5 * num_columns, (1.2 + 0.32 * most) * num_rows),
+        layout="constrained",
+    )
+    charts = figure.subplots(num_rows, num_columns, squeeze=False).flat
+    colors = {
+        "plain": "0.45",
+        "clones": "C0",
+        "mirrored": "C1",
+        "central": "C2",
+    }
+    for chart in charts[len(models) :]:
+        chart.remove()
+    for chart, model in zip(charts, models, strict=False):
+        bars = [row for row in timed if row.model == model]
+        drawn = chart.barh(
+            [row.peer for row in bars],
+            [row.ms for row in bars],
+            color=[colors[row.peer.split()[0]] for row in bars],
+        )
+        chart.bar_label(drawn, [_number(r.ms, 1) for r in bars], padding=3)
+        chart.invert_yaxis()
+        chart.margins(x=0.15)
+        chart.set_title(model)
+        chart.set_xlabel("ms a step")
+        chart.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
