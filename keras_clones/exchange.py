@@ -116,9 +116,12 @@ def _place(clone: Clone) -> tf.Tensor | None:
     """
     if tf.executing_eagerly():
         return None
-    return tf.raw_ops.VarHandleOp(
-        dtype=tf.float32, shape=[], shared_name=f"keras_clones/{clone.scope}"
-    )
+    with tf.device(clone.device):
+        return tf.raw_ops.VarHandleOp(
+            dtype=tf.float32,
+            shape=[],
+            shared_name=f"keras_clones/{clone.scope}",
+        )
 
 
 def out_of_line(tower: Tower, jit_compile: bool) -> Any:

@@ -16,7 +16,6 @@ class PackSpec(NamedTuple):
     """How tensors are packed: groups of positions, and the tensors' shapes."""
 
     groups: list[list[int]]
-    alone: list[int]
     shapes: list[tf.TensorShape]
 
 
@@ -35,37 +34,35 @@ def pack_spec(*tensors: Sequence[tf.Tensor]) -> PackSpec:
         fixed = all(tensor.shape == first.shape for tensor in column)
         if fixed and size is not None and size * first.dtype.size <= PACK_BYTES:
             by_dtype.setdefault(first.dtype, []).append(position)
-    groups = [group for group in by_dtype.values() if len(group) > 1]
-    packed = {position for group in groups for position in group}
     return PackSpec(
-        groups=groups,
-        alone=[p for p in range(len(columns)) if p not in packed],
+        groups=[group for group in by_dtype.values() if len(group) > 1],
         shapes=[column[0].shape for column in columns],
     )
 
 
 def pack(tensors: Sequence[tf.Tensor], spec: PackSpec) -> list[tf.Tensor]:
-    """Join each group of tensors into one flat buffer.
+    """Join the tensors of each group into one flat buffer.
 
-    Returns:
-        A list of one buffer a group, then the tensors that travel alone.
+    Args:
+        tensors: Sequence of the tensors of all groups, in their order.
+        spec: `PackSpec`.
     """
-    buffers = [
-        tf.concat([tf.reshape(tensors[p], [-1]) for p in group], axis=0)
-        for group in spec.groups
-    ]
-    return buffers + [tensors[p] for p in spec.alone]
+    rest, buffers = iter(tensors), []
+    for group in spec.groups:
+        sizes = [spec.shapes[p].num_elements() for p in group]
+        flat = [tf.reshape(next(rest), [size]) for size in sizes]
+        buffers.append(tf.concat(flat, axis=0))
+    return buffers
 
 
-def unpack(packed: Sequence[tf.Tensor], spec: PackSpec) -> list[tf.Tensor]:
+def unpack(buffers: Sequence[tf.Tensor], spec: PackSpec) -> list[tf.Tensor]:
     """Return the tensors that `pack` was given, in their order."""
-    tensors = dict(zip(spec.alone, packed[len(spec.groups) :], strict=True))
-    for buffer, group in zip(packed, spec.groups, strict=False):
-        shapes = [spec.shapes[position] for position in group]
+    tensors: list[tf.Tensor] = []
+    for buffer, group in zip(buffers, spec.groups, strict=True):
+        shapes = [spec.shapes[p] for p in group]
         parts = tf.split(buffer, [shape.num_elements() for shape in shapes])
-        for position, part, shape in zip(group, parts, shapes, strict=True):
-            tensors[position] = tf.reshape(part, shape)
-    return [tensors[position] for position in range(len(spec.shapes))]
+        tensors += map(tf.reshape, parts, shapes)
+    return tensors
 
 
 def send_to_all(values: Any, source: str, targets: Sequence[str]) -> list[Any]:
@@ -83,9 +80,9 @@ def send_to_all(values: Any, source: str, targets: Sequence[str]) -> list[Any]:
     if all(target == source for target in targets):
         return [values] * len(targets)
     transfer = _Transfer([values])
-    packed = transfer.pack(values, source)
+    buffers = transfer.pack(values, source)
     return [
-        values if target == source else transfer.unpack(packed, values, target)
+        values if target == source else transfer.unpack(buffers, values, target)
         for target in targets
     ]
 
@@ -115,22 +112,31 @@ def collect(
 class _Transfer:
     """Sends nests of one structure, their small tensors packed.
 
-    Packing and unpacking are functions that are traced once, so that the
-    graph does not grow by a node a tensor a device.
+    A large tensor goes by itself, as soon as it is there. Packing and
+    unpacking are functions that are traced once, so that the graph does not
+    grow by a node a tensor a device.
     """
 
     def __init__(self, nests: list[Any]) -> None:
         spec = pack_spec(*(_tensors(nest) for nest in nests))
+        self._small = [position for group in spec.groups for position in group]
         self._pack = _out_of_line(lambda *tensors: pack(tensors, spec))
-        self._unpack = _out_of_line(lambda *packed: unpack(packed, spec))
+        self._unpack = _out_of_line(lambda *buffers: unpack(buffers, spec))
 
     def pack(self, values: Any, source: str) -> list[tf.Tensor]:
+        if not self._small:
+            return []
+        tensors = _tensors(values)
         with tf.device(source):
-            return self._pack(*_tensors(values))
+            return self._pack(*(tensors[p] for p in self._small))
 
-    def unpack(self, packed: list[tf.Tensor], like: Any, target: str) -> Any:
-        with tf.device(target):
-            arrived = iter(self._unpack(*packed))
+    def unpack(self, buffers: list[tf.Tensor], like: Any, target: str) -> Any:
+        tensors = dict(enumerate(_tensors(like)))
+        if self._small:
+            with tf.device(target):
+                unpacked = self._unpack(*buffers)
+            tensors.update(zip(self._small, unpacked, strict=True))
+        arrived = iter(tensors.values())
         return tf.nest.pack_sequence_as(
             like,
             [
