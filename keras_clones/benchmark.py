@@ -1,7 +1,6 @@
 """The benchmark: `python -m keras_clones benchmark`."""
 
 import argparse
-import contextlib
 import datetime
 import importlib.metadata
 import importlib.util
@@ -9,16 +8,15 @@ import json
 import os
 import pathlib
 import platform
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
 
+from keras_clones import benchmark_run
 from keras_clones import benchmark_table as table
-from keras_clones.benchmark_cell import TASKS, Cell
+from keras_clones.benchmark_cell import Cell
+from keras_clones.benchmark_models import TASKS
 
 PEERS = ("plain", "mirrored", "central")
 REDUCTIONS = (
@@ -28,8 +26,6 @@ REDUCTIONS = (
 )
 # The models whose clones are compared with two independent processes.
 CONTROLS = ("cnn", "transformer", "mobilenet")
-# A peer that hangs must not stop the run.
-_MOST_SECONDS = 1200
 _LEGEND = """\
 Each figure is the best of the repeats. A step is the median of a fit's steps,
 with the logs read after each. Memory is that of the fullest GPU, or what the
@@ -152,28 +148,26 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     if options.clones is None:
         options.clones = [n for n in (1, 2, 4, 8) if not most or n <= most]
     if "mirrored" in options.against and not gpus:
-        _say("There is no GPU: NcclAllReduce, which needs them, is left out.")
+        benchmark_run.say(
+            "There is no GPU: NcclAllReduce, which needs them, is left out."
+        )
     cells = make_cells(options, gpus)
     results: dict[Cell, list[dict]] = {}
-    pairs: dict[str, list[dict]] = {}
     code = 0
     try:
-        measure(cells, options, results, pairs)
+        benchmark_run.measure(cells, options.repeat, results)
     except KeyboardInterrupt:
-        _say("Interrupted: these are the cells that have finished.")
+        benchmark_run.say("Interrupted. These cells have finished:")
         code = 130
-    rows = table.make_rows(cells, results)
-    controls = table.make_controls(pairs)
-    print(table.plain_text(rows, controls))
+    print(table.plain_text(results))
     print(f"\n{_LEGEND}")
     if options.markdown:
-        print(f"\n{table.markdown(rows, controls)}")
+        print(f"\n{table.markdown(results)}")
     if options.out:
-        report = make_report(options, cells, results, pairs, rows, controls)
-        text = json.dumps(report, indent=2)
+        text = json.dumps(make_report(options, results), indent=2)
         pathlib.Path(options.out).write_text(f"{text}\n")
     if options.plot:
-        table.draw(rows, options.plot)
+        table.draw(table.make_rows(results), options.plot)
     return code
 
 
@@ -193,26 +187,29 @@ def _check(
             f"Received: {max(counts)}. `--logical {max(counts)}` splits the "
             "first GPU."
         )
+    if options.plot:
+        if importlib.util.find_spec("matplotlib") is None:
+            parser.error(
+                "argument --plot: it needs matplotlib: `pip install matplotlib`"
+            )
+        formats, end = table.picture_formats(), pathlib.Path(options.plot)
+        if end.suffix[1:].lower() not in formats:
+            parser.error(
+                "argument --plot: expected a file name that ends in one of "
+                f"{', '.join(formats)}. Received: {options.plot!r}"
+            )
     for name in ("out", "plot"):
-        path = getattr(options, name)
-        if path is None:
-            continue
-        try:
-            with _kept_as_it_was(pathlib.Path(path)) as file:
-                file.open("a").close()
-        except OSError as error:
-            parser.error(f"argument --{name}: cannot write to it: {error}")
-    if options.plot and importlib.util.find_spec("matplotlib") is None:
-        parser.error(
-            "argument --plot: it needs matplotlib: `pip install matplotlib`"
-        )
+        if path := getattr(options, name):
+            try:
+                _try_to_write(pathlib.Path(path))
+            except OSError as error:
+                parser.error(f"argument --{name}: cannot write to it: {error}")
 
 
-@contextlib.contextmanager
-def _kept_as_it_was(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Remove a file that is not there before."""
+def _try_to_write(path: pathlib.Path) -> None:
+    """Open a file to write, and leave it as it was."""
     there = path.exists()
-    yield path
+    path.open("a").close()
     if not there:
         path.unlink()
 
@@ -222,161 +219,38 @@ def make_cells(options: argparse.Namespace, gpus: int) -> list[Cell]:
     reductions = [name for name in REDUCTIONS if gpus or "Nccl" not in name]
     cells = []
     for model in options.models:
-        common = {
-            "model": model,
-            "steps": options.steps,
-            "threads": options.threads,
-            "logical": options.logical,
-        }
+        plain = Cell(
+            model,
+            "plain",
+            steps=options.steps,
+            threads=options.threads,
+            logical=options.logical,
+        )
         if "plain" in options.against:
-            cells.append(Cell(peer="plain", **common))
+            cells.append(plain)
         for clones in options.clones:
-            common["clones"] = clones
-            cells.append(Cell(peer="clones", **common))
+            cell = plain._replace(peer="clones", clones=clones)
+            cells.append(cell)
             if "mirrored" in options.against:
                 cells += [
-                    Cell(peer="mirrored", reduction=name, **common)
+                    cell._replace(peer="mirrored", reduction=name)
                     for name in reductions
                 ]
             if "central" in options.against:
-                cells.append(Cell(peer="central", **common))
+                cells.append(cell._replace(peer="central"))
+        if options.control and model in CONTROLS:
+            cells.append(plain._replace(peer="control"))
     return cells
 
 
-def measure(
-    cells: Sequence[Cell],
-    options: argparse.Namespace,
-    results: dict[Cell, list[dict]],
-    pairs: dict[str, list[dict]],
-) -> None:
-    """Run all cells once, then once more, until each has its repeats.
-
-    So a noisy minute hits all alike. What is found goes into `results` and
-    `pairs` as it comes, and so outlives an interruption.
-    """
-    controls = [m for m in options.models if m in CONTROLS and options.control]
-    todo = [*cells, *controls] * options.repeat
-    seconds: dict[Any, float] = {}
-    start = time.monotonic()
-    for i, item in enumerate(todo):
-        repeat = i // (len(todo) // options.repeat) + 1
-        name = (
-            f"{item}, two processes"
-            if isinstance(item, str)
-            else f"{item.model}, {table.label(item)}"
-        )
-        before = time.monotonic()
-        _say(
-            f"[{i + 1}/{len(todo)}] {name}, repeat {repeat} of "
-            f"{options.repeat}, {_clock(before - start)} elapsed"
-            + (
-                f", about {_clock(left)} left"
-                if (left := remaining(seconds, todo[i:]))
-                else ""
-            )
-        )
-        if isinstance(item, str):
-            pairs.setdefault(item, []).append(run_pair(item, options.steps))
-        else:
-            result = run_cell(item._replace(transfers=repeat == 1))
-            results.setdefault(item, []).append(result)
-        seconds[item] = time.monotonic() - before
-
-
-def remaining(seconds: Mapping[Any, float], todo: Sequence[Any]) -> float:
-    """Return the seconds that cells will take: as last time, or on average."""
-    if not seconds:
-        return 0.0
-    mean = sum(seconds.values()) / len(seconds)
-    return sum(seconds.get(item, mean) for item in todo)
-
-
-def run_cell(cell: Cell) -> dict:
-    """Run a cell in a process of its own, and return its result."""
-    with _started(cell) as process:
-        return _result(process)
-
-
-def run_pair(model: str, steps: int | None) -> dict:
-    """Time plain Keras on one thread, alone and twice at the same time."""
-    cell = Cell(model, "plain", steps=steps, threads=(1, 1), wait=True)
-    results = []
-    for count in (1, 2):
-        with contextlib.ExitStack() as stack:
-            processes = [
-                stack.enter_context(_started(cell)) for _ in range(count)
-            ]
-            # Each has traced and warmed up when it says that it is ready.
-            for process in processes:
-                process.stdout.readline()
-            for process in processes:
-                with contextlib.suppress(BrokenPipeError):
-                    process.stdin.write("go\n")
-                    process.stdin.flush()
-            results += [_result(process) for process in processes]
-    errors = [result for result in results if "error" in result]
-    if errors:
-        return errors[0]
-    alone, *together = (result["ms"] for result in results)
-    return {"alone": alone, "together": together}
-
-
-@contextlib.contextmanager
-def _started(cell: Cell) -> Iterator[Any]:
-    """Start the process of a cell, and end it if it has not ended by then."""
-    package = pathlib.Path(__file__).parents[1]
-    paths = [str(package), os.environ.get("PYTHONPATH", "")]
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "keras_clones.benchmark_cell"),
-            json.dumps(cell._asdict()),
-        ],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={
-            "TF_CPP_MIN_LOG_LEVEL": "3",
-            **os.environ,
-            "KERAS_BACKEND": "tensorflow",
-            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        },
-    )
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.communicate()
-
-
-def _result(process: Any) -> dict:
-    """Wait for a cell's process; return the last line it printed."""
-    try:
-        output, errors = process.communicate(timeout=_MOST_SECONDS)
-    except subprocess.TimeoutExpired:
-        return {"error": f"no result after {_MOST_SECONDS} seconds"}
-    try:
-        return json.loads(output.strip().splitlines()[-1])
-    except (IndexError, ValueError):
-        last = (errors.strip().splitlines() or [""])[-1]
-        return {"error": f"exit code {process.returncode}: {last}".strip()}
-
-
 def make_report(
-    options: argparse.Namespace,
-    cells: Sequence[Cell],
-    results: Mapping[Cell, Sequence[dict]],
-    pairs: Mapping[str, Sequence[dict]],
-    rows: Sequence[table.Row],
-    controls: Sequence[table.Control],
+    options: argparse.Namespace, results: table.Results
 ) -> dict[str, Any]:
     """Return all that a run found, and on what machine, for JSON."""
     packages = ("tensorflow", "keras", "numpy")
-    given = {name: v for name, v in vars(options).items() if name != "run"}
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(),
-        "arguments": given,
+        "arguments": {k: v for k, v in vars(options).items() if k != "run"},
         "machine": {
             "cores": len(os.sched_getaffinity(0))
             if hasattr(os, "sched_getaffinity")
@@ -387,14 +261,12 @@ def make_report(
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in packages},
         },
-        "rows": [row._asdict() for row in rows],
-        "controls": [control._asdict() for control in controls],
+        "rows": [row._asdict() for row in table.make_rows(results)],
+        "controls": [c._asdict() for c in table.make_controls(results)],
         "cells": [
-            {**cell._asdict(), "repeats": results[cell]}
-            for cell in cells
-            if cell in results
+            {**cell._asdict(), "repeats": list(repeats)}
+            for cell, repeats in results.items()
         ],
-        "pairs": dict(pairs),
     }
 
 
@@ -404,11 +276,3 @@ def _gpu_names() -> list[str]:
         details(gpu).get("device_name", gpu.name)
         for gpu in tf.config.list_physical_devices("GPU")
     ]
-
-
-def _clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -6,13 +6,13 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_clones.benchmark_models import CLASSES, TASKS, Task
 from keras_clones.deploy import clone_model
 from keras_clones.placement import logical_devices, use_virtual_devices
 from keras_clones.transfers import count_transfers, traffic
@@ -21,7 +21,6 @@ from keras_clones.transfers import count_transfers, traffic
 WARM_UP = 3
 # Batches in memory, so that a step does not find its data in the cache.
 _BATCHES = 4
-_CLASSES = 10
 
 
 class Cell(NamedTuple):
@@ -31,8 +30,9 @@ class Cell(NamedTuple):
     many clones or replicas there are, and `reduction` the name of a
     cross-device reduction of `tf.distribute`. `threads` are those within an
     operation and those between operations. `logical` is how many logical
-    GPUs the first GPU is split into. `wait` makes the cell wait after its
-    warm-up for a line on its standard input.
+    GPUs the first GPU is split into. `transfers` asks for what a step sends.
+    `wait` makes the cell wait after its warm-up for a line on its standard
+    input.
     """
 
     model: str
@@ -44,104 +44,6 @@ class Cell(NamedTuple):
     logical: int | None = None
     transfers: bool = False
     wait: bool = False
-
-
-class Task(NamedTuple):
-    """A model to time, and its data.
-
-    `classes` is `None` for images or vectors, else the number of ids that
-    inputs are drawn from.
-    """
-
-    make: Callable[[], keras.Model]
-    shape: tuple[int, ...]
-    batch: int
-    steps: int
-    ids: int | None = None
-
-
-def mlp() -> keras.Model:
-    """Return a small model, whose step is mostly overhead."""
-    return keras.Sequential(
-        [
-            keras.Input((784,)),
-            keras.layers.Dense(128, "relu"),
-            keras.layers.Dense(_CLASSES, "softmax"),
-        ]
-    )
-
-
-def cnn() -> keras.Model:
-    """Return a convolutional network of three blocks."""
-    layers = [keras.Input((32, 32, 3))]
-    for filters in (32, 64, 128):
-        layers += [
-            keras.layers.Conv2D(filters, 3, padding="same", activation="relu"),
-            keras.layers.MaxPooling2D(),
-        ]
-    layers += [
-        keras.layers.Flatten(),
-        keras.layers.Dense(_CLASSES, "softmax"),
-    ]
-    return keras.Sequential(layers)
-
-
-def transformer() -> keras.Model:
-    """Return a classifier of sequences with two encoder layers."""
-    width = 128
-    inputs = keras.Input((64,), dtype="int32")
-    x = keras.layers.Embedding(1000, width)(inputs)
-    for _ in range(2):
-        attended = keras.layers.MultiHeadAttention(4, width // 4)(x, x)
-        x = keras.layers.LayerNormalization()(x + attended)
-        hidden = keras.layers.Dense(4 * width, "gelu")(x)
-        hidden = keras.layers.Dense(width)(hidden)
-        x = keras.layers.LayerNormalization()(x + hidden)
-    x = keras.layers.GlobalAveragePooling1D()(x)
-    return keras.Model(inputs, keras.layers.Dense(_CLASSES, "softmax")(x))
-
-
-def wide() -> keras.Model:
-    """Return a model that is mostly parameters: ten million."""
-    return keras.Sequential(
-        [
-            keras.Input((784,)),
-            keras.layers.Dense(2048, "relu"),
-            keras.layers.Dense(2048, "relu"),
-            keras.layers.Dense(2048, "relu"),
-            keras.layers.Dense(_CLASSES, "softmax"),
-        ]
-    )
-
-
-def embedding() -> keras.Model:
-    """Return a model with a table of which a step needs few rows."""
-    return keras.Sequential(
-        [
-            keras.Input((16,), dtype="int32"),
-            keras.layers.Embedding(200_000, 64),
-            keras.layers.GlobalAveragePooling1D(),
-            keras.layers.Dense(64, "relu"),
-            keras.layers.Dense(_CLASSES, "softmax"),
-        ]
-    )
-
-
-def mobilenet() -> keras.Model:
-    """Return MobileNetV2, which has many small variables."""
-    return keras.applications.MobileNetV2(
-        weights=None, input_shape=(96, 96, 3), classes=_CLASSES
-    )
-
-
-TASKS = {
-    "mlp": Task(mlp, (784,), 256, 200),
-    "cnn": Task(cnn, (32, 32, 3), 64, 40),
-    "transformer": Task(transformer, (64,), 32, 40, 1000),
-    "wide": Task(wide, (784,), 64, 30),
-    "embedding": Task(embedding, (16,), 256, 20, 200_000),
-    "mobilenet": Task(mobilenet, (96, 96, 3), 32, 10),
-}
 
 
 class Stopwatch(keras.callbacks.Callback):
@@ -222,7 +124,7 @@ def _data(task: Task) -> tf.data.Dataset:
     x: Any = rng.random(shape, "float32")
     if task.ids is not None:
         x = rng.integers(0, task.ids, shape, "int32")
-    y = rng.integers(0, _CLASSES, len(x), "int32")
+    y = rng.integers(0, CLASSES, len(x), "int32")
     data = tf.data.Dataset.from_tensor_slices((x, y))
     data = data.batch(task.batch, drop_remainder=True).cache()
     return data.repeat().prefetch(2)

@@ -34,15 +34,16 @@ class Control(NamedTuple):
     """Two independent processes: milliseconds a step alone and together."""
 
     model: str
-    alone: float | None
-    together: float | None
-    error: str | None = None
+    alone: float
+    together: float
 
 
 def label(cell: Cell) -> str:
     """Return how a table names a cell's peer."""
     if cell.peer == "plain":
         return "plain Keras"
+    if cell.peer == "control":
+        return "two processes"
     reduction = f" ({cell.reduction})" if cell.reduction else ""
     return f"{cell.peer} {cell.clones}{reduction}"
 
@@ -66,49 +67,51 @@ def best(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def fastest(cells: Sequence[Cell], results: Results) -> Cell:
     """Return the fastest of some cells, the first if none has a time."""
     return min(
-        cells,
-        key=lambda cell: best(results.get(cell, ())).get("ms") or float("inf"),
+        cells, key=lambda cell: best(results[cell]).get("ms") or float("inf")
     )
 
 
-def make_rows(cells: Sequence[Cell], results: Results) -> list[Row]:
+def make_rows(results: Results) -> list[Row]:
     """Return one row a model and peer, with the fastest reduction of each."""
     plain = {
-        cell.model: best(results.get(cell, ())).get("ms")
-        for cell in cells
+        cell.model: best(repeats).get("ms")
+        for cell, repeats in results.items()
         if cell.peer == "plain"
     }
     groups: dict[Any, list[Cell]] = {}
-    for cell in cells:
-        key = (cell.model, cell.peer, cell.clones)
-        groups.setdefault(key, []).append(cell)
+    for cell in results:
+        if cell.peer != "control":
+            key = (cell.model, cell.peer, cell.clones)
+            groups.setdefault(key, []).append(cell)
     rows = []
     for group in groups.values():
         cell = fastest(group, results)
-        figures = best(results.get(cell, ()))
-        if not figures:
-            continue
+        figures = best(results[cell])
         reference, ms = plain.get(cell.model), figures.get("ms")
         ratio = ms / reference if ms and reference else None
         rows.append(Row(cell.model, label(cell), ratio=ratio, **figures))
     return rows
 
 
-def make_controls(
-    pairs: Mapping[str, Sequence[Mapping[str, Any]]],
-) -> list[Control]:
+def make_controls(results: Results) -> list[Control]:
     """Return what each model's pairs of processes came to."""
     controls = []
-    for model, repeats in pairs.items():
+    for cell, repeats in results.items():
         done = [r for r in repeats if "error" not in r]
-        if done:
+        if cell.peer == "control" and done:
             alone = min(r["alone"] for r in done)
             together = min(max(r["together"]) for r in done)
-            controls.append(Control(model, alone, together))
-        elif repeats:
-            error = repeats[-1]["error"]
-            controls.append(Control(model, None, None, error))
+            controls.append(Control(cell.model, alone, together))
     return controls
+
+
+def failures(results: Results) -> list[str]:
+    """Return a line on each cell that failed, with why."""
+    return [
+        f"{cell.model}, {label(cell)}: failed: {figures['error']}"
+        for cell, figures in ((c, best(r)) for c, r in results.items())
+        if "error" in figures
+    ]
 
 
 def _cells(row: Row) -> list[str]:
@@ -131,8 +134,6 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def _control_cells(control: Control) -> list[str]:
-    if control.alone is None or control.together is None:
-        return [control.model, "failed", "", ""]
     ratio = control.together / control.alone
     return [
         control.model,
@@ -142,29 +143,26 @@ def _control_cells(control: Control) -> list[str]:
     ]
 
 
-def _controls_table(controls: Sequence[Control]) -> list[list[str]]:
-    header = ["two processes", "ms alone", "ms together", "of alone"]
-    return [header, *map(_control_cells, controls)]
-
-
-def failures(rows: Sequence[Row], controls: Sequence[Control]) -> list[str]:
-    """Return one line on each row that failed, with why."""
-    return [
-        f"{r.model}, {r.peer}: failed: {r.error}" for r in rows if r.error
-    ] + [
-        f"{c.model}, two processes: failed: {c.error}"
-        for c in controls
-        if c.error
-    ]
-
-
-def plain_text(rows: Sequence[Row], controls: Sequence[Control] = ()) -> str:
-    """Return a table to read in a terminal."""
-    parts = [_aligned([list(_HEADER), *map(_cells, rows)], 2)]
+def _tables(results: Results) -> list[tuple[list[list[str]], int]]:
+    """Return tables of strings, each with how many columns are names."""
+    rows, controls = make_rows(results), make_controls(results)
+    tables = [([list(_HEADER), *map(_cells, rows)], 2)]
     if controls:
-        parts.append(_aligned(_controls_table(controls), 1))
-    failed = failures(rows, controls)
-    return "\n\n".join([*parts, *(["\n".join(failed)] if failed else [])])
+        header = ["two processes", "ms alone", "ms together", "of alone"]
+        tables.append(([header, *map(_control_cells, controls)], 1))
+    return tables
+
+
+def plain_text(results: Results) -> str:
+    """Return tables to read in a terminal, and what failed."""
+    parts = [_aligned(*table) for table in _tables(results)]
+    failed = "\n".join(failures(results))
+    return "\n\n".join([*parts, *([failed] if failed else [])])
+
+
+def markdown(results: Results) -> str:
+    """Return tables to paste into a Markdown file."""
+    return "\n\n".join(_piped(*table) for table in _tables(results))
 
 
 def _aligned(table: list[list[str]], num_names: int) -> str:
@@ -180,18 +178,17 @@ def _aligned(table: list[list[str]], num_names: int) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def markdown(rows: Sequence[Row], controls: Sequence[Control] = ()) -> str:
-    """Return a table to paste into a Markdown file."""
-    parts = [_piped([list(_HEADER), *map(_cells, rows)], 2)]
-    if controls:
-        parts.append(_piped(_controls_table(controls), 1))
-    return "\n\n".join(parts)
-
-
 def _piped(table: list[list[str]], num_names: int) -> str:
     marks = ["---" if i < num_names else "---:" for i in range(len(table[0]))]
     lines = [f"| {' | '.join(line)} |" for line in table]
     return "\n".join([lines[0], f"|{'|'.join(marks)}|", *lines[1:]])
+
+
+def picture_formats() -> list[str]:
+    """Return the ends of file names that a picture can have."""
+    from matplotlib.figure import Figure
+
+    return sorted(Figure().canvas.get_supported_filetypes())
 
 
 def draw(rows: Sequence[Row], path: str) -> None:

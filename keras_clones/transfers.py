@@ -8,6 +8,7 @@ from tensorflow.core.protobuf import config_pb2, meta_graph_pb2
 
 # Private, since no public name tells which graphs ran on which device.
 from tensorflow.python.eager import context
+from tensorflow.python.framework import function_def_to_graph
 from tensorflow.python.grappler import tf_optimizer
 
 _SENDS = ("_Send", "_HostSend")
@@ -43,7 +44,9 @@ def count_transfers(function: Callable[[], Any]) -> list[Transfer]:
     in a `tf.function` is counted if that never ran before, and each transfer
     of a graph once, however often the graph runs: pass what runs one step.
     Collective operations and `tf.data` move data by ways of their own, which
-    are not counted. A transfer that only orders two operations has 0 bytes.
+    are not counted, and neither are the handles of variables. A transfer that
+    only orders two operations has 0 bytes. In a function that is kept out of
+    line, an operation counts as on the device it asks for, else its caller's.
 
     Args:
         function: Callable without arguments, which runs a `tf.function` for
@@ -92,25 +95,31 @@ def traffic(transfers: Iterable[Transfer]) -> dict[str, Traffic]:
     return found
 
 
+class _Crossing(NamedTuple):
+    """A tensor of the joined graph that crosses, by device strings."""
+
+    source: str
+    target: str
+    tensor: str
+
+
 def _transfers(graphs: Any) -> list[Transfer]:
     """Return the transfers of one function, cut into a graph a device."""
-    nodes = [node for part in graphs.partition_graphs for node in part.node]
-    sends = [
-        node
-        for node in nodes
+    parts = [node for part in graphs.partition_graphs for node in part.node]
+    library = _library(graphs, parts)
+    nodes, inner = _unfold(parts, library)
+    outer = [
+        _Crossing(_attr(node, "send_device"), _target(node), node.input[0])
+        for node in parts
         if node.op in _SENDS and _attr(node, "send_device") != _target(node)
     ]
-    if not sends:
+    if not outer and not inner:
         return []
-    joined = _join(graphs, nodes)
+    joined = _join(graphs, nodes, library)
     return [
-        Transfer(
-            _short(_attr(node, "send_device")),
-            _short(_target(node)),
-            _size(joined, node),
-            node.input[0],
-        )
-        for node in sends
+        Transfer(_short(source), _short(target), size, tensor)
+        for source, target, tensor in (*outer, *inner)
+        if (size := _size(joined, tensor)) is not None
     ]
 
 
@@ -127,12 +136,16 @@ def _short(device: str) -> str:
     return f"/device:{spec.device_type}:{spec.device_index}"
 
 
-def _size(graph: tf.Graph, send: Any) -> int:
-    """Return the bytes of what a send gets, from its inferred shape."""
-    name = send.input[0]
+def _size(graph: tf.Graph, name: str) -> int | None:
+    """Return the bytes of a tensor by its inferred shape, `None` of a handle.
+
+    A handle only says where a variable is.
+    """
     tensor = graph.get_tensor_by_name(name if ":" in name else f"{name}:0")
     elements = tensor.shape.num_elements()
-    if elements is None or tensor.dtype in (tf.string, tf.variant, tf.resource):
+    if tensor.dtype == tf.resource:
+        return None
+    if elements is None or tensor.dtype in (tf.string, tf.variant):
         raise ValueError(
             "Expected tensors of a static size to cross devices. "
             f"Received: tensor={name}, shape={tensor.shape}, "
@@ -142,7 +155,7 @@ def _size(graph: tf.Graph, send: Any) -> int:
     return elements * tensor.dtype.size
 
 
-def _join(graphs: Any, nodes: list[Any]) -> tf.Graph:
+def _join(graphs: Any, nodes: list[Any], library: dict[str, Any]) -> tf.Graph:
     """Return one graph of all devices' parts, which knows its shapes.
 
     Each receive becomes an identity of what its send gets, so that shapes are
@@ -150,7 +163,7 @@ def _join(graphs: Any, nodes: list[Any]) -> tf.Graph:
     """
     whole = tf.compat.v1.GraphDef()
     whole.versions.CopyFrom(graphs.partition_graphs[0].versions)
-    whole.library.function.extend(_library(graphs, nodes))
+    whole.library.function.extend(library.values())
     sources = {
         _attr(node, "tensor_name"): node.input[0]
         for node in nodes
@@ -159,6 +172,8 @@ def _join(graphs: Any, nodes: list[Any]) -> tf.Graph:
     for node in nodes:
         if node.op not in (*_SENDS, "_Retval"):
             whole.node.append(_importable(node, sources))
+            # A part of another machine's device must be importable here.
+            whole.node[-1].ClearField("device")
     with tf.Graph().as_default() as graph:
         tf.graph_util.import_graph_def(whole, name="")
     return graph
@@ -185,12 +200,84 @@ def _importable(node: Any, sources: dict[str, str]) -> Any:
             new.attr["shape"].shape.CopyFrom(shapes[0])
     else:
         new.CopyFrom(node)
-    # All devices' parts must be imported on a machine of any kind.
-    new.ClearField("device")
     return new
 
 
-def _library(graphs: Any, nodes: list[Any]) -> list[Any]:
+def _unfold(
+    nodes: list[Any], library: dict[str, Any]
+) -> tuple[list[Any], list[_Crossing]]:
+    """Put functions that use several devices in the place of their calls.
+
+    TensorFlow cuts these up too, but does not report the parts.
+
+    Returns:
+        All nodes, and the tensors inside the functions that cross devices.
+    """
+    unfolded, todo = [], list(nodes)
+    crossings: dict[_Crossing, None] = {}
+    while todo:
+        node = todo.pop()
+        function = library.get(node.attr["f"].func.name)
+        if function is None or not any(
+            _asks_for(inner.device, node.device) for inner in function.node_def
+        ):
+            unfolded.append(node)
+            continue
+        body = _body(node, function)
+        device = {inner.name: inner.device for inner in body}
+        for inner in body:
+            for tensor in inner.input:
+                source = device.get(tensor.partition(":")[0], inner.device)
+                if tensor[0] != "^" and _asks_for(source, inner.device):
+                    crossing = _Crossing(source, inner.device, tensor)
+                    crossings[crossing] = None
+        todo += body
+    return unfolded, list(crossings)
+
+
+def _asks_for(device: str, caller: str) -> bool:
+    """Say whether a device is named, and not the caller's."""
+    return bool(device) and _short(device) != _short(caller)
+
+
+def _body(call: Any, function: Any) -> list[Any]:
+    """Return a function's nodes, linked to what its call gets and gives."""
+    graph, flat = function_def_to_graph.function_def_to_graph_def(function)
+    arguments = dict(
+        zip(
+            (argument.name for argument in function.signature.input_arg),
+            zip(call.input, call.attr["Tin"].list.type, strict=False),
+            strict=True,
+        )
+    )
+    body = []
+    for node in graph.node:
+        new = tf.compat.v1.NodeDef(name=f"{call.name}/{node.name}")
+        if node.name in arguments:
+            new.op = "Identity"
+            source, new.attr["T"].type = arguments[node.name]
+            new.input.append(source)
+        else:
+            new.op = node.op
+            for name, value in node.attr.items():
+                new.attr[name].CopyFrom(value)
+            for name in node.input:
+                order, name = ("^", name[1:]) if name[0] == "^" else ("", name)
+                new.input.append(f"{order}{call.name}/{name}")
+        asked = _asks_for(node.device, call.device)
+        new.device = node.device if asked else call.device
+        body.append(new)
+    result = tf.compat.v1.NodeDef(
+        name=call.name, op="IdentityN", device=call.device
+    )
+    result.attr["T"].CopyFrom(call.attr["Tout"])
+    for output in function.signature.output_arg:
+        returned = flat[function.ret[output.name]]
+        result.input.append(f"{call.name}/{returned}")
+    return [*body, result]
+
+
+def _library(graphs: Any, nodes: list[Any]) -> dict[str, Any]:
     """Return the functions that nodes call.
 
     What TensorFlow reports lacks the functions that its optimizer made for
@@ -217,4 +304,4 @@ def _library(graphs: Any, nodes: list[Any]) -> list[Any]:
         )
         for function in optimized.library.function:
             known.setdefault(function.signature.name, function)
-    return list(known.values())
+    return known
