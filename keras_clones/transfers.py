@@ -56,12 +56,20 @@ def count_transfers(function: Callable[[], Any]) -> list[Transfer]:
             crosses devices has no static size.
     """
     context.ensure_initialized()
+    options = tf.config.optimizer.get_experimental_options()
+    # It makes functions for single calls that the report lacks.
+    tf.config.optimizer.set_experimental_options(
+        {**options, "function_optimization": False}
+    )
     context.enable_graph_collection()
     try:
         function()
         report = context.export_run_metadata()
     finally:
         context.disable_graph_collection()
+        tf.config.optimizer.set_experimental_options(
+            {"function_optimization": True, **options}
+        )
     if not report.function_graphs:
         raise ValueError(
             "Expected a function that runs a `tf.function` for the first "
