@@ -1,6 +1,6 @@
 """Combine what the clones return into one loss, gradient and state."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -13,7 +13,6 @@ from keras_clones import (
     exchange,
     gradients,
     sharding,
-    state,
 )
 from keras_clones.begin import Step
 from keras_clones.tower import TowerOutput, sources
@@ -24,7 +23,7 @@ class StepResult(NamedTuple):
 
     `loss_values` are those of single outputs that no tracker has seen yet.
     `metrics` is what the batch adds to the variables of the compiled metrics,
-    or `None` where they are still to see the outputs.
+    empty where they are still to see the outputs.
     `assigned` holds new values of `Variables.trainable` and `.others`, by
     position, and `seeds` those of `.seeds`.
     """
@@ -33,10 +32,24 @@ class StepResult(NamedTuple):
     masks: list[Any]
     loss: Any
     loss_values: list[tf.Tensor]
-    metrics: list[tf.Tensor] | None
+    metrics: list[tf.Tensor]
     assigned: dict[int, tf.Tensor]
     seeds: dict[int, tf.Tensor]
     gradients: list[Any]
+
+
+class _Parts(NamedTuple):
+    """What adds up over the clones: a nest of dense tensors, one a clone.
+
+    `gradients` are by position among the trainable variables.
+    """
+
+    loss: Any
+    loss_values: list[tf.Tensor]
+    metrics: list[tf.Tensor]
+    averaged: dict[int, tf.Tensor]
+    added: dict[int, tf.Tensor]
+    gradients: dict[int, tf.Tensor]
 
 
 def combine_losses(
@@ -45,20 +58,10 @@ def combine_losses(
     tower: exchange.TracedTower,
     with_metrics: bool,
 ) -> StepResult:
-    """Average the losses that the clones compute, each by its rows."""
+    """Add up what the clones compute of the loss and its gradients."""
     results = exchange.call(tower, layout)
-    small = [result._replace(outputs=None, masks=[]) for result in results]
-    arrived = exchange.bring_home(layout, small)
-    columns = zip(*(result.gradients for result in arrived), strict=True)
-    values = zip(*(result.loss_values for result in arrived), strict=True)
-    added = zip(*(result.metrics for result in arrived), strict=True)
     wanted = not with_metrics and needs_outputs(step.model)
-    return collect_results(step, layout, results, arrived, wanted)._replace(
-        loss=gradients.average([r.loss for r in arrived], layout.shares),
-        loss_values=[gradients.average(v, layout.shares) for v in values],
-        metrics=[tf.add_n(part) for part in added] if with_metrics else None,
-        gradients=_merge_gradients(columns, step.variables.trainable, tower),
-    )
+    return collect_results(step, layout, results, wanted, tower)
 
 
 def gather_outputs(
@@ -83,106 +86,132 @@ def gather_outputs(
             loss = _keras.compute_loss(
                 model, x, y, outputs, sample_weight, bool(step.training)
             )
+    wanted = needs_outputs(model)
     if not step.training:
-        return collect_results(
-            step, layout, results, results, needs_outputs(model)
-        )._replace(loss=loss)
+        collected = collect_results(step, layout, results, wanted)
+        return collected._replace(loss=loss)
     pulled, direct = tape.gradient(
         loss,
         (targets, [variable.value for variable in trainable]),
         output_gradients=model.optimizer.scale_loss(tf.ones_like(loss)),
     )
-    arrived = exchange.bring_home(
-        layout,
-        [
-            result._replace(outputs=None, masks=[], gradients=pulled_back)
-            for result, pulled_back in zip(
-                results, pullback(pulled), strict=True
-            )
+    results = [
+        result._replace(gradients=pulled_back)
+        for result, pulled_back in zip(results, pullback(pulled), strict=True)
+    ]
+    collected = collect_results(step, layout, results, wanted, tower)
+    return collected._replace(
+        loss=loss,
+        gradients=[
+            gradients.merge([one, other])
+            for one, other in zip(collected.gradients, direct, strict=True)
         ],
     )
-    columns = zip(
-        *(result.gradients for result in arrived), direct, strict=True
-    )
-    return collect_results(
-        step, layout, results, arrived, needs_outputs(model)
-    )._replace(
-        loss=loss,
-        gradients=_merge_gradients(columns, step.variables.trainable, tower),
-    )
-
-
-def _merge_gradients(
-    columns: Iterable[Sequence[Any]],
-    variables: Sequence[keras.Variable],
-    tower: exchange.TracedTower,
-) -> list[Any]:
-    return [
-        gradients.largest(column)
-        if _keras.overwrites_with_gradient(variable)
-        else gradients.merge(column, unique_rows=position in tower.unique_rows)
-        for position, (column, variable) in enumerate(
-            zip(columns, variables, strict=False)
-        )
-    ]
 
 
 def collect_results(
     step: Step,
     layout: exchange.Layout,
     results: list[TowerOutput],
-    arrived: list[TowerOutput],
     with_outputs: bool,
+    tower: exchange.TracedTower | None = None,
 ) -> StepResult:
-    """Merge what was assigned, and join the outputs if they are needed.
+    """Bring the clones' results home and make one of them.
 
     Args:
         step: `Step` that the clones ran.
         layout: `Layout` of its batch.
         results: List with what each clone returned.
-        arrived: The same on the variables device, outputs left out.
         with_outputs: Boolean, whether anything needs the outputs, which stay
             in the clones else.
+        tower: `TracedTower` whose gradients are in the results. Defaults to
+            `None`: there are none.
     """
+    first = results[0]
     variables = [*step.variables.trainable, *step.variables.others]
-    positions = list(arrived[0].assigned)
-    policies = state.merge_policies(
-        step.model,
-        [variables[i] for i in positions],
-        step.options.batch_norm,
-    )
+    positions = [*first.averaged, *first.added, *first.assigned]
     if step.training and len(layout.clones) > 1:
         exactness.warn_of_inexact_state(
             step.model,
             [variables[i] for i in positions],
             step.options.batch_norm,
         )
-    shares = step.options.balance
-    if shares is not None and layout.started is not None and len(results) > 1:
-        ends = [
-            balance.seconds_now(clock, result)
-            for clock, result in zip(shares.clocks[1:], arrived, strict=True)
-        ]
-        balance.observe(shares, [end - layout.started for end in ends])
+    apart = [
+        i
+        for i, gradient in enumerate(first.gradients)
+        if isinstance(gradient, tf.IndexedSlices)
+        or _keras.overwrites_with_gradient(step.variables.trainable[i])
+    ]
+    total = exchange.add_up(layout, [_parts(r, apart) for r in results])
+    columns = zip(
+        *exchange.bring_home(
+            layout, [[r.gradients[i] for i in apart] for r in results]
+        ),
+        strict=True,
+    )
+    merged = {
+        i: gradients.largest(column)
+        if _keras.overwrites_with_gradient(step.variables.trainable[i])
+        else gradients.merge(
+            column, unique_rows=tower is not None and i in tower.unique_rows
+        )
+        for i, column in zip(apart, columns, strict=True)
+    }
+    if step.training and step.options.balance is not None:
+        _observe(step.options.balance, layout, results)
+    assigned, seeds = exchange.first_home(layout, (first.assigned, first.seeds))
     outputs, masks = _join_outputs(results) if with_outputs else (None, [])
     return StepResult(
         outputs=outputs,
         masks=masks,
-        loss=None,
-        loss_values=[],
-        metrics=None,
+        loss=total.loss,
+        loss_values=total.loss_values,
+        metrics=total.metrics,
         assigned={
-            i: state.merge(
-                policy,
-                variables[i].value,
-                [result.assigned[i] for result in arrived],
-                layout.shares,
-            )
-            for i, policy in zip(positions, policies, strict=True)
+            **assigned,
+            **total.averaged,
+            **{i: variables[i].value + v for i, v in total.added.items()},
         },
-        seeds=arrived[0].seeds,
-        gradients=[],
+        seeds=seeds,
+        gradients=[
+            merged[i] if i in merged else total.gradients[i]
+            for i in range(len(first.gradients))
+        ],
     )
+
+
+def _parts(result: TowerOutput, apart: Sequence[int]) -> _Parts:
+    """Return what of a clone's result adds up, leaving some gradients apart."""
+    return _Parts(
+        loss=result.loss,
+        loss_values=result.loss_values,
+        metrics=result.metrics,
+        averaged=result.averaged,
+        added=result.added,
+        gradients={
+            i: gradient
+            for i, gradient in enumerate(result.gradients)
+            if i not in apart
+        },
+    )
+
+
+def _observe(
+    measured: balance.Balance,
+    layout: exchange.Layout,
+    results: list[TowerOutput],
+) -> None:
+    """Measure what each clone took until its gradients were home."""
+    if layout.started is None or len(results) == 1:
+        return
+    seconds = []
+    for clock, result in zip(measured.clocks[1:], results, strict=True):
+        gradient = next(g for g in result.gradients if g is not None)
+        # A value at home, since a GPU is not done when its kernels are queued.
+        arrived = tf.identity(tf.reshape(gradient, [-1])[:1])
+        end = balance.seconds_now(clock, arrived)
+        seconds.append(end - layout.started)
+    balance.observe(measured, seconds)
 
 
 def _join_outputs(results: list[TowerOutput]) -> tuple[Any, list[Any]]:

@@ -17,16 +17,14 @@ from keras_clones.unique_rows import looked_up_once
 
 
 class Layout(NamedTuple):
-    """A global batch laid out over clones: one input and one share a clone.
+    """A global batch laid out over clones, one input a clone.
 
-    A share is the rows of a shard over the rows of the global batch.
     `started` is when the batch was laid out, in seconds, if that is measured.
     """
 
     home: str
     clones: Sequence[Clone]
     inputs: list[TowerInput]
-    shares: list[tf.Tensor]
     started: tf.Tensor | None
 
 
@@ -56,7 +54,6 @@ def lay_out(
     home: str,
     fractions: Any = None,
     clock: tf.Variable | None = None,
-    jit_compile: bool = False,
 ) -> Layout:
     """Split a batch over clones, and send each one mirror of the variables.
 
@@ -73,13 +70,12 @@ def lay_out(
             rows. Defaults to `None`: even ones.
         clock: Variable that keeps when the batch was laid out. Defaults to
             `None`: that is not measured.
-        jit_compile: Boolean, whether XLA compiles the clones. Defaults to
-            `False`.
     """
     sizes = sharding.shard_sizes(rows, len(clones), fractions)
     shards = sharding.split(batch, sizes)
-    total = tf.cast(rows, tf.float64)
-    shares = [tf.cast(size, tf.float64) / total for size in sizes]
+    shares = tf.cast(tf.stack(sizes), tf.float64) / tf.cast(rows, tf.float64)
+    scale = tf.fill([len(clones)], tf.cast(loss_scale, tf.float64))
+    both = tf.unstack(tf.stack([shares, scale], axis=1), num=len(clones))
     seeds = [v.value.read_value() for v in variables.seeds]
     stay = {id(table) for table in tables}
     mirrors = gradients.send_to_all(
@@ -90,7 +86,6 @@ def lay_out(
         home,
         [clone.device for clone in clones],
     )
-    scale = tf.cast(loss_scale, tf.float64)
     inputs = [
         TowerInput(
             mirrors=mirrors[i],
@@ -98,30 +93,12 @@ def lay_out(
             x=shards[i][0],
             y=shards[i][1],
             sample_weight=shards[i][2],
-            share=tf.stack([shares[i], scale]),
-            place=None if jit_compile else _place(clones[i]),
+            share=both[i],
         )
         for i in range(len(clones))
     ]
     started = None if clock is None else seconds_now(clock, shards)
-    return Layout(home, clones, inputs, shares, started)
-
-
-def _place(clone: Clone) -> tf.Tensor | None:
-    """Return a resource of a clone's own, which nothing is ever kept in.
-
-    Within a `tf.function`, TensorFlow runs functions that have a state (they
-    draw from `tf.random`, print or call Python) one after the other, unless
-    each works on resources of its own. So clones get one.
-    """
-    if tf.executing_eagerly():
-        return None
-    with tf.device(clone.device):
-        return tf.raw_ops.VarHandleOp(
-            dtype=tf.float32,
-            shape=[],
-            shared_name=f"keras_clones/{clone.scope}",
-        )
+    return Layout(home, clones, inputs, started)
 
 
 def out_of_line(tower: Tower, jit_compile: bool) -> Any:
@@ -163,16 +140,53 @@ def trace(
         lambda one, *more: one.most_specific_common_supertype(more), *types
     )
     concrete = function.get_concrete_function(common)
+    call = concrete
+    if not inline and _has_state_of_no_variable(concrete):
+        place = tf.TensorSpec([], tf.resource)
+        concrete = function.get_concrete_function(common._replace(place=place))
+        call = _apart(concrete)
     mirrors: list[Any] = list(layout.inputs[0].mirrors)
     sent = [i for i, mirror in enumerate(mirrors) if mirror is not None]
     for position, value in zip(sent, concrete.inputs, strict=False):
         mirrors[position] = value
     return TracedTower(
-        function.python_function if inline else concrete,
+        function.python_function if inline else call,
         concrete.structured_outputs,
         looked_up_once(mirrors),
         synchronized,
     )
+
+
+def _has_state_of_no_variable(concrete: Any) -> bool:
+    """Say whether a function draws from `tf.random`, prints or calls Python.
+
+    Within a `tf.function`, TensorFlow runs calls of such functions one after
+    the other, unless each works on resources of its own. XLA takes none that
+    nothing is kept in.
+    """
+    if concrete.function_def.attr["_XlaMustCompile"].b:
+        return False
+    return not any(t.dtype == tf.resource for t in concrete.inputs) and any(
+        op.op_def.is_stateful and op.type != "Placeholder"
+        for op in concrete.graph.get_operations()
+    )
+
+
+def _apart(concrete: Any) -> Callable[[TowerInput], TowerOutput]:
+    """Return a function whose calls do not wait for each other.
+
+    Each gets a resource of its own, which nothing is ever kept in.
+    """
+
+    def call(inputs: TowerInput) -> TowerOutput:
+        place = tf.raw_ops.VarHandleOp(
+            dtype=tf.float32,
+            shape=[],
+            shared_name=f"keras_clones/{tf.get_current_name_scope()}",
+        )
+        return concrete(inputs._replace(place=place))
+
+    return call
 
 
 def _has_sparse(x: Any) -> bool:
@@ -247,6 +261,20 @@ def targets(result: TowerOutput) -> list[tf.Tensor]:
 
 
 def bring_home(layout: Layout, values: list[Any]) -> list[Any]:
-    """Send one nest of small results a clone to the variables device."""
+    """Send one nest of results a clone to the variables device."""
     sources = [clone.device for clone in layout.clones]
     return gradients.collect(values, sources, layout.home)
+
+
+def add_up(layout: Layout, values: list[Any]) -> Any:
+    """Send one nest of dense results a clone home, where they are added up."""
+    sources = [clone.device for clone in layout.clones]
+    return gradients.add_up(values, sources, layout.home)
+
+
+def first_home(layout: Layout, value: Any) -> Any:
+    """Send a nest of results of the first clone to the variables device."""
+    (arrived,) = gradients.collect(
+        [value], [layout.clones[0].device], layout.home
+    )
+    return arrived

@@ -109,6 +109,39 @@ def collect(
     ]
 
 
+def add_up(values: list[Any], sources: Sequence[str], target: str) -> Any:
+    """Send one nest of tensors a device to one device, which adds them up.
+
+    Small tensors are added up as they travel, packed.
+
+    Args:
+        values: A list of nests of dense tensors of one structure, one a
+            source.
+        sources: Sequence of device strings.
+        target: Device string.
+
+    Returns:
+        A nest with the sums.
+    """
+    if len(values) == 1:
+        return collect(values, sources, target)[0]
+    if all(source == target for source in sources):
+        return tf.nest.map_structure(lambda *column: merge(column), *values)
+    transfer = _Transfer(values)
+    packed = [
+        transfer.pack(value, source)
+        for value, source in zip(values, sources, strict=True)
+    ]
+    with tf.device(target):
+        buffers = [tf.add_n(column) for column in zip(*packed, strict=True)]
+        columns = zip(*map(_tensors, values), strict=True)
+        large = [
+            column[0] if position in transfer.small else tf.add_n(column)
+            for position, column in enumerate(columns)
+        ]
+    return transfer.unpack(buffers, _like(values[0], large), target)
+
+
 class _Transfer:
     """Sends nests of one structure, their small tensors packed.
 
@@ -119,37 +152,42 @@ class _Transfer:
 
     def __init__(self, nests: list[Any]) -> None:
         spec = pack_spec(*(_tensors(nest) for nest in nests))
-        self._small = [position for group in spec.groups for position in group]
+        self.small = [position for group in spec.groups for position in group]
         self._pack = _out_of_line(lambda *tensors: pack(tensors, spec))
         self._unpack = _out_of_line(lambda *buffers: unpack(buffers, spec))
 
     def pack(self, values: Any, source: str) -> list[tf.Tensor]:
-        if not self._small:
+        if not self.small:
             return []
         tensors = _tensors(values)
         with tf.device(source):
-            return self._pack(*(tensors[p] for p in self._small))
+            return self._pack(*(tensors[p] for p in self.small))
 
     def unpack(self, buffers: list[tf.Tensor], like: Any, target: str) -> Any:
         tensors = dict(enumerate(_tensors(like)))
-        if self._small:
+        if self.small:
             with tf.device(target):
                 unpacked = self._unpack(*buffers)
-            tensors.update(zip(self._small, unpacked, strict=True))
-        arrived = iter(tensors.values())
-        return tf.nest.pack_sequence_as(
-            like,
-            [
-                None if leaf is None else next(arrived)
-                for leaf in tf.nest.flatten(like, expand_composites=True)
-            ],
-            expand_composites=True,
-        )
+            tensors.update(zip(self.small, unpacked, strict=True))
+        return _like(like, list(tensors.values()))
 
 
 def _tensors(values: Any) -> list[tf.Tensor]:
     leaves = tf.nest.flatten(values, expand_composites=True)
     return [leaf for leaf in leaves if leaf is not None]
+
+
+def _like(values: Any, tensors: Sequence[tf.Tensor]) -> Any:
+    """Return a nest of the structure of another, with other tensors."""
+    rest = iter(tensors)
+    return tf.nest.pack_sequence_as(
+        values,
+        [
+            None if leaf is None else next(rest)
+            for leaf in tf.nest.flatten(values, expand_composites=True)
+        ],
+        expand_composites=True,
+    )
 
 
 def _out_of_line(function: Callable[..., Any]) -> Callable[..., Any]:

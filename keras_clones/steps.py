@@ -8,7 +8,15 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_clones import _keras, combine, custom, exactness, exchange, sharding
+from keras_clones import (
+    _keras,
+    combine,
+    custom,
+    exactness,
+    exchange,
+    sharding,
+    state,
+)
 from keras_clones.begin import Step, StepOptions, as_tensor, begin, build
 from keras_clones.placement import Clone
 from keras_clones.state import Variables
@@ -122,6 +130,7 @@ def _towers(step: Step) -> Callable[[bool], Callable[..., Any]]:
                 if len(step.options.clones) > 1
                 else "mean"
             ),
+            policies=functools.partial(_policies, step),
             with_loss=with_loss,
             with_metrics=with_loss and exactness.metrics_add_up(step.model),
             with_gradients=with_loss and bool(step.training),
@@ -129,6 +138,12 @@ def _towers(step: Step) -> Callable[[bool], Callable[..., Any]]:
         return exchange.out_of_line(tower, step.jit_compile)
 
     return make
+
+
+def _policies(step: Step, variables: Sequence[keras.Variable]) -> list[str]:
+    if len(step.options.clones) == 1:
+        return ["first"] * len(variables)
+    return state.merge_policies(step.model, variables, step.options.batch_norm)
 
 
 def _run_on(
@@ -149,11 +164,10 @@ def _run_on(
         options.balance.clocks[0]
         if options.balance and step.training
         else None,
-        step.jit_compile,
     )
     if step.training is None:
         results = exchange.call(exchange.trace(towers(False), layout), layout)
-        return combine.collect_results(step, layout, results, results, True)
+        return combine.collect_results(step, layout, results, with_outputs=True)
     synchronized = (
         synchronized_layers(model, options.batch_norm)
         if step.training and len(clones) > 1
@@ -205,10 +219,10 @@ def update_metrics(step: Step, result: combine.StepResult) -> dict:
     for tracker, value in zip(trackers, result.loss_values, strict=False):
         tracker.update_state(value, sample_weight=first.shape[0])
     for variable, added in zip(
-        _keras.metric_variables(model), result.metrics or [], strict=False
+        _keras.metric_variables(model), result.metrics, strict=False
     ):
         variable.assign_add(added)
-    if result.metrics is not None or not combine.needs_outputs(model):
+    if result.metrics or not combine.needs_outputs(model):
         return model.get_metrics_result()
     for output, mask in zip(
         keras.tree.flatten(result.outputs), result.masks, strict=True

@@ -1,7 +1,7 @@
 """The tower function: the pure function that a clone runs on its shard."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -33,12 +33,16 @@ class TowerInput(NamedTuple):
 class TowerOutput(NamedTuple):
     """What a clone gives back.
 
-    `layer_losses` are the clone's parts of `model.losses`: their sum over the
-    clones is that of the global batch. `loss_values` are the losses of single
-    outputs that Keras logs. `assigned` and `seeds` hold the new values of the
-    mirrors and seeds that the forward pass assigned, by position. `metrics`
-    are what the shard adds to the variables of the compiled metrics.
-    `gradients` are those of the clone's part of the scaled global loss.
+    Losses, metrics and gradients are the clone's parts: their sums over the
+    clones are those of the global batch. `layer_losses` are the parts of
+    `model.losses`, `loss_values` of the losses of single outputs that Keras
+    logs, `metrics` of what the batch adds to the compiled metrics' variables,
+    `gradients` of those of the scaled loss.
+
+    What the forward pass assigned is by position among the mirrors: in
+    `averaged` and `added` the clone's parts of an average by rows and of what
+    to add to the old value, in `assigned` new values, alike or to be taken
+    from the first clone. `seeds` holds new values of the seeds.
     """
 
     outputs: Any
@@ -46,6 +50,8 @@ class TowerOutput(NamedTuple):
     loss: Any
     loss_values: list[tf.Tensor]
     layer_losses: list[tf.Tensor]
+    averaged: dict[int, tf.Tensor]
+    added: dict[int, tf.Tensor]
     assigned: dict[int, tf.Tensor]
     seeds: dict[int, tf.Tensor]
     metrics: list[tf.Tensor]
@@ -61,6 +67,7 @@ def make_tower(
     *,
     training: bool,
     layer_losses: str | None,
+    policies: Callable[[Sequence[keras.Variable]], Sequence[str]],
     with_loss: bool,
     with_metrics: bool,
     with_gradients: bool,
@@ -78,6 +85,8 @@ def make_tower(
         layer_losses: String, `"mean"` or `"sum"`: what a scalar that a layer
             passes to `add_loss` is of the rows. `None` takes it for a mean,
             with a warning.
+        policies: Function that returns how each of some variables merges, as
+            `state.merge_policies` does.
         with_loss: Boolean, whether the clone computes its own loss.
         with_metrics: Boolean, whether it also updates the compiled metrics,
             from zero, by its own shard.
@@ -127,18 +136,35 @@ def make_tower(
                     _keras.update_compiled_metrics(
                         model, inputs.y, outputs, inputs.sample_weight
                     )
-        if with_loss:
-            loss_values = [_tracked_value(scope, m) for m in trackers]
         if with_gradients and loss is not None:
             seed = tf.cast(tf.reduce_prod(inputs.share), loss.dtype)
             gradients = tape.gradient(loss, trained, output_gradients=seed)
+        if with_loss:
+            values = [_tracked_value(scope, m) for m in trackers]
+            loss, *loss_values = (
+                _times(v, inputs.share[0]) for v in [loss, *values]
+            )
+        new = _assigned(scope, mirrored, inputs.mirrors)
+        merged: dict[str, dict] = {"mean": {}, "sum": {}, "first": {}}
+        for position, policy in zip(
+            new, policies([mirrored[i] for i in new]), strict=True
+        ):
+            merged[policy][position] = new[position]
         return TowerOutput(
             outputs=outputs,
             masks=[_keras.get_mask(t) for t in keras.tree.flatten(outputs)],
             loss=loss,
             loss_values=loss_values,
             layer_losses=losses,
-            assigned=_assigned(scope, mirrored, inputs.mirrors),
+            averaged={
+                i: _times(value, inputs.share[0])
+                for i, value in merged["mean"].items()
+            },
+            added={
+                i: value - inputs.mirrors[i]
+                for i, value in merged["sum"].items()
+            },
+            assigned=merged["first"],
             seeds=_assigned(scope, variables.seeds, inputs.seeds),
             metrics=[scope.get_current_value(v) for v in metrics],
             gradients=gradients,
@@ -231,6 +257,10 @@ def _tracked_value(
     """Return what a tracker, zero at first, was updated with."""
     total, count = (scope.get_current_value(v) for v in tracker.variables)
     return tf.math.divide_no_nan(total, tf.cast(count, total.dtype))
+
+
+def _times(value: tf.Tensor, share: tf.Tensor) -> tf.Tensor:
+    return value * tf.cast(share, value.dtype)
 
 
 def _assigned(
