@@ -101,17 +101,28 @@ def lay_out(
     return Layout(home, clones, inputs, started)
 
 
-def out_of_line(tower: Tower, jit_compile: bool) -> Any:
+def overlaps(devices: Sequence[str]) -> bool:
+    """Say whether copies to and from the clones take time of their own."""
+    return all("GPU" in device for device in devices)
+
+
+def callable_tower(
+    tower: Tower, devices: Sequence[str], jit_compile: bool
+) -> Any:
     """Return a tower function that `trace` can call from any place of a graph.
 
     It stays a function of its own in the step's graph: inlined once a clone,
-    it would be optimized once a clone too.
+    it would be optimized once a clone too. On GPUs it is inlined all the
+    same, unless XLA compiles it, so that a gradient leaves as soon as it is
+    made, and a layer runs as soon as its mirrors have arrived: a function
+    waits for all it gets, and gives back all at once.
     """
+    inline = overlaps(devices) and not jit_compile
     return tf.function(
         tower,
         autograph=False,
         jit_compile=jit_compile or None,
-        experimental_attributes={"_noinline": True},
+        experimental_attributes=None if inline else {"_noinline": True},
     )
 
 
@@ -164,7 +175,8 @@ def _has_state_of_no_variable(concrete: Any) -> bool:
     the other, unless each works on resources of its own. XLA takes none that
     nothing is kept in.
     """
-    if concrete.function_def.attr["_XlaMustCompile"].b:
+    attributes = concrete.function_def.attr
+    if "_XlaMustCompile" in attributes and attributes["_XlaMustCompile"].b:
         return False
     return not any(t.dtype == tf.resource for t in concrete.inputs) and any(
         op.op_def.is_stateful and op.type != "Placeholder"

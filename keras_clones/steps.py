@@ -135,7 +135,8 @@ def _towers(step: Step) -> Callable[[bool], Callable[..., Any]]:
             with_metrics=with_loss and exactness.metrics_add_up(step.model),
             with_gradients=with_loss and bool(step.training),
         )
-        return exchange.out_of_line(tower, step.jit_compile)
+        devices = [clone.device for clone in step.options.clones]
+        return exchange.callable_tower(tower, devices, step.jit_compile)
 
     return make
 
