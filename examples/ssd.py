@@ -1,0 +1,338 @@
+"""Train a single-shot detector (SSD) on clones.
+
+Run it with `python examples/ssd.py`: it draws shapes to find, trains, and
+saves the model and a picture of what it finds. It needs no GPU and no
+download. `--data FOLDER` trains on a folder in Pascal VOC layout instead, and
+`--resume` goes on where a stopped run of the same `--out` was.
+
+The loss is divided by the number of anchors that have a box, in the whole
+batch: a mean over clones of what each divides by its own number would be
+another loss. `clone_model` sees that the loss is one over the batch, and
+computes it once, on the joined outputs of the clones.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import sys
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import matplotlib
+import numpy as np
+import tensorflow as tf
+from ssd_boxes import (
+    ANCHORS_A_CELL,
+    average_precision,
+    detect,
+    make_anchors,
+)
+from ssd_data import training_data, validation_data
+from ssd_voc import (
+    SHAPES,
+    VOC_CLASSES,
+    DataError,
+    decode,
+    draw_shapes,
+    read_voc,
+)
+
+from keras_clones import clone_model, deployment, use_virtual_devices
+
+NEGATIVES_A_POSITIVE = 3
+
+
+def make_model(image_size, num_classes, width=16):
+    """Return a model from images to offsets and logits of every anchor."""
+
+    def block(x, filters, strides):
+        x = keras.layers.Conv2D(
+            filters, 3, strides, padding="same", use_bias=False
+        )(x)
+        # Normalizes each image by itself, so a shard is as good as a batch.
+        # BatchNormalization would see only the rows of its clone, unless
+        # `clone_model` got `batch_norm="sync"`.
+        x = keras.layers.GroupNormalization(4)(x)
+        return keras.layers.Activation("relu")(x)
+
+    outputs = 4 + 1 + num_classes
+    images = keras.Input((image_size, image_size, 3))
+    x = keras.layers.Rescaling(2.0, -1.0)(images)
+    x = block(x, width, 2)  # (batch, size / 2, size / 2, width)
+    x = block(x, 2 * width, 2)
+    x = block(x, 4 * width, 2)
+    maps = [block(x, 4 * width, 1)]  # (batch, size / 8, size / 8, 4 width)
+    maps.append(block(block(maps[-1], 6 * width, 2), 6 * width, 1))
+    maps.append(block(block(maps[-1], 8 * width, 2), 8 * width, 1))
+    found = []
+    for features in maps:
+        x = keras.layers.Conv2D(ANCHORS_A_CELL * outputs, 3, padding="same")(
+            features
+        )
+        found.append(keras.layers.Reshape((-1, outputs))(x))
+    # (batch, anchors, 4 + 1 + classes)
+    return keras.Model(images, keras.layers.Concatenate(axis=1)(found))
+
+
+def hard_negatives(losses, positive):
+    """Pick the background anchors with the largest losses of each image.
+
+    Args:
+        losses: Tensor of shape (batch, anchors).
+        positive: Boolean tensor of shape (batch, anchors), who has a box.
+
+    Returns:
+        A boolean tensor of shape (batch, anchors), with up to three for each
+        anchor with a box.
+    """
+    losses = tf.where(positive, -np.inf, losses)
+    order = tf.argsort(losses, direction="DESCENDING", stable=True)
+    rank = tf.argsort(order)  # (batch, anchors)
+    count = tf.reduce_sum(tf.cast(positive, tf.int32), 1, keepdims=True)
+    return (rank < NEGATIVES_A_POSITIVE * count) & ~positive
+
+
+class MultiboxLoss(keras.losses.Loss):
+    """The loss of SSD, over all anchors that have a box in the batch."""
+
+    def call(self, y_true, y_pred):
+        """Return one number for the whole batch.
+
+        Args:
+            y_true: Tensor of shape (batch, anchors, 5): class and offsets.
+            y_pred: Tensor of shape (batch, anchors, 4 + 1 + classes).
+        """
+        classes = tf.cast(y_true[..., 0], tf.int32)  # (batch, anchors)
+        positive = classes > 0
+        confidence = tf.nn.sparse_softmax_cross_entropy_with_logits(
+            classes, y_pred[..., 4:]
+        )  # (batch, anchors)
+        chosen = positive | hard_negatives(confidence, positive)
+        distance = abs(y_true[..., 1:] - y_pred[..., :4])
+        location = tf.reduce_sum(
+            tf.where(distance < 1, distance**2 / 2, distance - 0.5), -1
+        )  # (batch, anchors)
+        total = tf.reduce_sum(tf.where(chosen, confidence, 0)) + tf.reduce_sum(
+            tf.where(positive, location, 0)
+        )
+        matched = tf.reduce_sum(tf.cast(positive, total.dtype))
+        return total / tf.maximum(matched, 1)
+
+
+def compile_model(model, steps, learning_rate=3e-3):
+    """Compile with a rate that warms up, and falls to zero as a cosine."""
+    warmup = max(steps // 20, 1)
+    schedule = keras.optimizers.schedules.CosineDecay(
+        0.0,
+        max(steps - warmup, 1),
+        warmup_target=learning_rate,
+        warmup_steps=warmup,
+    )
+    model.compile(
+        keras.optimizers.AdamW(schedule, weight_decay=1e-4, clipnorm=10.0),
+        MultiboxLoss(),
+    )
+
+
+def open_run(model, folder, settings, resume):
+    """Return how many steps a run has behind it, with its state restored.
+
+    Raises:
+        DataError: If there is nothing to resume, or it was made with other
+            settings.
+    """
+    path, weights = folder / "settings.json", folder / "last.weights.h5"
+    if resume:
+        if not (path.is_file() and weights.is_file()):
+            raise DataError(
+                "Expected a stopped run to resume. Received: --out "
+                f"{folder}, without settings.json and last.weights.h5. Leave "
+                "out `--resume` to begin a run."
+            )
+        before = json.loads(path.read_text())
+        changed = [
+            f"{key}: {before.get(key)} before, {value} now"
+            for key, value in settings.items()
+            if before.get(key) != value
+        ]
+        if changed:
+            raise DataError(
+                "Expected the settings of the run to resume. Received: "
+                f"{'; '.join(changed)}."
+            )
+        model.optimizer.build(model.trainable_variables)
+        model.load_weights(weights)
+        return int(model.optimizer.iterations)
+    # Until its first epoch ends, a new run has nothing to resume.
+    weights.unlink(missing_ok=True)
+    path.write_text(json.dumps(settings, indent=1))
+    return 0
+
+
+def train(args, callbacks=(), verbose="auto"):
+    """Train, save, and return the mean average precision."""
+    keras.utils.set_random_seed(args.seed)
+    folder = pathlib.Path(args.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    if args.data is None:
+        draw_shapes(
+            folder / "shapes", args.train_images, args.train_images // 4
+        )
+    classes = args.classes or (SHAPES if args.data is None else VOC_CLASSES)
+    training, validation = read_voc(
+        args.data or folder / "shapes", classes, args.bad_annotations
+    )
+    print(f"{len(training)} training images, {len(validation)} to validate")
+
+    anchors = make_anchors(args.image_size)  # (anchors, 4)
+    model = make_model(args.image_size, len(classes), args.width)
+    model = clone_model(model, num_clones=args.clones)
+    steps = -(-len(training) // args.batch_size)
+    compile_model(model, steps * args.epochs)
+    deployment(model).summary(args.batch_size)
+    settings = {
+        "classes": list(classes),
+        "training images": len(training),
+        **{
+            key: getattr(args, key)
+            for key in ("batch_size", "epochs", "image_size", "seed", "width")
+        },
+    }
+    first = open_run(model, folder, settings, args.resume) // steps
+    if first:
+        print(f"resumed after {first} epochs")
+    to_validate = validation_data(
+        validation, anchors, args.image_size, args.batch_size
+    )
+    if first < args.epochs:
+        model.fit(
+            training_data(
+                training,
+                anchors,
+                args.image_size,
+                args.batch_size,
+                args.seed,
+                first,
+                args.epochs,
+            ),
+            steps_per_epoch=steps,
+            initial_epoch=first,
+            epochs=args.epochs,
+            validation_data=to_validate,
+            callbacks=[
+                keras.callbacks.ModelCheckpoint(
+                    folder / "last.weights.h5", save_weights_only=True
+                ),
+                *callbacks,
+            ],
+            shuffle=False,
+            verbose=verbose,
+        )
+    model.save(folder / "ssd.keras")
+
+    outputs = model.predict(to_validate, verbose=0)
+    detections = detect(anchors, outputs)
+    precision = average_precision(validation, detections, len(classes))
+    for name, value in zip(classes, precision, strict=True):
+        print(f"AP of {name}: {value:.3f}")
+    mean = float(np.nanmean(precision))
+    print(f"mAP at an overlap of 0.5: {mean:.3f}")
+    draw(validation[:12], detections, classes, folder / "detections.png")
+    print(f"picture: {folder / 'detections.png'}")
+    return mean
+
+
+def draw(samples, detections, classes, path, least_score=0.5):
+    """Draw what was found in images, beside the truth in white."""
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(
+        3, 4, figsize=(12, 9), layout="constrained", squeeze=False
+    )
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, sample, found in zip(
+        axes.flat, samples, detections, strict=False
+    ):
+        image = decode(str(sample.image)).numpy()
+        axis.imshow(image)
+        sides = np.tile(image.shape[:2], 2)
+        for box in sample.boxes * sides:
+            _draw_box(axis, box, edgecolor="white", linestyle="--")
+        for box, label, score in zip(*found, strict=True):
+            if score >= least_score:
+                box, color = box * sides, f"C{label % 10}"
+                _draw_box(axis, box, edgecolor=color)
+                text = f"{classes[label]} {score:.2f}"
+                axis.text(
+                    box[1],
+                    box[0],
+                    text,
+                    fontsize=8,
+                    color="white",
+                    backgroundcolor=color,
+                )
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def _draw_box(axis, box, **kwargs):
+    ymin, xmin, ymax, xmax = box
+    axis.add_patch(
+        matplotlib.patches.Rectangle(
+            (xmin - 0.5, ymin - 0.5),
+            xmax - xmin,
+            ymax - ymin,
+            fill=False,
+            linewidth=1.5,
+            **kwargs,
+        )
+    )
+
+
+def positive(text):
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive integer")
+    return number
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--data", help="a folder in Pascal VOC layout (default: shapes)")
+    add("--classes", nargs="+", help="of --data (default: those of VOC)")
+    add(
+        "--bad-annotations",
+        choices=("refuse", "skip"),
+        default="refuse",
+        help="what to do with images whose files or boxes are bad",
+    )
+    add("--train-images", type=positive, default=800, help="shapes to draw")
+    add("--clones", type=positive, help="default: one a GPU, else 2")
+    add("--epochs", type=positive, default=30)
+    add("--batch-size", type=positive, default=32)
+    add("--image-size", type=positive, default=96)
+    add("--width", type=positive, default=16, help="filters of the first map")
+    add("--seed", type=int, default=0)
+    add("--out", default="ssd", help="where to save")
+    add("--resume", action="store_true", help="go on with the run in --out")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse(argv)
+    if not tf.config.list_physical_devices("GPU"):
+        args.clones = args.clones or 2
+        use_virtual_devices(args.clones)
+    try:
+        return train(args)
+    except DataError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
