@@ -87,7 +87,7 @@ def hard_negatives(losses, positive):
         A boolean tensor of shape (batch, anchors), with up to three for each
         anchor with a box.
     """
-    losses = tf.where(positive, -np.inf, losses)
+    losses = tf.where(positive, tf.cast(-np.inf, losses.dtype), losses)
     order = tf.argsort(losses, direction="DESCENDING", stable=True)
     rank = tf.argsort(order)  # (batch, anchors)
     count = tf.reduce_sum(tf.cast(positive, tf.int32), 1, keepdims=True)
@@ -130,10 +130,7 @@ def compile_model(model, steps, learning_rate=3e-3):
         warmup_target=learning_rate,
         warmup_steps=warmup,
     )
-    model.compile(
-        keras.optimizers.AdamW(schedule, weight_decay=1e-4, clipnorm=10.0),
-        MultiboxLoss(),
-    )
+    model.compile(keras.optimizers.Adam(schedule), MultiboxLoss())
 
 
 def open_run(model, folder, settings, resume):
@@ -171,41 +168,44 @@ def open_run(model, folder, settings, resume):
     return 0
 
 
+def load_samples(args, folder):
+    """Return the class names, and the samples of both splits."""
+    if args.data is not None:
+        classes = tuple(args.classes or VOC_CLASSES)
+        return classes, *read_voc(args.data, classes, args.bad_annotations)
+    num_validate = -(-args.train_images // 4)
+    draw_shapes(folder, args.train_images, num_validate, args.seed)
+    return SHAPES, *read_voc(folder, SHAPES)
+
+
 def train(args, callbacks=(), verbose="auto"):
     """Train, save, and return the mean average precision."""
     keras.utils.set_random_seed(args.seed)
     folder = pathlib.Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
-    if args.data is None:
-        draw_shapes(
-            folder / "shapes", args.train_images, args.train_images // 4
-        )
-    classes = args.classes or (SHAPES if args.data is None else VOC_CLASSES)
-    training, validation = read_voc(
-        args.data or folder / "shapes", classes, args.bad_annotations
-    )
+    classes, training, validation = load_samples(args, folder / "shapes")
     print(f"{len(training)} training images, {len(validation)} to validate")
-
     anchors = make_anchors(args.image_size)  # (anchors, 4)
-    model = make_model(args.image_size, len(classes), args.width)
-    model = clone_model(model, num_clones=args.clones)
     steps = -(-len(training) // args.batch_size)
+    to_validate = validation_data(
+        validation, anchors, args.image_size, args.batch_size
+    )
+
+    model = make_model(args.image_size, len(classes))
+    model = clone_model(model, num_clones=args.clones)
     compile_model(model, steps * args.epochs)
     deployment(model).summary(args.batch_size)
     settings = {
         "classes": list(classes),
         "training images": len(training),
-        **{
-            key: getattr(args, key)
-            for key in ("batch_size", "epochs", "image_size", "seed", "width")
-        },
+        "--batch-size": args.batch_size,
+        "--epochs": args.epochs,
+        "--image-size": args.image_size,
+        "--seed": args.seed,
     }
     first = open_run(model, folder, settings, args.resume) // steps
     if first:
         print(f"resumed after {first} epochs")
-    to_validate = validation_data(
-        validation, anchors, args.image_size, args.batch_size
-    )
     if first < args.epochs:
         model.fit(
             training_data(
@@ -214,8 +214,7 @@ def train(args, callbacks=(), verbose="auto"):
                 args.image_size,
                 args.batch_size,
                 args.seed,
-                first,
-                args.epochs,
+                range(first, args.epochs),
             ),
             steps_per_epoch=steps,
             initial_epoch=first,
@@ -232,20 +231,18 @@ def train(args, callbacks=(), verbose="auto"):
         )
     model.save(folder / "ssd.keras")
 
-    outputs = model.predict(to_validate, verbose=0)
-    detections = detect(anchors, outputs)
+    detections = detect(anchors, model.predict(to_validate, verbose=0))
     precision = average_precision(validation, detections, len(classes))
     for name, value in zip(classes, precision, strict=True):
         print(f"AP of {name}: {value:.3f}")
-    mean = float(np.nanmean(precision))
-    print(f"mAP at an overlap of 0.5: {mean:.3f}")
-    draw(validation[:12], detections, classes, folder / "detections.png")
+    print(f"mAP at an overlap of 0.5: {np.nanmean(precision):.3f}")
+    draw(validation, detections, classes, folder / "detections.png")
     print(f"picture: {folder / 'detections.png'}")
-    return mean
+    return float(np.nanmean(precision))
 
 
 def draw(samples, detections, classes, path, least_score=0.5):
-    """Draw what was found in images, beside the truth in white."""
+    """Draw what was found in the first images, and the truth in white."""
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
@@ -316,7 +313,6 @@ def parse(argv=None):
     add("--epochs", type=positive, default=30)
     add("--batch-size", type=positive, default=32)
     add("--image-size", type=positive, default=96)
-    add("--width", type=positive, default=16, help="filters of the first map")
     add("--seed", type=int, default=0)
     add("--out", default="ssd", help="where to save")
     add("--resume", action="store_true", help="go on with the run in --out")
@@ -330,7 +326,7 @@ def main(argv=None):
         use_virtual_devices(args.clones)
     try:
         return train(args)
-    except DataError as error:
+    except (DataError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -18,6 +18,8 @@ STRIDES = (8, 16, 32)
 SCALES = (0.15, 0.3, 0.6, 1.0)
 ASPECTS = (1.0, 2.0, 0.5)
 ANCHORS_A_CELL = len(ASPECTS) + 1
+# From which an anchor has a box, and from which a box counts as found.
+LEAST_OVERLAP = 0.5
 # What the SSD paper divides offsets by, so that they are of size one.
 VARIANCES = np.array([0.1, 0.1, 0.2, 0.2])
 
@@ -61,31 +63,29 @@ def overlap(boxes, others):
     return shared / (areas[:, None] + other_areas - shared)  # (boxes, others)
 
 
-@tf.function
-def match(anchors, boxes, threshold=0.5):
+@tf.function(input_signature=[tf.TensorSpec([None, 4])] * 2)
+def match(anchors, boxes):
     """Return for each anchor the index of its box, or -1 for background.
 
-    An anchor gets the box it overlaps most, from the threshold on. Before
-    that each box, the best pair first, takes the anchor that overlaps it most
+    An anchor gets the box it overlaps most, above `LEAST_OVERLAP`. Before that
+    each box, the best pair first, takes the anchor that overlaps it most
     among those not yet taken, so that no box goes without one.
     """
     overlaps = overlap(anchors, boxes)  # (anchors, boxes)
     num_anchors, num_boxes = tf.unstack(tf.shape(overlaps))
-    if num_boxes == 0:
-        return tf.fill([num_anchors], -1)
-    matches = tf.where(
-        tf.reduce_max(overlaps, 1) >= threshold,
-        tf.argmax(overlaps, 1, tf.int32),
-        -1,
-    )  # (anchors,)
+    background = tf.fill([num_anchors, 1], LEAST_OVERLAP)
+    matches = tf.concat([background, overlaps], 1)  # (anchors, 1 + boxes)
+    matches = tf.argmax(matches, 1, tf.int32) - 1  # (anchors,)
+    # As wide as with the background, so that no argmax is over nothing.
+    free = tf.pad(overlaps, [[0, 0], [1, 0]], constant_values=-1)
     for _ in tf.range(num_boxes):
-        best = tf.argmax(tf.reshape(overlaps, [-1]), output_type=tf.int32)
-        anchor, box = best // num_boxes, best % num_boxes
-        matches = tf.tensor_scatter_nd_update(matches, [[anchor]], [box])
+        best = tf.argmax(tf.reshape(free, [-1]), output_type=tf.int32)
+        anchor, column = best // (1 + num_boxes), best % (1 + num_boxes)
+        matches = tf.tensor_scatter_nd_update(matches, [[anchor]], [column - 1])
         taken = (tf.range(num_anchors) == anchor)[:, None] | (
-            tf.range(num_boxes) == box
-        )  # (anchors, boxes)
-        overlaps = tf.where(taken, -1.0, overlaps)
+            tf.range(1 + num_boxes) == column
+        )  # (anchors, 1 + boxes)
+        free = tf.where(taken, -1.0, free)
     return matches
 
 
@@ -149,7 +149,8 @@ def detect(anchors, outputs, least_score=0.01, most=100):
         least_score: Float, the probability from which a box is one.
         most: Integer, the number of boxes an image at most.
     """
-    boxes = decode(anchors, tf.convert_to_tensor(outputs[..., :4]))
+    outputs = tf.cast(outputs, tf.float32)  # what the suppression takes
+    boxes = decode(anchors, outputs[..., :4])
     scores = tf.nn.softmax(outputs[..., 4:])[..., 1:]
     found = tf.image.combined_non_max_suppression(
         boxes[:, :, None],  # (batch, anchors, 1, 4)
@@ -170,7 +171,7 @@ def detect(anchors, outputs, least_score=0.01, most=100):
     ]
 
 
-def average_precision(samples, detections, num_classes, least_overlap=0.5):
+def average_precision(samples, detections, num_classes):
     """Return the average precision of each class, by COCO's own evaluator.
 
     It is the mean of the precision at 101 recalls. Boxes marked difficult
@@ -180,7 +181,6 @@ def average_precision(samples, detections, num_classes, least_overlap=0.5):
         samples: Sequence with `boxes`, `labels` and `difficult` an image.
         detections: Sequence of `Detections`, one an image.
         num_classes: Integer, how many classes there are.
-        least_overlap: Float, the intersection over union of a hit.
 
     Returns:
         An array of shape (classes,), with NaN for a class without boxes.
@@ -208,7 +208,7 @@ def average_precision(samples, detections, num_classes, least_overlap=0.5):
             _coco(found, len(samples), num_classes),
             "bbox",
         )
-        evaluation.params.iouThrs = np.array([least_overlap])
+        evaluation.params.iouThrs = np.array([LEAST_OVERLAP])
         # By their area boxes are "all", small, medium and large: only "all".
         evaluation.params.areaRng = evaluation.params.areaRng[:1]
         evaluation.params.areaRngLbl = ["all"]

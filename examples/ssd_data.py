@@ -13,10 +13,8 @@ WHOLE = (0.0, 0.0, 1.0, 1.0)
 GREY = 0.5
 
 
-def training_data(
-    samples, anchors, image_size, batch_size, seed, first_epoch, epochs
-):
-    """Return the batches of the epochs from the first one on.
+def training_data(samples, anchors, image_size, batch_size, seed, epochs):
+    """Return the batches of some epochs, one after the other.
 
     Args:
         samples: List of `Sample`.
@@ -24,8 +22,7 @@ def training_data(
         image_size: Integer, the pixels of a side.
         batch_size: Integer; the last batch of an epoch may be smaller.
         seed: Integer.
-        first_epoch: Integer, where to begin.
-        epochs: Integer, where to end.
+        epochs: A `range` of the epochs, from another one than 0 to resume.
 
     Returns:
         A `tf.data.Dataset` of (images, targets).
@@ -50,7 +47,7 @@ def training_data(
         )
 
     return (
-        tf.data.Dataset.range(first_epoch, epochs, output_type=tf.int32)
+        tf.data.Dataset.range(epochs.start, epochs.stop, output_type=tf.int32)
         .flat_map(one_epoch)
         .prefetch(tf.data.AUTOTUNE)
     )

@@ -80,10 +80,11 @@ def read_voc(folder, classes, bad_annotations="refuse"):
         for split, part in names.items()
     }
     for split, part in good.items():
-        if not part:
+        if all(sample.difficult.all() for sample in part):
             raise DataError(
-                f"Expected at least one good image in the split {split!r} of "
-                f"{folder}. Received: {len(names[split])} images, all bad."
+                "Expected at least one box, and one not marked difficult, in "
+                f"the split {split!r} of {folder}. Received: {len(part)} good "
+                f"images of {len(names[split])}, without any."
             )
     return [good[split] for split in SPLITS]
 
@@ -127,21 +128,14 @@ def _read_sample(folder, name, classes):
     annotation = folder / "Annotations" / f"{name}.xml"
     try:
         image = _find_image(folder, name)
-        height, width, _ = decode(str(image)).shape
-        objects = _read_objects(annotation, height, width, classes)
+        objects = _read_objects(annotation, *_image_size(image), classes)
     except DataError as problem:
         return str(problem)
-    except (tf.errors.OpError, OSError) as error:
-        reason = str(error).partition("\n")[0][:200]
-        return f"JPEGImages/{image.name}: cannot be decoded: {reason}"
-    boxes, labels, difficult = (
-        zip(*objects, strict=True) if objects else ([],) * 3
-    )
     return Sample(
         image,
-        np.array(boxes, "float32").reshape(-1, 4),
-        np.array(labels, "int32"),
-        np.array(difficult, bool),
+        np.array([box for box, _, _ in objects], "float32").reshape(-1, 4),
+        np.array([label for _, label, _ in objects], "int32"),
+        np.array([difficult for _, _, difficult in objects], bool),
     )
 
 
@@ -153,6 +147,16 @@ def _find_image(folder, name):
     raise DataError(f"JPEGImages/{name}.jpg: there is no such file")
 
 
+def _image_size(path):
+    try:
+        return decode(str(path)).shape[:2]
+    except tf.errors.OpError as error:
+        reason = str(error).partition("\n")[0][:200]
+        raise DataError(
+            f"JPEGImages/{path.name}: cannot be decoded: {reason}"
+        ) from error
+
+
 def _read_objects(path, height, width, classes):
     """Return a list with (box, label, difficult) of each object."""
     where = f"Annotations/{path.name}"
@@ -160,8 +164,8 @@ def _read_objects(path, height, width, classes):
         raise DataError(f"{where}: there is no such file")
     try:
         root = ElementTree.parse(path).getroot()
-    except (ElementTree.ParseError, ValueError, LookupError) as error:
-        raise DataError(f"{where}: is not XML: {error}") from error
+    except (ElementTree.ParseError, ValueError, LookupError, OSError) as error:
+        raise DataError(f"{where}: cannot be read: {error}") from error
     said = root.findtext("size/height"), root.findtext("size/width")
     if None not in said and said != (str(height), str(width)):
         raise DataError(
