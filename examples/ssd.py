@@ -44,8 +44,17 @@ from keras_clones import clone_model, deployment, use_virtual_devices
 NEGATIVES_A_POSITIVE = 3
 
 
-def make_model(image_size, num_classes, width=16):
-    """Return a model from images to offsets and logits of every anchor."""
+def make_model(image_size, num_classes, width=16, deeper=True):
+    """Return a model from images to offsets and logits of every anchor.
+
+    Args:
+        image_size: Integer, the pixels of a side.
+        num_classes: Integer, the classes beside the background.
+        width: Integer, a multiple of 4, the filters of the first map.
+            Defaults to 16.
+        deeper: Boolean, whether each map that anchors look at gets a second
+            convolution. Defaults to `True`.
+    """
 
     def block(x, filters, strides):
         x = keras.layers.Conv2D(
@@ -61,11 +70,12 @@ def make_model(image_size, num_classes, width=16):
     images = keras.Input((image_size, image_size, 3))
     x = keras.layers.Rescaling(2.0, -1.0)(images)
     x = block(x, width, 2)  # (batch, size / 2, size / 2, width)
-    x = block(x, 2 * width, 2)
-    x = block(x, 4 * width, 2)
-    maps = [block(x, 4 * width, 1)]  # (batch, size / 8, size / 8, 4 width)
-    maps.append(block(block(maps[-1], 6 * width, 2), 6 * width, 1))
-    maps.append(block(block(maps[-1], 8 * width, 2), 8 * width, 1))
+    x = block(x, 2 * width, 2)  # (batch, size / 4, size / 4, 2 width)
+    maps = []
+    for filters in (4 * width, 6 * width, 8 * width):
+        x = block(x, filters, 2)  # (batch, size / 8, 16, 32, ..., filters)
+        x = block(x, filters, 1) if deeper else x
+        maps.append(x)
     found = []
     for features in maps:
         x = keras.layers.Conv2D(ANCHORS_A_CELL * outputs, 3, padding="same")(

@@ -1,5 +1,6 @@
 """The detector example, and that clones train the same one."""
 
+import functools
 import importlib
 import pathlib
 import sys
@@ -82,7 +83,7 @@ def uneven_batch(seed):
 
 def train_uneven(num_clones=None):
     keras.utils.set_random_seed(0)
-    model = ssd.make_model(SIZE, 3, width=4)
+    model = ssd.make_model(SIZE, 3, width=4, deeper=False)
     if num_clones:
         clone_model(model, num_clones)
     model.compile(keras.optimizers.SGD(0.01, 0.9), ssd.MultiboxLoss())
@@ -101,13 +102,14 @@ def test_clones_train_the_detector_that_one_device_trains(float64):
 
 def test_a_mean_over_shards_would_be_another_loss(float64):
     # Without this the test above would hold for any loss.
+    keras.utils.set_random_seed(0)
     images, targets = uneven_batch(0)
     outputs = ssd.make_model(SIZE, 3, width=4)(images).numpy()
     loss = ssd.MultiboxLoss()
     shards = [slice(0, 4), slice(4, 7), slice(7, 10)]
     parts = [float(loss(targets[s], outputs[s])) for s in shards]
     mean = np.average(parts, weights=[4, 3, 3])
-    assert abs(mean - float(loss(targets, outputs))) > 0.05 * mean
+    assert abs(mean - float(loss(targets, outputs))) > 0.02 * mean
 
 
 class Stop(keras.callbacks.Callback):
@@ -121,14 +123,20 @@ def arguments(folder, *more):
     return [*settings.split(), "--out", str(folder), *more]
 
 
-def last_weights(folder):
-    return keras.models.load_model(folder / "ssd.keras", compile=False)
-
-
-def test_the_example_runs_stops_and_resumes(
-    tmp_path, monkeypatch, capsys, float64
-):
+@pytest.fixture
+def small(monkeypatch):
+    """Let the example's main function make less of a model."""
+    made = functools.partial(ssd.make_model, width=4, deeper=False)
+    monkeypatch.setattr(ssd, "make_model", made)
     monkeypatch.setattr(ssd, "use_virtual_devices", lambda n: None)
+
+
+def trained_weights(folder):
+    model = keras.models.load_model(folder / "ssd.keras", compile=False)
+    return cases.weights(model)
+
+
+def test_the_example_runs_stops_and_resumes(tmp_path, small, capsys, float64):
     mean = ssd.main(arguments(tmp_path / "whole"))
     out = capsys.readouterr().out
     assert 0 <= mean <= 1 and f"overlap of 0.5: {mean:.3f}" in out
@@ -146,13 +154,10 @@ def test_the_example_runs_stops_and_resumes(
     assert "resumed after 1 epochs" in out
     assert "Epoch 2/2" in out.partition("resumed")[2]
     assert "Epoch 1/2" not in out.partition("resumed")[2]
-    assert (
-        cases.difference(
-            cases.weights(last_weights(tmp_path / "whole")),
-            cases.weights(last_weights(tmp_path / "cut")),
-        )
-        < 1e-10
-    )
+    # Two clones all the way, or three from the second epoch on.
+    expected = trained_weights(tmp_path / "whole")
+    received = trained_weights(tmp_path / "cut")
+    assert cases.difference(expected, received) < 1e-10
 
     # A finished run has nothing left to train, and says so.
     again = ssd.main(arguments(tmp_path / "cut", "--resume"))
@@ -164,8 +169,7 @@ def test_the_example_runs_stops_and_resumes(
         ssd.main(arguments(tmp_path / "none", "--resume"))
 
 
-def test_the_example_says_what_is_wrong(tmp_path, monkeypatch):
-    monkeypatch.setattr(ssd, "use_virtual_devices", lambda n: None)
+def test_the_example_says_what_is_wrong(tmp_path, small):
     ssd_voc.draw_shapes(tmp_path / "voc", 4, 2)
     data = ("--data", str(tmp_path / "voc"))
     with pytest.raises(SystemExit, match=r"unknown class 'ellipse': name the"):
@@ -192,10 +196,10 @@ def test_the_detector_finds_what_it_was_trained_on(tmp_path):
     samples, _ = ssd_voc.read_voc(tmp_path, ssd_voc.SHAPES)
     keras.utils.set_random_seed(0)
     anchors = ssd_boxes.make_anchors(64)
-    model = clone_model(ssd.make_model(64, 3, width=8), num_clones=2)
+    model = clone_model(ssd.make_model(64, 3, width=8, deeper=False), 2)
     ssd.compile_model(model, steps=150)
     data = ssd_data.validation_data(samples, anchors, 64, 8).cache()
-    model.fit(data.repeat(150), steps_per_epoch=150, verbose=0)
+    model.fit(data.repeat(150), steps_per_epoch=150, shuffle=False, verbose=0)
     found = ssd_boxes.detect(anchors, model.predict(data, verbose=0))
     precision = ssd_boxes.average_precision(samples, found, 3)
     assert np.nanmean(precision) > 0.9
