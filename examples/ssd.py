@@ -320,7 +320,7 @@ def parse(argv=None):
     )
     add("--train-images", type=positive, default=800, help="shapes to draw")
     add("--clones", type=positive, help="default: one a GPU, else 2")
-    add("--epochs", type=positive, default=30)
+    add("--epochs", type=positive, default=40)
     add("--batch-size", type=positive, default=32)
     add("--image-size", type=positive, default=96)
     add("--seed", type=int, default=0)

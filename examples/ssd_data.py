@@ -111,13 +111,15 @@ def random_window(key):
 def look_through(window, image, image_size):
     """Return what a window shows: between 0 and 1, and grey off the image."""
     image = tf.cast(image, tf.float32) / 255
+    sides = tf.cast(tf.shape(image)[:2], tf.float32)
     window = tf.convert_to_tensor(window)
     # `crop_and_resize` wants the centers of the first and last new pixel, in
-    # parts of the way from the first to the last center of the old ones.
+    # parts of the way from the first to the last center of the old ones. A
+    # larger image has new centers beyond these, so its edge is repeated.
+    image = tf.pad(image, [[1, 1], [1, 1], [0, 0]], "SYMMETRIC")
     half = (window[2:] - window[:2]) / (2 * image_size)
-    sides = tf.cast(tf.shape(image)[:2], tf.float32)
     ends = tf.stack([window[:2] + half, window[2:] - half])  # (2, 2)
-    ends = (ends * sides - 0.5) / tf.maximum(sides - 1, 1)
+    ends = (ends * sides + 0.5) / (sides + 1)
     return tf.image.crop_and_resize(
         image[None],
         tf.reshape(ends, [1, 4]),

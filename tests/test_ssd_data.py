@@ -82,9 +82,15 @@ def test_a_box_leaves_only_with_its_center():
 
 
 def test_the_whole_window_shows_the_image_as_it_is():
-    image = np.random.default_rng(4).integers(0, 256, (24, 24, 3), "uint8")
-    shown = ssd_data.look_through(ssd_data.WHOLE, image, 24)
-    np.testing.assert_allclose(shown, image / 255, atol=1e-5)
+    rng = np.random.default_rng(4)
+    for side in (1, 7, 24, 96):
+        image = rng.integers(0, 256, (side, side, 3), "uint8")
+        shown = ssd_data.look_through(ssd_data.WHOLE, image, side)
+        np.testing.assert_allclose(shown, image / 255, atol=1e-4)
+        white = np.full((side, side + 3, 3), 255, "uint8")
+        for size in (24, 96):
+            shown = ssd_data.look_through(ssd_data.WHOLE, white, size)
+            np.testing.assert_allclose(shown, 1, atol=1e-5)
 
 
 def test_recolor_changes_colors_and_stays_in_range():

@@ -181,22 +181,21 @@ def test_every_bad_image_is_named_at_once(tmp_path):
     assert "JPEGImages/e.jpg" in str(refused.value)
 
 
-@pytest.mark.parametrize(
-    "part, message",
-    [
-        ("JPEGImages", "without JPEGImages"),
-        ("Annotations", "without Annotations"),
-        ("ImageSets", "without ImageSets/Main/train.txt"),
-        ("ImageSets/Main/train.txt", "without ImageSets/Main/train.txt"),
-        ("ImageSets/Main/val.txt", "without ImageSets/Main/val.txt"),
-    ],
-)
-@pytest.mark.parametrize("bad", ["refuse", "skip"])
-def test_another_layout_is_refused(part, message, bad, tmp_path):
-    write_voc(tmp_path / "voc")
-    (tmp_path / "voc" / part).rename(tmp_path / "away")
-    with pytest.raises(ssd_voc.DataError, match=message):
-        read(tmp_path / "voc", bad)
+def test_another_layout_is_refused(tmp_path):
+    voc = tmp_path / "voc"
+    write_voc(voc)
+    for part, missing in {
+        "JPEGImages": "JPEGImages",
+        "Annotations": "Annotations",
+        "ImageSets": "ImageSets/Main/train.txt",
+        "ImageSets/Main/train.txt": "ImageSets/Main/train.txt",
+        "ImageSets/Main/val.txt": "ImageSets/Main/val.txt",
+    }.items():
+        (voc / part).rename(tmp_path / "away")
+        for bad in ("refuse", "skip"):
+            with pytest.raises(ssd_voc.DataError, match=f"without {missing}"):
+                read(voc, bad)
+        (tmp_path / "away").rename(voc / part)
 
 
 def test_folders_with_nothing_to_learn_are_refused(tmp_path):
