@@ -86,7 +86,7 @@ def train_uneven(num_clones=None):
     model = ssd.make_model(SIZE, 3, width=4, deeper=False)
     if num_clones:
         clone_model(model, num_clones)
-    model.compile(keras.optimizers.SGD(0.01, 0.9), ssd.MultiboxLoss())
+    model.compile(keras.optimizers.SGD(0.01), ssd.MultiboxLoss())
     losses = [model.train_on_batch(*uneven_batch(seed)) for seed in range(3)]
     return cases.weights(model), losses
 

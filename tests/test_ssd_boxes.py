@@ -165,13 +165,17 @@ def test_average_precision_by_hand(found, expected):
 
 def test_average_precision_over_images_and_difficult_boxes():
     samples = [
+        # A difficult box that is not found is not missed.
         sample([LEFT, RIGHT], [0, 0], [False, True]),
+        # One that is found is no mistake.
+        sample([RIGHT], [0], [True]),
         sample([], []),
         sample([LEFT], [1]),
     ]
     found = [
-        # The difficult box is found, which counts for nothing.
-        detections((RIGHT, 0, 0.9), (LEFT, 0, 0.8)),
+        detections((LEFT, 0, 0.8)),
+        detections((RIGHT, 0, 0.9)),
+        # One that is sure, and wrong, comes before the hit.
         detections((LEFT, 1, 0.9)),
         detections((LEFT, 1, 0.8)),
     ]
