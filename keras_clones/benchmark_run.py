@@ -38,11 +38,11 @@ def measure(
         if left := remaining(seconds, todo[i:]):
             line += f", about {_clock(left)} left"
         say(line)
-        results.setdefault(cell, []).append(
-            run_pair(cell)
-            if cell.peer == "control"
-            else run_cell(cell._replace(transfers=i < len(cells)))
-        )
+        if cell.peer == "control":
+            result = run_pair(cell)
+        else:
+            result = run_cell(cell._replace(transfers=i < len(cells)))
+        results.setdefault(cell, []).append(result)
         seconds[cell] = time.monotonic() - before
 
 
@@ -70,13 +70,15 @@ def run_pair(cell: Cell) -> dict:
                 stack.enter_context(_started(cell)) for _ in range(count)
             ]
             # Each has traced and warmed up when it says that it is ready.
-            for process in processes:
-                process.stdout.readline()
+            lines = [process.stdout.readline() for process in processes]
             for process in processes:
                 with contextlib.suppress(BrokenPipeError):
                     process.stdin.write("go\n")
                     process.stdin.flush()
-            results += [_result(process) for process in processes]
+            results += [
+                _result(process, line)
+                for process, line in zip(processes, lines, strict=True)
+            ]
     errors = [result for result in results if "error" in result]
     if errors:
         return errors[0]
@@ -113,14 +115,14 @@ def _started(cell: Cell) -> Iterator[Any]:
             process.communicate()
 
 
-def _result(process: Any) -> dict:
+def _result(process: Any, printed: str = "") -> dict:
     """Wait for a cell's process; return the last line it printed."""
     try:
         output, errors = process.communicate(timeout=_MOST_SECONDS)
     except subprocess.TimeoutExpired:
         return {"error": f"no result after {_MOST_SECONDS} seconds"}
     try:
-        return json.loads(output.strip().splitlines()[-1])
+        return json.loads((printed + output).strip().splitlines()[-1])
     except (IndexError, ValueError):
         last = (errors.strip().splitlines() or [""])[-1]
         return {"error": f"exit code {process.returncode}: {last}".strip()}

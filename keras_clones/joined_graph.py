@@ -213,28 +213,47 @@ def _body(call: Any, function: Any) -> list[Any]:
 
 
 def _library(graphs: Any, nodes: list[Any]) -> dict[str, Any]:
-    """Return the functions that nodes call.
+    """Return the functions that nodes call, by name.
 
     What TensorFlow reports lacks the functions that its optimizer made for
-    one call, whose results may be fewer than the original's. Optimizing the
+    one call, which may take and give less than the original. Optimizing the
     same graph once more makes them again, under the same names.
     """
-    parts = [*graphs.partition_graphs, graphs.pre_optimization_graph]
+    before = graphs.pre_optimization_graph
+    parts = [*graphs.partition_graphs, before]
     known = {f.signature.name: f for g in parts for f in g.library.function}
-    missing = [
-        name for name in map(_callee, nodes) if name and name not in known
-    ]
-    if missing:
-        group = meta_graph_pb2.MetaGraphDef()
-        group.graph_def.CopyFrom(graphs.pre_optimization_graph)
-        group.collection_def["train_op"].node_list.value.extend(
-            node.name for node in group.graph_def.node if node.op != "_Arg"
-        )
-        config = config_pb2.ConfigProto()
-        config.CopyFrom(context.context().config)
-        optimized = tf_optimizer.OptimizeGraph(
-            config, group, graph_id=missing[0].rpartition("_at_")[2].encode()
-        )
-        for function in optimized.library.function:
-            known.setdefault(function.signature.name, function)
+    calls = {_callee(node): node for node in nodes if _callee(node)}
+    # What is fetched is not reported either, and nothing else is kept.
+    for fetched in (
+        [node for node in before.node if node.op == "_Retval"],
+        [node for node in before.node if not _callee(node)],
+        before.node,
+    ):
+        missing = calls.keys() - known.keys()
+        if missing and fetched:
+            name = min(missing).rpartition("_at_")[2]
+            for function in _optimized(before, fetched, name):
+                call = calls.get(function.signature.name)
+                if call is None or _fits(call, function.signature):
+                    known.setdefault(function.signature.name, function)
     return known
+
+
+def _fits(call: Any, signature: Any) -> bool:
+    """Say whether a function takes and gives what a call does."""
+    return len(call.attr["Tin"].list.type) == len(signature.input_arg) and len(
+        call.attr["Tout"].list.type
+    ) == len(signature.output_arg)
+
+
+def _optimized(graph: Any, fetched: Any, name: str) -> Any:
+    """Return the functions of a graph once TensorFlow has optimized it."""
+    group = meta_graph_pb2.MetaGraphDef()
+    group.graph_def.CopyFrom(graph)
+    fetches = group.collection_def["train_op"].node_list.value
+    fetches.extend(node.name for node in fetched if node.op != "_Arg")
+    config = config_pb2.ConfigProto()
+    config.CopyFrom(context.context().config)
+    return tf_optimizer.OptimizeGraph(
+        config, group, graph_id=name.encode()
+    ).library.function
