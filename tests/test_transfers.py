@@ -117,7 +117,8 @@ def test_gradients_of_a_convolution_have_their_own_sizes():
     def step(x, filters, bias):
         with tf.device(HERE), tf.GradientTape() as tape:
             tape.watch([filters, bias])
-            y = tf.nn.relu(tf.nn.conv2d(x, filters, 1, "SAME") + bias)
+            y = tf.nn.conv2d(x, filters, 1, "SAME")
+            y = tf.nn.relu(tf.nn.bias_add(y, bias))
         with tf.device(HERE):
             gradients = tape.gradient(y, [filters, bias])
         with tf.device(THERE):
