@@ -3,12 +3,9 @@
 from typing import Any, NamedTuple
 
 import tensorflow as tf
-from tensorflow.core.protobuf import config_pb2, meta_graph_pb2
 
 # Private, since no public name reads what is reported of a graph that ran.
-from tensorflow.python.eager import context
 from tensorflow.python.framework import function_def_to_graph
-from tensorflow.python.grappler import tf_optimizer
 
 SENDS = ("_Send", "_HostSend")
 RECEIVES = ("_Recv", "_HostRecv")
@@ -36,7 +33,7 @@ def join(graphs: Any) -> tuple[tf.Graph, list[Crossing]]:
         graphs: `FunctionGraphs` as TensorFlow reports them for a function.
     """
     parts = [node for part in graphs.partition_graphs for node in part.node]
-    library = _library(graphs, parts)
+    library = _library(graphs)
     nodes, inner = _unfold(parts, library)
     outer = [
         Crossing(
@@ -212,48 +209,7 @@ def _body(call: Any, function: Any) -> list[Any]:
     return [*body, result]
 
 
-def _library(graphs: Any, nodes: list[Any]) -> dict[str, Any]:
-    """Return the functions that nodes call, by name.
-
-    What TensorFlow reports lacks the functions that its optimizer made for
-    one call, which may take and give less than the original. Optimizing the
-    same graph once more makes them again, under the same names.
-    """
-    before = graphs.pre_optimization_graph
-    parts = [*graphs.partition_graphs, before]
-    known = {f.signature.name: f for g in parts for f in g.library.function}
-    calls = {_callee(node): node for node in nodes if _callee(node)}
-    # What is fetched is not reported either, and nothing else is kept.
-    for fetched in (
-        [node for node in before.node if node.op == "_Retval"],
-        [node for node in before.node if not _callee(node)],
-        before.node,
-    ):
-        missing = calls.keys() - known.keys()
-        if missing and fetched:
-            name = min(missing).rpartition("_at_")[2]
-            for function in _optimized(before, fetched, name):
-                call = calls.get(function.signature.name)
-                if call is None or _fits(call, function.signature):
-                    known.setdefault(function.signature.name, function)
-    return known
-
-
-def _fits(call: Any, signature: Any) -> bool:
-    """Say whether a function takes and gives what a call does."""
-    return len(call.attr["Tin"].list.type) == len(signature.input_arg) and len(
-        call.attr["Tout"].list.type
-    ) == len(signature.output_arg)
-
-
-def _optimized(graph: Any, fetched: Any, name: str) -> Any:
-    """Return the functions of a graph once TensorFlow has optimized it."""
-    group = meta_graph_pb2.MetaGraphDef()
-    group.graph_def.CopyFrom(graph)
-    fetches = group.collection_def["train_op"].node_list.value
-    fetches.extend(node.name for node in fetched if node.op != "_Arg")
-    config = config_pb2.ConfigProto()
-    config.CopyFrom(context.context().config)
-    return tf_optimizer.OptimizeGraph(
-        config, group, graph_id=name.encode()
-    ).library.function
+def _library(graphs: Any) -> dict[str, Any]:
+    """Return the functions that nodes call, by name."""
+    parts = [*graphs.partition_graphs, graphs.pre_optimization_graph]
+    return {f.signature.name: f for g in parts for f in g.library.function}
