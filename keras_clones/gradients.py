@@ -49,9 +49,11 @@ def pack(tensors: Sequence[tf.Tensor], spec: PackSpec) -> list[tf.Tensor]:
     """
     rest, buffers = iter(tensors), []
     for group in spec.groups:
-        sizes = [spec.shapes[p].num_elements() for p in group]
-        flat = [tf.reshape(next(rest), [size]) for size in sizes]
-        buffers.append(tf.concat(flat, axis=0))
+        shapes = [spec.shapes[p] for p in group]
+        flat = [_flat(next(rest), shape) for shape in shapes]
+        # Shapes are not known to be fixed in every function's graph.
+        size = sum(shape.num_elements() for shape in shapes)
+        buffers.append(tf.ensure_shape(tf.concat(flat, axis=0), [size]))
     return buffers
 
 
@@ -61,8 +63,16 @@ def unpack(buffers: Sequence[tf.Tensor], spec: PackSpec) -> list[tf.Tensor]:
     for buffer, group in zip(buffers, spec.groups, strict=True):
         shapes = [spec.shapes[p] for p in group]
         parts = tf.split(buffer, [shape.num_elements() for shape in shapes])
-        tensors += map(tf.reshape, parts, shapes)
+        tensors += [
+            part if shape.rank == 1 else tf.reshape(part, shape)
+            for part, shape in zip(parts, shapes, strict=True)
+        ]
     return tensors
+
+
+def _flat(tensor: tf.Tensor, shape: tf.TensorShape) -> tf.Tensor:
+    """Return a tensor as one of rank 1, with no node for what is one."""
+    return tensor if shape.rank == 1 else tf.reshape(tensor, [-1])
 
 
 def send_to_all(values: Any, source: str, targets: Sequence[str]) -> list[Any]:

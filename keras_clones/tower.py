@@ -1,5 +1,6 @@
 """The tower function: the pure function that a clone runs on its shard."""
 
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -99,6 +100,11 @@ def make_tower(
 
     def tower(inputs: TowerInput) -> TowerOutput:
         trained = sources(variables, inputs)
+        share = functools.cache(lambda t: tf.cast(inputs.share[0], t))
+
+        def weigh(value: tf.Tensor) -> tf.Tensor:
+            return value * share(value.dtype)
+
         trackers = _keras.loss_trackers(model) if with_loss else []
         metrics = _keras.metric_variables(model) if with_metrics else []
         from_zero = [*(v for m in trackers for v in m.variables), *metrics]
@@ -121,8 +127,7 @@ def make_tower(
                 outputs = _keras.call(model, inputs.x, training)
                 losses = _layer_losses(model, inputs.share[0], layer_losses)
                 if with_loss:
-                    share = inputs.share[0]
-                    local = [l / tf.cast(share, l.dtype) for l in losses]
+                    local = [l / share(l.dtype) for l in losses]
                     with _keras.overriding_losses(model, local):
                         loss = _keras.compute_loss(
                             model,
@@ -141,9 +146,7 @@ def make_tower(
             gradients = tape.gradient(loss, trained, output_gradients=seed)
         if with_loss:
             values = [_tracked_value(scope, m) for m in trackers]
-            loss, *loss_values = (
-                _times(v, inputs.share[0]) for v in [loss, *values]
-            )
+            loss, *loss_values = map(weigh, [loss, *values])
         new = _assigned(scope, mirrored, inputs.mirrors)
         merged: dict[str, dict] = {"mean": {}, "sum": {}, "first": {}}
         for position, policy in zip(
@@ -156,10 +159,7 @@ def make_tower(
             loss=loss,
             loss_values=loss_values,
             layer_losses=losses,
-            averaged={
-                i: _times(value, inputs.share[0])
-                for i, value in merged["mean"].items()
-            },
+            averaged={i: weigh(value) for i, value in merged["mean"].items()},
             added={
                 i: value - inputs.mirrors[i]
                 for i, value in merged["sum"].items()
@@ -257,10 +257,6 @@ def _tracked_value(
     """Return what a tracker, zero at first, was updated with."""
     total, count = (scope.get_current_value(v) for v in tracker.variables)
     return tf.math.divide_no_nan(total, tf.cast(count, total.dtype))
-
-
-def _times(value: tf.Tensor, share: tf.Tensor) -> tf.Tensor:
-    return value * tf.cast(share, value.dtype)
 
 
 def _assigned(

@@ -57,7 +57,7 @@ def count_transfers(function: Callable[[], Any]) -> list[Transfer]:
     """
     context.ensure_initialized()
     options = tf.config.optimizer.get_experimental_options()
-    # It makes functions for single calls that the report lacks.
+    # The function optimizer makes functions that the report lacks.
     tf.config.optimizer.set_experimental_options(
         {**options, "function_optimization": False}
     )

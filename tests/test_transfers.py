@@ -169,8 +169,8 @@ def test_a_size_that_is_not_static_is_an_error():
         counted(step, tf.range(4.0))
 
 
-def test_a_graph_that_ran_before_is_an_error():
+def test_a_graph_that_was_counted_before_is_an_error():
     function = tf.function(lambda: tf.ones(()))
-    function()
+    assert count_transfers(function) == []
     with pytest.raises(ValueError, match="for the first time"):
         count_transfers(function)
