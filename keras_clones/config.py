@@ -3,9 +3,21 @@
 import dataclasses
 import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from keras_clones import choosers
 
 CPU = "/device:CPU:0"
+# What TensorFlow takes for the name of a job.
+_JOB = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+# The least value of every field that is an integer.
+_LEAST = {
+    "num_clones": 1,
+    "replica_id": 0,
+    "num_replicas": 1,
+    "num_ps_tasks": 0,
+}
 _DEVICE = re.compile(r"^(?:/?device:)?(CPU|GPU)(?::(\d+))?$", re.IGNORECASE)
 
 
@@ -13,14 +25,30 @@ _DEVICE = re.compile(r"^(?:/?device:)?(CPU|GPU)(?::(\d+))?$", re.IGNORECASE)
 class DeploymentConfig:
     """Say where the clones of a model run and where its variables live.
 
+    Every method returns what `tf.device` takes, or says so. On one machine
+    these are `/device:GPU:1` and the like. With parameter servers
+    (`num_ps_tasks`) the clones run on the job of the workers, and variables
+    live on the job of the parameter servers. Several replicas without them
+    each keep their own variables, on their own `CPU:0`.
+
     Args:
-        num_clones: Integer, how many clones to make, at least 1. Defaults
-            to 1.
+        num_clones: Integer, how many clones each replica has, at least 1.
+            Defaults to 1.
         clone_on_cpu: Boolean, whether every clone runs on `CPU:0`. Defaults
             to `False`: clone `i` runs on `GPU:i`.
+        replica_id: Integer from 0 to `num_replicas - 1`, which replica this
+            process is. Defaults to 0.
+        num_replicas: Integer, how many replicas there are, at least 1.
+            Defaults to 1.
+        num_ps_tasks: Integer, how many parameter servers there are. Defaults
+            to 0: there are none.
+        worker_job_name: String, the name of the replicas' job. Defaults to
+            `"worker"`.
+        ps_job_name: String, the name of the parameter servers' job. Defaults
+            to `"ps"`.
         devices: Sequence of strings such as `["GPU:0", "GPU:2"]`, one a
-            clone, which takes the place of the rule above. Defaults to
-            `None`.
+            clone, which takes the place of the rule above. Passed by name.
+            Defaults to `None`.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -39,16 +67,33 @@ class DeploymentConfig:
     Reference:
 
     - TF-Slim, `deployment/model_deploy.py`, whose `DeploymentConfig` gives
-        the same device strings for one machine.
+        the same devices for the same arguments. It refuses several replicas
+        without parameter servers.
     """
 
     num_clones: int = 1
     clone_on_cpu: bool = False
-    devices: Sequence[str] | None = None
+    replica_id: int = 0
+    num_replicas: int = 1
+    num_ps_tasks: int = 0
+    worker_job_name: str = "worker"
+    ps_job_name: str = "ps"
+    devices: Sequence[str] | None = dataclasses.field(
+        default=None, kw_only=True
+    )
 
     def __post_init__(self) -> None:
-        num_clones = check_num_clones(self.num_clones)
-        object.__setattr__(self, "num_clones", num_clones)
+        for name, least in _LEAST.items():
+            value = check_integer(name, getattr(self, name), least)
+            object.__setattr__(self, name, value)
+        if self.replica_id >= self.num_replicas:
+            raise ValueError(
+                "Argument `replica_id` must be less than `num_replicas`. "
+                f"Received: replica_id={self.replica_id}, "
+                f"num_replicas={self.num_replicas}"
+            )
+        for name in ("worker_job_name", "ps_job_name"):
+            check_job_name(name, getattr(self, name))
         if not isinstance(self.clone_on_cpu, bool):
             raise TypeError(
                 "Argument `clone_on_cpu` must be a boolean. "
@@ -62,11 +107,25 @@ class DeploymentConfig:
                 "Arguments `devices` and `clone_on_cpu=True` exclude each "
                 f"other: pass one of them. Received: devices={self.devices}"
             )
-        if len(self.devices) != num_clones:
+        if len(self.devices) != self.num_clones:
             raise ValueError(
-                "Argument `devices` must name one device a clone. "
-                f"Received: num_clones={num_clones}, devices={self.devices}"
+                "Argument `devices` must name one device a clone. Received: "
+                f"num_clones={self.num_clones}, devices={self.devices}"
             )
+
+    @property
+    def worker_device(self) -> str:
+        """The prefix of devices of this replica, `""` on one machine."""
+        if self.num_ps_tasks:
+            return f"/job:{self.worker_job_name}"
+        if self.num_replicas > 1:
+            return f"/job:{self.worker_job_name}/task:{self.replica_id}"
+        return ""
+
+    @property
+    def ps_device(self) -> str:
+        """The prefix of devices of parameter servers, `""` without them."""
+        return f"/job:{self.ps_job_name}" if self.num_ps_tasks else ""
 
     def clone_device(self, clone_index: int) -> str:
         """Return the device string of one clone.
@@ -79,8 +138,9 @@ class DeploymentConfig:
         """
         index = self._check_index(clone_index)
         if self.devices is not None:
-            return self.devices[index]
-        return CPU if self.clone_on_cpu else f"/device:GPU:{index}"
+            return self.worker_device + self.devices[index]
+        device = CPU if self.clone_on_cpu else f"/device:GPU:{index}"
+        return self.worker_device + device
 
     def clone_scope(self, clone_index: int) -> str:
         """Return the name scope of one clone, `""` where there is only one.
@@ -94,21 +154,63 @@ class DeploymentConfig:
         index = self._check_index(clone_index)
         return f"clone_{index}" if self.num_clones > 1 else ""
 
-    def variables_device(self) -> str:
-        """Return the device string where every variable lives."""
-        return CPU
+    def variables_device(self, strategy: str = "round_robin") -> Any:
+        """Return where variables live: a device string, or what chooses one.
+
+        With parameter servers it is a function of a variable, or of a shape
+        and a dtype, that returns the device string of one of them. It keeps
+        count, so make one and call it once a variable, in a fixed order.
+
+        Args:
+            strategy: String, how parameter servers share the variables.
+                `"round_robin"` takes them in turn, `"greedy"` takes the one
+                with the fewest bytes so far, the first of these if there are
+                several. Defaults to `"round_robin"`.
+
+        Raises:
+            ValueError: If there is no such strategy.
+        """
+        make = {
+            "round_robin": choosers.round_robin,
+            "greedy": choosers.greedy,
+        }.get(strategy)
+        if make is None:
+            raise ValueError(
+                "Argument `strategy` must be 'round_robin' or 'greedy'. "
+                f"Received: strategy={strategy!r}"
+            )
+        if not self.num_ps_tasks:
+            return self.worker_device + CPU
+        return make(
+            [
+                f"{self.ps_device}/task:{task}{CPU}"
+                for task in range(self.num_ps_tasks)
+            ]
+        )
+
+    def caching_device(self) -> Callable[[Any], str] | None:
+        """Return where values of variables are kept between uses.
+
+        Returns:
+            `None` without parameter servers: nothing is kept, since the
+            variables are on this machine. With them, a function that returns
+            the device of what it is given, so that a value stays where it is
+            used.
+        """
+        return operator.attrgetter("device") if self.num_ps_tasks else None
 
     def inputs_device(self) -> str:
         """Return the device string where the global batch arrives."""
-        return CPU
+        return self.worker_device + CPU
 
     def optimizer_device(self) -> str:
-        """Return the device string where the optimizer updates variables."""
-        return CPU
+        """Return the device string where gradients are merged and applied."""
+        return self.worker_device + CPU
 
     def _check_index(self, clone_index: int) -> int:
         try:
-            index = operator.index(clone_index)
+            known = not isinstance(clone_index, bool)
+            index = operator.index(clone_index) if known else -1
         except TypeError:
             index = -1
         if not 0 <= index < self.num_clones:
@@ -119,20 +221,37 @@ class DeploymentConfig:
         return index
 
 
-def check_num_clones(num_clones: int) -> int:
-    """Return `num_clones` as a plain integer, or say what is wrong with it."""
-    if isinstance(num_clones, bool) or not hasattr(num_clones, "__index__"):
+def check_integer(name: str, value: int, least: int) -> int:
+    """Return an argument as a plain integer, or say what is wrong with it."""
+    wanted = "a positive integer" if least else "an integer of at least 0"
+    try:
+        # NumPy's boolean, unlike Python's, is no integer by itself.
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
         raise TypeError(
-            "Argument `num_clones` must be a positive integer. "
-            f"Received: num_clones={num_clones!r} "
-            f"(of type {type(num_clones).__name__})"
+            f"Argument `{name}` must be {wanted}. "
+            f"Received: {name}={value!r} (of type {type(value).__name__})"
         )
-    if operator.index(num_clones) < 1:
+    if number < least:
         raise ValueError(
-            "Argument `num_clones` must be a positive integer. "
-            f"Received: num_clones={num_clones}"
+            f"Argument `{name}` must be {wanted}. Received: {name}={value}"
         )
-    return operator.index(num_clones)
+    return number
+
+
+def check_job_name(name: str, value: str) -> None:
+    """Say what is wrong with the name of a job, if anything is."""
+    wanted = (
+        f"Argument `{name}` must be a string of letters, digits and "
+        "underscores that begins with a letter, such as 'worker'. "
+        f"Received: {name}={value!r}"
+    )
+    if not isinstance(value, str):
+        raise TypeError(wanted)
+    if not _JOB.fullmatch(value):
+        raise ValueError(wanted)
 
 
 def check_devices(devices: Sequence[str]) -> tuple[str, ...]:

@@ -96,16 +96,24 @@ def choose_config(
             num_clones = 1
         else:
             num_clones = len(logical_devices("GPU") or logical_devices("CPU"))
-    return DeploymentConfig(num_clones, clone_on_cpu, devices)
+    return DeploymentConfig(num_clones, clone_on_cpu, devices=devices)
 
 
 def place_clones(config: DeploymentConfig) -> tuple[Clone, ...]:
     """Give each clone of a config a device that this machine has.
 
     Raises:
+        NotImplementedError: If the config asks for more than this machine.
         ValueError: If there are GPUs, but fewer than the config needs, or
             `config.devices` names a device there is not.
     """
+    if config.worker_device:
+        raise NotImplementedError(
+            "Clones run on one machine so far: a config of several replicas "
+            "or of parameter servers gives device strings, and no more. "
+            f"Received: num_replicas={config.num_replicas}, "
+            f"num_ps_tasks={config.num_ps_tasks}"
+        )
     cpus, gpus = logical_devices("CPU"), logical_devices("GPU")
     indices = range(config.num_clones)
     wanted = [config.clone_device(i) for i in indices]

@@ -10,7 +10,8 @@ PACKAGE = pathlib.Path(keras_clones.__file__).parent
 # What each module may import, as CONTRIBUTING.md has it. `_keras` is the one
 # door to private names, open to all but the configuration.
 MAY_IMPORT = {
-    "config": set(),
+    "choosers": set(),
+    "config": {"choosers"},
     "_keras": {"keras", "tensorflow"},
     "placement": {"config", "_keras", "keras", "tensorflow"},
     "balance": {"tensorflow"},
