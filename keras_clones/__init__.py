@@ -13,10 +13,16 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Clone",
+    "DeployedModel",
     "Deployment",
     "DeploymentConfig",
+    "PerClone",
     "clone_model",
+    "create_clones",
+    "deploy",
     "deployment",
+    "optimize_clones",
+    "split_batch",
     "unclone_model",
     "use_virtual_devices",
 ]

@@ -88,6 +88,11 @@ def seed_states(model: keras.Model) -> list[keras.Variable]:
     return [*states, _global_seed_state()]
 
 
+def is_seed_state(variable: keras.Variable) -> bool:
+    """Say whether a variable is the state of a seed generator, by its name."""
+    return variable.name == "seed_generator_state" and variable.shape == (2,)
+
+
 def _global_seed_state() -> keras.Variable:
     """Return the state behind `keras.random` calls without a seed.
 

@@ -52,6 +52,22 @@ MAY_IMPORT = {
         *("placement", "sharding", "state", "synchronize", "tables"),
         *("tower", "keras", "tensorflow"),
     },
+    "mirrors": {"_keras", "state", "keras", "tensorflow"},
+    "clones": {
+        *("config", "mirrors", "placement", "sharding"),
+        *("keras", "numpy", "tensorflow"),
+    },
+    "optimize": {
+        *("_keras", "clones", "config", "gradients", "sharding", "keras"),
+        "tensorflow",
+    },
+    "runner": {
+        *("_keras", "clones", "config", "mirrors", "optimize", "placement"),
+        *("keras", "tensorflow"),
+    },
+    "model_deploy": {
+        *("clones", "config", "optimize", "runner", "keras", "tensorflow"),
+    },
     "report": {"placement"},
     "deployed": {"balance", "config", "placement", "report", "sharding"},
     "attach": {

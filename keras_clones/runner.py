@@ -1,0 +1,240 @@
+"""Run deployed clones, and keep what the last run came to."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from keras_clones import _keras, optimize, placement
+from keras_clones.clones import (
+    Clone,
+    Clones,
+    call_clones,
+    check_arguments,
+    find_shares,
+    pick,
+)
+from keras_clones.config import DeploymentConfig
+from keras_clones.mirrors import assign_merged
+
+
+class Run(NamedTuple):
+    """What one run of the clones came to.
+
+    `losses` are those of the clones as they returned them, and `gradients`
+    have an entry for each variable that is trained, in their order.
+    """
+
+    outputs: list[Any]
+    losses: list[tf.Tensor]
+    regularization: tf.Tensor | None
+    total: tf.Tensor | None
+    gradients: list[tf.Tensor | None]
+
+
+class Runner:
+    """Steps of a custom training loop on clones; `deploy` has the arguments.
+
+    Attributes:
+        clones: List of `Clone`s, with the outputs of the last run.
+    """
+
+    def __init__(
+        self,
+        config: DeploymentConfig,
+        model_fn: Callable[..., Any],
+        args: Sequence[Any] | None,
+        kwargs: Mapping[str, Any] | None,
+        optimizer: keras.optimizers.Optimizer | None,
+        summarize_gradients: bool,
+        regularization_losses: Any,
+    ) -> None:
+        self._config = config
+        self._model_fn = model_fn
+        self._defaults = (args or (), kwargs or {})
+        self._optimizer: Any = optimizer
+        self._summarize_gradients = summarize_gradients
+        self._regularization_losses = regularization_losses
+        self._home = config.variables_device()
+        self._trained: list[keras.Variable] = []
+        self._prepared = False
+        self._last: Run | None = None
+        placed = placement.place_clones(config)
+        self.clones = [Clone(None, scope, device) for scope, device in placed]
+        self._train = tf.function(self._train_step, autograph=False)
+        self._evaluate = tf.function(self._evaluate_step, autograph=False)
+        if args or kwargs:
+            self._prepare(*self._defaults)
+
+    def train(self, *args: Any, **kwargs: Any) -> tf.Tensor:
+        """Run one training step, and return the total loss."""
+        return self._run(self._train, args, kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> tf.Tensor | None:
+        """Run the clones, change no variable, and return the total loss."""
+        return self._run(self._evaluate, args, kwargs)
+
+    def summarize(self, writer: Any, step: int | None = None) -> None:
+        """Write the scalars of the last run, and its gradients if wanted.
+
+        Args:
+            writer: A `tf.summary.SummaryWriter`.
+            step: Integer, the step to write them for. Defaults to `None`: the
+                iterations of the optimizer.
+        """
+        if not hasattr(tf.summary, "scalar"):
+            raise ImportError("Summaries need `pip install tensorboard`.")
+        if not hasattr(writer, "as_default"):
+            raise TypeError(
+                "Argument `writer` must be a summary writer, such as "
+                "`tf.summary.create_file_writer('logs')`. "
+                f"Received: writer={writer!r}"
+            )
+        if self._last is None:
+            raise RuntimeError(
+                "There is nothing to write before the first run: call "
+                "`train_fn` or `total_loss` first."
+            )
+        if step is None:
+            if self._optimizer is None:
+                raise ValueError(
+                    "Argument `step` must be an integer where there is no "
+                    "optimizer to count the steps. Received: step=None"
+                )
+            step = int(self._optimizer.iterations)
+        with writer.as_default(step):
+            self._write(self._last)
+
+    def _write(self, run: Run) -> None:
+        for clone, loss in zip(self.clones, run.losses, strict=False):
+            tf.summary.scalar(f"{clone.scope or 'clone_0'}/loss", loss)
+        if run.regularization is not None:
+            tf.summary.scalar("regularization_loss", run.regularization)
+        if run.total is not None:
+            tf.summary.scalar("total_loss", run.total)
+        for variable, gradient in zip(
+            self._trained, run.gradients, strict=False
+        ):
+            if gradient is not None:
+                name = f"{variable.path}/gradient"
+                tf.summary.scalar(f"{name}_norm", tf.norm(gradient))
+                tf.summary.histogram(name, gradient)
+
+    def _run(self, function: Callable[..., Run], args: Any, kwargs: Any) -> Any:
+        if not args and not kwargs:
+            args, kwargs = self._defaults
+        check_arguments(self._config, self._model_fn, args, kwargs)
+        if not self._prepared:
+            self._prepare(args, kwargs)
+        run = function(list(args), dict(kwargs))
+        self._last = run
+        for i, outputs in enumerate(run.outputs):
+            self.clones[i] = self.clones[i]._replace(outputs=outputs)
+        return run.total
+
+    def _prepare(self, args: Any, kwargs: Any) -> None:
+        """Check what the function returns, and move what it reads home."""
+        args, kwargs = pick(args, kwargs, 0)
+        outputs, read = _rehearse(self._model_fn, args, kwargs, self._home)
+        moving = list(read)
+        optimizer = self._optimizer
+        if optimizer is not None:
+            optimize.check_loss(outputs)
+            moving += optimizer.variables
+            self._trained = (
+                _keras.optimized_variables(optimizer)
+                if optimizer.built
+                else [variable for variable in read if variable.trainable]
+            )
+        moved = placement.move_variables(moving, self._home)
+        if moved and optimizer is not None:
+            _keras.reindex_optimizer(optimizer)
+        self._prepared = True
+
+    def _train_step(self, args: list[Any], kwargs: dict[str, Any]) -> Run:
+        clones = call_clones(self._config, self._model_fn, args, kwargs)
+        extra = self._extra_losses()
+        total, pairs = optimize.optimize_clones(
+            clones, self._optimizer, extra, var_list=self._trained
+        )
+        run = self._describe(clones, extra, total)
+        with tf.device(self._home):
+            if self._summarize_gradients:
+                found = {id(variable): g for g, variable in pairs}
+                scale = self._optimizer.scale_loss(tf.ones(()))
+                run = run._replace(
+                    gradients=[
+                        _unscaled(found.get(id(variable)), scale)
+                        for variable in self._trained
+                    ]
+                )
+            shares = find_shares(clones.rows, clones)
+            assign_merged(clones.scopes, shares, self._home)
+            self._optimizer.apply_gradients(pairs)
+        return run
+
+    def _evaluate_step(self, args: list[Any], kwargs: dict[str, Any]) -> Run:
+        clones = call_clones(self._config, self._model_fn, args, kwargs)
+        if optimize.find_loss(clones[0].outputs) is None:
+            return self._describe(clones, None, None)
+        extra = self._extra_losses()
+        regularization = optimize.regularization(
+            clones.variables, extra, self._home
+        )
+        total = optimize.total_loss(
+            optimize.weighted_losses(clones), regularization, self._home
+        )
+        return self._describe(clones, extra, total)
+
+    def _extra_losses(self) -> Any:
+        losses = self._regularization_losses
+        return list(losses()) if callable(losses) else losses
+
+    def _describe(self, clones: Clones, extra: Any, total: Any) -> Run:
+        losses = [optimize.find_loss(clone.outputs) for clone in clones]
+        return Run(
+            outputs=[clone.outputs for clone in clones],
+            losses=[loss for loss in losses if loss is not None],
+            regularization=optimize.regularization([], extra or [], self._home),
+            total=total,
+            gradients=[],
+        )
+
+
+def _unscaled(gradient: Any, scale: tf.Tensor) -> tf.Tensor | None:
+    """Return the values of a gradient, as they are without loss scaling."""
+    if gradient is None:
+        return None
+    if isinstance(gradient, tf.IndexedSlices):
+        indices, rows = tf.unique(gradient.indices)
+        gradient = tf.math.unsorted_segment_sum(
+            gradient.values, rows, tf.size(indices)
+        )
+    return gradient / tf.cast(scale, gradient.dtype)
+
+
+def _rehearse(
+    model_fn: Callable[..., Any], args: Any, kwargs: Any, home: str
+) -> tuple[Any, list[keras.Variable]]:
+    """Trace a function without running it: what it returns, and what it reads.
+
+    Variables that it makes are made at home.
+    """
+    model_fn = getattr(model_fn, "python_function", model_fn)
+    read: dict[int, keras.Variable] = {}
+    outputs: list[Any] = []
+
+    class Recorder(_keras.CloneScope):
+        def get_current_value(self, variable: keras.Variable) -> Any:
+            read[id(variable)] = variable
+            return super().get_current_value(variable)
+
+    @tf.function(autograph=False)
+    def rehearsal() -> None:
+        with Recorder(collect_losses=True), keras.SymbolicScope():
+            outputs.append(model_fn(*args, **kwargs))
+
+    with tf.device(home):
+        rehearsal.get_concrete_function()
+    return outputs[0], list(read.values())
