@@ -61,7 +61,10 @@ class Runner:
         self._prepared = False
         self._last: Run | None = None
         placed = placement.place_clones(config)
-        self.clones = [Clone(None, scope, device) for scope, device in placed]
+        self.clones = [
+            Clone(None, scope and f"{scope}/", device)
+            for scope, device in placed
+        ]
         self._train = tf.function(self._train_step, autograph=False)
         self._evaluate = tf.function(self._evaluate_step, autograph=False)
         if args or kwargs:
@@ -108,7 +111,7 @@ class Runner:
 
     def _write(self, run: Run) -> None:
         for clone, loss in zip(self.clones, run.losses, strict=False):
-            tf.summary.scalar(f"{clone.scope or 'clone_0'}/loss", loss)
+            tf.summary.scalar(f"{clone.scope or 'clone_0/'}loss", loss)
         if run.regularization is not None:
             tf.summary.scalar("regularization_loss", run.regularization)
         if run.total is not None:

@@ -2,7 +2,10 @@
 
 import importlib.util
 import pathlib
+import re
+import sys
 
+import numpy as np
 import pytest
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
@@ -31,3 +34,101 @@ def test_digits_refuses_wrong_arguments():
     for text in ("0", "-1", "two"):
         with pytest.raises((ValueError, digits.argparse.ArgumentTypeError)):
             digits.positive(text)
+
+
+def test_custom_loop(tmp_path, capsys):
+    custom_loop = load("custom_loop")
+    accuracy = custom_loop.train(3, 3, 64, str(tmp_path))
+    out = capsys.readouterr().out
+    assert accuracy > 0.9
+    losses = re.findall(r"epoch \d: loss (\S+)", out)
+    assert len(losses) == 3 and float(losses[2]) < float(losses[0]) / 2
+    assert "clone_2/ on /device:CPU:2" in out
+    assert [file.suffix for file in tmp_path.iterdir()] == [".v2"]
+
+
+def small_language_model(language_model, **kwargs):
+    return language_model.train(
+        2,
+        language_model.load_text(limit=20_000),
+        epochs=2,
+        steps=8,
+        batch_size=9,
+        context=16,
+        width=16,
+        blocks=1,
+        heads=2,
+        **kwargs,
+    )
+
+
+def test_language_model(capsys):
+    language_model = load("language_model")
+    perplexity, written = small_language_model(language_model, device_memory=1)
+    out = capsys.readouterr().out
+    # As good as guessing would be 128.
+    assert 1 < perplexity < 90
+    assert "epoch 2: perplexity" in out and f"{perplexity:.2f}" in out
+    assert written.startswith("def ") and len(written) == 204
+    assert "clone_1 on /device:CPU:1 holds" in out
+    assert "stay on /job:localhost/replica:0/task:0/device:CPU:0\n" in out
+    assert "(arithmetic: nothing limits the memory" in out
+
+
+def test_language_model_counts_bytes(capsys):
+    language_model = load("language_model")
+    model = language_model.make_model(16, 16, 1, 2)
+    model.compile("adam", "mse")
+    model.optimizer.build(model.trainable_variables)
+    language_model.clone_model(model, num_clones=2)
+    held, slots = language_model.print_memory(model, device_memory=1)
+    # Two float32 numbers a parameter each; the step and the learning rate.
+    assert held == 8 * model.count_params()
+    assert slots == 8 * model.count_params() + 12
+    assert "fit in 1 MiB; with the slots they fit in it" in (
+        capsys.readouterr().out
+    )
+
+
+def test_language_model_sees_no_byte_that_comes_later():
+    language_model = load("language_model")
+    model = language_model.make_model(8, 16, 1, 2)
+    codes = language_model.load_text(limit=8)[None]
+    other = codes.copy()
+    other[0, 5:] = 1
+    one, two = (np.asarray(model(c)) for c in (codes, other))
+    np.testing.assert_allclose(one[0, :5], two[0, :5], atol=1e-6)
+    assert not np.allclose(one[0, 5], two[0, 5], atol=1e-3)
+
+
+def test_language_model_reads_any_file(tmp_path):
+    language_model = load("language_model")
+    (tmp_path / "text").write_bytes("a\xe9b".encode())
+    codes = language_model.load_text(tmp_path / "text")
+    assert bytes(codes.tolist()) == b"a??b"
+    x, y = language_model.windows(np.arange(50), 6, 4, seed=0)
+    assert x.shape == y.shape == (6, 4)
+    np.testing.assert_array_equal(x + 1, y)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("custom_loop", ["--clones", "0"], "0 is not a positive integer"),
+        (
+            "custom_loop",
+            ["--clones", "4", "--batch-size", "3"],
+            "--batch-size must be from the number of clones",
+        ),
+        ("language_model", ["--width", "10"], "must be a multiple of --heads"),
+        ("language_model", ["--text", "none"], "--text must be a file"),
+        ("language_model", ["--text", __file__, "--context", "999"], "too few"),
+        ("language_model", ["--device-memory", "-1"], "not a positive integer"),
+    ],
+)
+def test_examples_refuse(name, arguments, message, monkeypatch, capsys):
+    example = load(name)
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    with pytest.raises(SystemExit):
+        example.main()
+    assert message in capsys.readouterr().err

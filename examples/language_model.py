@@ -1,0 +1,266 @@
+"""Train a small GPT on the sources of Python's standard library, on clones.
+
+Run it with `python examples/language_model.py`; it needs no GPU and no
+download. It predicts the next byte, prints the perplexity of text it has not
+seen, writes a few lines of its own, and shows what stays off the devices.
+
+With GPUs, `--device-memory MIB` gives each clone a GPU of that much memory,
+split off the first one. Without, it is only compared with what is needed.
+"""
+
+import argparse
+import math
+import os
+import pathlib
+import sysconfig
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_clones import clone_model, deployment, use_virtual_devices
+
+NUM_BYTES = 128  # ASCII; every other byte is read as a question mark
+
+
+def load_text(path=None, limit=2_000_000):
+    """Return text as an array of ASCII bytes."""
+    if path is not None:
+        files = [pathlib.Path(path)]
+    else:
+        files = sorted(pathlib.Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    text, size = [], 0
+    for file in files:
+        text.append(file.read_bytes())
+        size += len(text[-1])
+        if size >= limit:
+            break
+    codes = np.frombuffer(b"".join(text)[:limit], "uint8")
+    return np.where(codes < NUM_BYTES, codes, ord("?")).astype("int32")
+
+
+def windows(codes, number, context, seed):
+    """Return random pieces of a text, and the same one byte further on."""
+    starts = np.random.default_rng(seed).integers(
+        0, len(codes) - context, number
+    )
+    pieces = codes[starts[:, None] + np.arange(context + 1)]
+    return pieces[:, :-1], pieces[:, 1:]  # (number, context) each
+
+
+class Embed(keras.layers.Layer):
+    """Add up what a byte is and where it stands."""
+
+    def __init__(self, context, width):
+        super().__init__()
+        self.what = keras.layers.Embedding(NUM_BYTES, width)
+        self.where = keras.layers.Embedding(context, width)
+
+    def build(self, shape):
+        """Make both tables, so that clones find them there."""
+        self.what.build(shape)
+        self.where.build(shape)
+
+    def call(self, codes):
+        """Return vectors of shape `(batch, context, width)`."""
+        positions = keras.ops.arange(codes.shape[1])
+        return self.what(codes) + self.where(positions)
+
+
+def make_model(context, width, blocks, heads):
+    codes = keras.Input((context,), dtype="int32")
+    x = Embed(context, width)(codes)  # (batch, context, width)
+    for _ in range(blocks):
+        y = keras.layers.LayerNormalization()(x)
+        attention = keras.layers.MultiHeadAttention(heads, width // heads)
+        x = x + attention(y, y, use_causal_mask=True)
+        y = keras.layers.LayerNormalization()(x)
+        y = keras.layers.Dense(4 * width, activation="gelu")(y)
+        x = x + keras.layers.Dense(width)(y)
+    x = keras.layers.LayerNormalization()(x)
+    logits = keras.layers.Dense(NUM_BYTES)(x)  # (batch, context, NUM_BYTES)
+    return keras.Model(codes, logits)
+
+
+class Perplexity(keras.callbacks.Callback):
+    """Log how many bytes the model finds equally likely on average."""
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Add to the logs, and print them."""
+        logs["perplexity"] = math.exp(logs["loss"])
+        logs["val_perplexity"] = math.exp(logs["val_loss"])
+        print(
+            f"epoch {epoch + 1}: perplexity {logs['perplexity']:.2f}, "
+            f"of text not seen {logs['val_perplexity']:.2f}"
+        )
+
+
+def num_bytes(variables):
+    return sum(
+        math.prod(v.shape) * tf.as_dtype(v.dtype).size for v in variables
+    )
+
+
+def print_memory(model, device_memory=None):
+    """Print what a clone's device holds, and what it does not.
+
+    Returns:
+        The bytes of mirrors and gradients that a clone holds, and those of
+        the optimizer's slots, which it does not.
+    """
+    made = deployment(model)
+    mirrors = num_bytes(model.variables)
+    gradients = num_bytes(model.trainable_variables)
+    slots = num_bytes(model.optimizer.variables)
+    homes = {v.value.device for v in model.optimizer.variables}
+    mib = 2**20
+    for clone in made.clones:
+        print(
+            f"{clone.scope or 'clone_0'} on {clone.device} holds "
+            f"{mirrors / mib:.2f} MiB of mirrors and at most "
+            f"{gradients / mib:.2f} MiB of gradients"
+        )
+    print(
+        f"the optimizer's slots, {slots / mib:.2f} MiB, stay on "
+        f"{', '.join(sorted(homes))}"
+    )
+    held, all_of_it = mirrors + gradients, mirrors + gradients + slots
+    print(
+        f"beside activations a clone needs {held / mib:.2f} MiB, and would "
+        f"need {all_of_it / mib:.2f} MiB if it held the slots too"
+    )
+    if device_memory is not None:
+        fits = {True: "fit in", False: "do not fit in"}
+        on_gpus = all("GPU" in clone.device for clone in made.clones)
+        limit = device_memory * mib
+        print(
+            f"mirrors and gradients {fits[held <= limit]} {device_memory} MiB; "
+            f"with the slots they {fits[all_of_it <= limit]} it"
+            + (
+                " (each of these GPUs has no more)"
+                if on_gpus
+                else " (arithmetic: nothing limits the memory of these CPUs)"
+            )
+        )
+    return held, slots
+
+
+def write(model, prompt, length, context, seed=0):
+    """Let the model continue a prompt, one byte after another."""
+    rng = np.random.default_rng(seed)
+    codes = list(prompt.encode())
+    predict = tf.function(lambda codes: model(codes, training=False))
+    for _ in range(length):
+        seen = codes[-context:]
+        padded = seen + [0] * (context - len(seen))
+        logits = predict(tf.constant([padded]))[0, len(seen) - 1].numpy()
+        chances = np.exp((logits - logits.max()) / 0.7)
+        codes.append(int(rng.choice(NUM_BYTES, p=chances / chances.sum())))
+    return bytes(codes).decode()
+
+
+def train(
+    num_clones,
+    codes,
+    epochs=4,
+    steps=100,
+    batch_size=32,
+    context=64,
+    width=128,
+    blocks=2,
+    heads=4,
+    device_memory=None,
+    verbose=0,
+):
+    """Train; return the perplexity of text not seen, and what was written."""
+    keras.utils.set_random_seed(0)
+    split = len(codes) * 19 // 20
+    x, y = windows(codes[:split], steps * batch_size, context, seed=1)
+    validation = windows(codes[split:], 8 * batch_size, context, seed=2)
+    model = clone_model(
+        make_model(context, width, blocks, heads), num_clones=num_clones
+    )
+    model.compile(
+        keras.optimizers.AdamW(2e-3),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    deployment(model).summary(batch_size)
+    history = model.fit(
+        x,
+        y,
+        batch_size=batch_size,
+        epochs=epochs,
+        validation_data=validation,
+        callbacks=[Perplexity()],
+        verbose=verbose,
+    ).history
+    print_memory(model, device_memory)
+    written = write(model, "def ", 200, context)
+    print(f"the model writes:\n{written}")
+    return history["val_perplexity"][-1], written
+
+
+def positive(text):
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive integer")
+    return number
+
+
+def arguments():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--clones", type=positive, default=2)
+    parser.add_argument("--epochs", type=positive, default=4)
+    parser.add_argument("--steps", type=positive, default=100, help="an epoch")
+    parser.add_argument("--batch-size", type=positive, default=32)
+    parser.add_argument("--context", type=positive, default=64, help="bytes")
+    parser.add_argument("--width", type=positive, default=128)
+    parser.add_argument("--blocks", type=positive, default=2)
+    parser.add_argument("--heads", type=positive, default=4)
+    parser.add_argument("--text", help="a file to train on")
+    parser.add_argument(
+        "--device-memory", type=positive, metavar="MIB", help="of each clone"
+    )
+    return parser
+
+
+def main():
+    parser = arguments()
+    args = parser.parse_args()
+    if args.width % args.heads:
+        parser.error(
+            "--width must be a multiple of --heads. "
+            f"Received: --width {args.width} --heads {args.heads}"
+        )
+    if args.text and not pathlib.Path(args.text).is_file():
+        parser.error(f"--text must be a file. Received: --text {args.text}")
+    codes = load_text(args.text)
+    if len(codes) < 40 * (args.context + 1):
+        parser.error(
+            f"the text has {len(codes)} bytes, which is too few for --context "
+            f"{args.context}: pass a longer one with --text"
+        )
+    if not tf.config.list_physical_devices("GPU"):
+        use_virtual_devices(args.clones)
+    elif args.device_memory:
+        use_virtual_devices(args.clones, "GPU", args.device_memory)
+    train(
+        args.clones,
+        codes,
+        epochs=args.epochs,
+        steps=args.steps,
+        batch_size=args.batch_size,
+        context=args.context,
+        width=args.width,
+        blocks=args.blocks,
+        heads=args.heads,
+        device_memory=args.device_memory,
+    )
+
+
+if __name__ == "__main__":
+    main()
