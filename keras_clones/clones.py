@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_clones import placement, sharding
-from keras_clones.config import DeploymentConfig, check_integer
+from keras_clones.config import CPU, DeploymentConfig, check_integer
 from keras_clones.mirrors import MirrorScope, Reads, assign_merged
 
 
@@ -49,7 +49,7 @@ class Clones(list):
 
 
 def split_batch(batch: Any, num_clones: int) -> PerClone:
-    """Split a global batch into one shard a clone, by rows.
+    """Split a global batch into one shard a clone, by rows, on `CPU:0`.
 
     Args:
         batch: A nest of tensors or arrays with as many rows, at least one a
@@ -77,6 +77,11 @@ def split_batch(batch: Any, num_clones: int) -> PerClone:
     [(3, 3), (2, 3)]
     """
     num_clones = check_integer("num_clones", num_clones, 1)
+    with tf.device(CPU):
+        return _split_batch(batch, num_clones)
+
+
+def _split_batch(batch: Any, num_clones: int) -> PerClone:
     batch = keras.tree.map_structure(_as_tensor, batch)
     rows = sharding.count_rows({"batch": batch})
     message = (

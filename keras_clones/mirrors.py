@@ -23,11 +23,17 @@ class Reads:
         self.variables: list[keras.Variable] = []
         self._graph = _graph()
         self._values: dict[int, tf.Tensor] = {}
+        self._noted: set[int] = set()
+
+    def note(self, variable: keras.Variable) -> None:
+        """Remember that a variable was read."""
+        if id(variable) not in self._noted:
+            self._noted.add(id(variable))
+            self.variables.append(variable)
 
     def value(self, variable: keras.Variable, raw: tf.Variable) -> tf.Tensor:
         """Return the value of a variable, read at most once."""
         if id(variable) not in self._values:
-            self.variables.append(variable)
             # The last slash keeps it out of the scope of the clone that
             # happens to read the variable first.
             with self.outside(), tf.device(self.home), tf.name_scope("home/"):
@@ -37,6 +43,20 @@ class Reads:
     def is_outside(self) -> bool:
         """Say whether no `tf.cond` or `tf.function` is being traced inside."""
         return _graph() is self._graph
+
+    def is_in_function(self) -> bool:
+        """Say whether a `tf.function` is being traced inside.
+
+        It may be called again, from where mirrors of this step are not there.
+        Branches and bodies of loops, which have graphs of other classes, are
+        not.
+        """
+        graph = _graph()
+        while graph is not None and graph is not self._graph:
+            if type(graph).__name__ == "FuncGraph":
+                return True
+            graph = getattr(graph, "outer_graph", None)
+        return False
 
     def outside(self) -> contextlib.AbstractContextManager[Any]:
         """Leave every `tf.cond` and `tf.function` that is traced inside.
@@ -64,6 +84,7 @@ class MirrorScope(_keras.CloneScope):
         self._reads = reads
         self._clone_index = clone_index
         self._device = device
+        self._mirrors: dict[int, tf.Tensor] = {}
 
     def get_current_value(self, variable: keras.Variable) -> Any:
         """Return what was assigned in this scope, else the mirror."""
@@ -75,10 +96,14 @@ class MirrorScope(_keras.CloneScope):
                 "Build the model first: give it a `keras.Input`, or call it "
                 "once on data."
             )
-        if isinstance(value, tf.Variable):
-            value = self._mirror(variable, value)
-            self.state_mapping[id(variable)] = value
-        return value
+        if not isinstance(value, tf.Variable):
+            return value
+        self._reads.note(variable)
+        if self._reads.is_in_function():
+            return value
+        if id(variable) not in self._mirrors:
+            self._mirrors[id(variable)] = self._mirror(variable, value)
+        return self._mirrors[id(variable)]
 
     def _mirror(self, variable: keras.Variable, raw: tf.Variable) -> tf.Tensor:
         value = self._reads.value(variable, raw)

@@ -61,7 +61,8 @@ def optimize_clones(
         shards = split_batch((images, labels), config.num_clones)
         clones = create_clones(config, model_fn, [shards])
         total_loss, grads_and_vars = optimize_clones(clones, optimizer)
-        optimizer.apply_gradients(grads_and_vars)
+        with tf.device(config.optimizer_device()):
+            optimizer.apply_gradients(grads_and_vars)
         return total_loss
     ```
 

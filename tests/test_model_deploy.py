@@ -2,6 +2,8 @@
 
 import collections
 import contextlib
+import dataclasses
+import pathlib
 
 import keras
 import numpy as np
@@ -347,15 +349,14 @@ def test_gradients_of_variables_that_are_assigned(float64):
 
 
 def test_functions_inside_of_functions(float64):
-    """A `tf.function` is traced once, for the mirrors of the first clone."""
+    """A `tf.function` is traced once, whichever clone or step calls it."""
     plain, cloned = mlp(), mlp()
-    train_plainly(plain, keras.optimizers.SGD(0.1), [data(6)])
-    optimizer = keras.optimizers.SGD(0.1)
+    one, other = [keras.optimizers.SGD(0.1) for _ in range(2)]
+    expected = train_plainly(plain, one, [data(6), data(6, seed=1)])
 
     @tf.function
     def model_fn(batch):
-        x, y = batch
-        return inner(x, y)
+        return inner(*batch)
 
     @tf.function
     def inner(x, y):
@@ -364,16 +365,53 @@ def test_functions_inside_of_functions(float64):
         )
         return tf.reduce_mean((branch - y) ** 2)
 
-    @tf.function
     def step(batch):
-        shards = split_batch(batch, 2)
-        clones = create_clones(config_of(2), model_fn, [shards])
-        _, pairs = optimize_clones(clones, optimizer)
-        optimizer.apply_gradients(pairs)
+        clones = create_clones(config_of(2), model_fn, [split_batch(batch, 2)])
+        total, pairs = optimize_clones(clones, other)
+        other.apply_gradients(pairs)
+        return total
 
-    step(data(6))
-    for one, other in zip(plain.variables, cloned.variables, strict=True):
-        assert difference(one, other) < 1e-10
+    # Two steps: the second finds what the first traced.
+    totals = [
+        tf.function(step)(data(6)),
+        tf.function(step)(data(6, seed=1)),
+    ]
+    assert difference(expected, totals) < 1e-10
+    assert difference(weights(plain), weights(cloned)) < 1e-10
+
+
+def test_reading_first_in_a_branch_or_a_loop(float64):
+    """What a branch or a loop reads first is there for the rest."""
+    layer = keras.layers.Dense(6, use_bias=False)
+    layer.build((None, 6))
+    start = layer.get_weights()[0]
+    optimizer = keras.optimizers.SGD(1.0)
+
+    def model_fn(x):
+        _, doubled = tf.while_loop(
+            lambda i, _: i < 2,
+            lambda i, x: (i + 1, layer(x)),
+            (0, tf.cond(tf.shape(x)[0] > 0, lambda: layer(x), lambda: x)),
+        )
+        return tf.reduce_mean(layer(doubled))
+
+    @tf.function
+    def step(x):
+        clones = create_clones(config_of(2), model_fn, [split_batch(x, 2)])
+        total, pairs = optimize_clones(clones, optimizer)
+        return total, [gradient for gradient, _ in pairs]
+
+    x, _ = data(4)
+    total, [gradient] = step(x)
+    kernel = tf.Variable(start)
+    with tf.GradientTape() as tape:
+        result = x @ kernel @ kernel @ kernel @ kernel
+        expected = tf.reduce_mean(result)
+    assert difference(expected, total) < 1e-10
+    assert difference(tape.gradient(expected, kernel), gradient) < 1e-10
+    graph = step.get_concrete_function(tf.constant(x)).graph
+    reads = [op for op in graph.get_operations() if op.type == "ReadVariableOp"]
+    assert len(reads) == 1
 
 
 def test_assigning_where_clones_cannot_bring_it_home():
@@ -748,3 +786,18 @@ def test_seed_states_are_known_by_their_name():
     generator = keras.random.SeedGenerator(1)
     assert keras_clones._keras.is_seed_state(generator.state)
     assert not keras_clones._keras.is_seed_state(keras.Variable([1, 2]))
+
+
+def test_every_name_of_the_original_is_in_the_readme():
+    readme = pathlib.Path(__file__).parents[1] / "README.md"
+    section = readme.read_text().partition("## Porting from model_deploy")[2]
+    section = section.partition("\n## ")[0]
+    names = {
+        *("create_clones", "optimize_clones", "deploy", "Clone"),
+        *("train_op", "summary_op", "total_loss", "clones"),
+        *("clone_device", "clone_scope", "variables_device", "inputs_device"),
+        *("optimizer_device", "caching_device", "worker_device", "ps_device"),
+        *(field.name for field in dataclasses.fields(DeploymentConfig)),
+        *model_deploy.__all__,
+    }
+    assert not [name for name in names if name not in section]
