@@ -122,6 +122,8 @@ def main():
             f"number of images. Received: --batch-size {args.batch_size} "
             f"--clones {args.clones}"
         )
+    if args.logs and not hasattr(tf.summary, "scalar"):
+        parser.error("--logs needs `pip install tensorboard`")
     use_virtual_devices(args.clones)
     train(args.clones, args.epochs, args.batch_size, args.logs)
 

@@ -247,6 +247,20 @@ def test_scopes_and_devices_in_the_graph():
     assert not types["clone_0"]["ReadVariableOp"]
 
 
+def test_scopes_in_a_profile(tmp_path):
+    deployed = deploy(
+        config_of(2), squares(mlp()), optimizer=keras.optimizers.SGD(0.1)
+    )
+    shards = split_batch(tf.nest.map_structure(np.float32, data(4)), 2)
+    deployed.train_fn(shards)
+    with tf.profiler.experimental.Profile(str(tmp_path)):
+        float(deployed.train_fn(shards))
+    [profile] = tmp_path.rglob("*.xplane.pb")
+    recorded = profile.read_bytes()
+    for scope in (b"clone_0/", b"clone_1/"):
+        assert scope in recorded
+
+
 def test_one_clone_has_no_scope():
     clones = create_clones(config_of(1), lambda: tf.constant(1.0))
     assert clones == [model_deploy.Clone(1.0, "", "/device:CPU:1")]
@@ -261,6 +275,17 @@ def test_statistics_are_the_first_clones(float64):
     assert difference(0.1 * mean, layer.moving_mean.numpy()) < 1e-10
     expected = 0.9 + 0.1 * variance
     assert difference(expected, layer.moving_variance.numpy()) < 1e-10
+
+
+def test_a_graph_function_may_assign_as_any_other(float64):
+    """Only what it calls may not."""
+    layer = keras.layers.BatchNormalization(momentum=0.9)
+    layer.build((None, 6))
+    x, _ = data(6)
+    model_fn = tf.function(lambda x: layer(x, training=True))
+    create_clones(config_of(2), model_fn, [split_batch(x, 2)])
+    expected = 0.1 * x[:3].mean(axis=0)
+    assert difference(expected, layer.moving_mean.numpy()) < 1e-10
 
 
 def test_metrics_count_the_rows_of_all_clones(float64):
