@@ -149,22 +149,23 @@ def create_clones(
 
     - TF-Slim, `deployment/model_deploy.py`.
     """
-    clones = call_clones(config, model_fn, args, kwargs)
+    check_arguments(config, model_fn, args, kwargs)
+    placed = placement.place_clones(config)
+    clones = call_clones(config, placed, model_fn, args, kwargs)
     assign_merged(clones.scopes, find_shares(clones.rows, clones), clones.home)
     return clones
 
 
 def call_clones(
     config: DeploymentConfig,
+    placed: Sequence[placement.Clone],
     model_fn: Callable[..., Any],
     args: Sequence[Any] | None,
     kwargs: Mapping[str, Any] | None,
 ) -> Clones:
     """Call a function once a clone, and assign no variable."""
-    check_arguments(config, model_fn, args, kwargs)
-    # A `tf.function` would be traced for the mirrors of one clone only.
+    # What is inside of a `tf.function` cannot assign variables.
     model_fn = getattr(model_fn, "python_function", model_fn)
-    placed = placement.place_clones(config)
     clones = Clones()
     clones.home = config.variables_device()
     clones.rows = _rows(args, kwargs)

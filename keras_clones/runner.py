@@ -60,10 +60,10 @@ class Runner:
         self._trained: list[keras.Variable] = []
         self._prepared = False
         self._last: Run | None = None
-        placed = placement.place_clones(config)
+        self._placed = placement.place_clones(config)
         self.clones = [
             Clone(None, scope and f"{scope}/", device)
-            for scope, device in placed
+            for scope, device in self._placed
         ]
         self._train = tf.function(self._train_step, autograph=False)
         self._evaluate = tf.function(self._evaluate_step, autograph=False)
@@ -156,7 +156,9 @@ class Runner:
         self._prepared = True
 
     def _train_step(self, args: list[Any], kwargs: dict[str, Any]) -> Run:
-        clones = call_clones(self._config, self._model_fn, args, kwargs)
+        clones = call_clones(
+            self._config, self._placed, self._model_fn, args, kwargs
+        )
         extra = self._extra_losses()
         total, pairs = optimize.optimize_clones(
             clones, self._optimizer, extra, var_list=self._trained
@@ -178,7 +180,9 @@ class Runner:
         return run
 
     def _evaluate_step(self, args: list[Any], kwargs: dict[str, Any]) -> Run:
-        clones = call_clones(self._config, self._model_fn, args, kwargs)
+        clones = call_clones(
+            self._config, self._placed, self._model_fn, args, kwargs
+        )
         if optimize.find_loss(clones[0].outputs) is None:
             return self._describe(clones, None, None)
         extra = self._extra_losses()
