@@ -6,7 +6,10 @@ from keras_clones.attach import (
     deployment,
     unclone_model,
 )
+from keras_clones.clones import PerClone, create_clones, split_batch
 from keras_clones.config import DeploymentConfig
+from keras_clones.model_deploy import DeployedModel, deploy
+from keras_clones.optimize import optimize_clones
 from keras_clones.placement import Clone, use_virtual_devices
 
 __version__ = "0.1.0"

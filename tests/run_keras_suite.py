@@ -15,7 +15,6 @@ What follows `--` goes to pytest. Keras's tests need `jax`, `pandas`,
 import argparse
 import collections
 import functools
-import importlib
 import os
 import pathlib
 import sys

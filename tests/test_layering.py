@@ -88,7 +88,10 @@ MAY_IMPORT = {
         *("benchmark_table", "tensorflow"),
     },
     "__main__": {"benchmark"},
-    "__init__": {"attach", "config", "placement"},
+    "__init__": {
+        *("attach", "clones", "config", "model_deploy", "optimize"),
+        "placement",
+    },
 }
 STANDARD = {
     *("collections", "contextlib", "dataclasses", "functools", "itertools"),
