@@ -182,6 +182,12 @@ class _Transfer:
         return _like(like, list(tensors.values()))
 
 
+def _scope_of(device: str) -> Any:
+    """Return a name scope that shows the device in a profile."""
+    spec = tf.DeviceSpec.from_string(device)
+    return tf.name_scope(f"on_{spec.device_type}_{spec.device_index}")
+
+
 def _tensors(values: Any) -> list[tf.Tensor]:
     leaves = tf.nest.flatten(values, expand_composites=True)
     return [leaf for leaf in leaves if leaf is not None]

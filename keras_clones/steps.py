@@ -41,7 +41,8 @@ def train_step(model: keras.Model, options: StepOptions, data: Any) -> dict:
             warnings.warn(
                 "The model does not have any trainable weights.", stacklevel=1
             )
-        return update_metrics(step, result)
+        with tf.name_scope("update_metrics"):
+            return update_metrics(step, result)
 
 
 def test_step(model: keras.Model, options: StepOptions, data: Any) -> dict:
