@@ -11,6 +11,7 @@ from keras_clones.config import DeploymentConfig
 from keras_clones.model_deploy import DeployedModel, deploy
 from keras_clones.optimize import optimize_clones
 from keras_clones.placement import Clone, use_virtual_devices
+from keras_clones.profiler import CloneProfiler
 
 __version__ = "0.1.0"
 

@@ -1,0 +1,115 @@
+"""Which lane and phase of a timeline an operation of a step belongs to."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import keras
+
+from keras_clones import _keras
+from keras_clones.deploy import deployment
+from keras_clones.placement import logical_devices
+from keras_clones.timeline import PIPELINE
+
+WAITING = "waiting for input"
+# Name scopes of the step, outside of the clones' own.
+SCOPES = {
+    "split_batch": "mirror",
+    "send_mirrors": "mirror",
+    "bring_home": "gradient transfer",
+    "merge_gradients": "gradient transfer",
+    "update_metrics": "metrics",
+}
+# What a GPU calls the copies between it and other devices.
+COPIES = {
+    "MemcpyH2D": "mirror",
+    "MemcpyD2H": "gradient transfer",
+    "MemcpyP2P": "gradient transfer",
+}
+
+
+class Places(NamedTuple):
+    """Which lanes there are, and what shows that an operation is of one.
+
+    Attributes:
+        home: String, the lane of the variables device.
+        clones: Dict of lanes by name scopes of clones.
+        devices: Dict of lanes by devices such as `"CPU:1"`.
+        optimizers: Set of the names of the model's optimizers.
+        forward: Set of the name scopes of a forward pass outside of clones.
+    """
+
+    home: str
+    clones: Mapping[str, str]
+    devices: Mapping[str, str]
+    optimizers: frozenset[str]
+    forward: frozenset[str]
+
+    def lanes(self) -> list[str]:
+        """Return the names of the lanes in their order from the top."""
+        lanes = [PIPELINE, WAITING, self.home, *self.clones.values()]
+        return list(dict.fromkeys([*lanes, *self.devices.values()]))
+
+
+def find_places(model: keras.Model) -> Places:
+    """Return the lanes of a model's training steps."""
+    made = deployment(model)
+    optimizers = frozenset(o.name for o in _keras.optimizers(model))
+    forward = frozenset((model.name, "compile_loss"))
+    if made is None:
+        home = "GPU:0" if logical_devices("GPU") else "CPU:0"
+        return Places(home, {}, {home: home}, optimizers, forward)
+    short = [clone.device.removeprefix("/device:") for clone in made.clones]
+    home_device = made.variables_device.removeprefix("/device:")
+    clones = {
+        clone.scope or "clone": f"{clone.scope or 'clone'} on {device}"
+        for clone, device in zip(made.clones, short, strict=True)
+    }
+    home = f"{home_device} (variables)"
+    devices = {home_device: home}
+    for device, lane in zip(short, clones.values(), strict=True):
+        devices.setdefault(device, lane)
+    return Places(home, clones, devices, optimizers, forward)
+
+
+def classify(path: str, places: Places) -> tuple[str, str]:
+    """Return the lane and the phase of an operation, by its name.
+
+    Args:
+        path: String, the operation's name and type with the names of the
+            calls that it runs in, such as
+            `"clone_0/PartitionedCall/dense/MatMul:MatMul"`.
+        places: `Places` of the model.
+    """
+    name, _, kind = path.rpartition(":")
+    parts = name.split("/")
+    if scope := known(name, SCOPES):
+        where = re.search(r"/on_([A-Z]+)_(\d+)", name)
+        device = ":".join(where.groups()) if where else ""
+        return places.devices.get(device, places.home), SCOPES[scope]
+    if known(name, places.optimizers):
+        return places.home, "update"
+    clone = known(name, places.clones)
+    lane = places.clones.get(clone, places.home)
+    if clone and kind == "_Send":
+        return lane, "gradient transfer"
+    if "gradient_tape" in parts or "gradients" in parts:
+        return lane, "backward"
+    if clone or known(name, places.forward):
+        return lane, "forward"
+    # Keras gives metrics no scope of their own.
+    return lane, "other" if places.clones else "metrics"
+
+
+def known(name: str, scopes: Iterable[str]) -> str:
+    """Return the first part of a name that is a scope, or a scope again.
+
+    A scope that is entered again gets a number at its end.
+    """
+    for part in name.split("/"):
+        head, _, number = part.rpartition("_")
+        if part in scopes:
+            return part
+        if number.isdigit() and head in scopes:
+            return head
+    return ""

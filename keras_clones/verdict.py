@@ -1,0 +1,183 @@
+"""From a timeline of training steps to figures, and a verdict in words."""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from keras_clones.timeline import PIPELINE, Event, Window, clip, intervals, join
+
+# What can bound a step. A moment counts for the first that is going on.
+KINDS = {
+    "compute": ("forward", "backward", "forward and backward"),
+    "update": ("update",),
+    "transfer": ("mirror", "gradient transfer"),
+    "metrics": ("metrics",),
+    "input": ("input",),
+}
+OVERHEAD = "overhead"
+
+
+class Machine(NamedTuple):
+    """How many clones there are, and room for how many times as many.
+
+    `room` is the number of devices over those that clones run on or, on the
+    CPU, of cores over those that were busy.
+    """
+
+    num_clones: int
+    room: float
+
+
+class Report(NamedTuple):
+    """What the profile of a model's training steps came to.
+
+    Attributes:
+        seconds: Float, how long one training step takes.
+        phases: Dict of dicts, the seconds a step that each lane spends in
+            each phase. Lanes and phases go on side by side.
+        bounds: Dict, the seconds of a step by what they went to: compute,
+            update, transfer, metrics, input or overhead. They add up to
+            `seconds`.
+        bound_by: String, the largest of `bounds`.
+        with_another_clone: Float, the estimated seconds a step with one
+            clone more.
+        advice: Tuple of strings, what to change.
+        verdict: String, all of this in words.
+    """
+
+    seconds: float
+    phases: dict[str, dict[str, float]]
+    bounds: dict[str, float]
+    bound_by: str
+    with_another_clone: float
+    advice: tuple[str, ...]
+    verdict: str
+
+
+def make_report(
+    events: Sequence[Event],
+    lanes: Sequence[str],
+    windows: Sequence[Window],
+    machine: Machine,
+) -> Report:
+    """Return the figures of the mean step, and the verdict on them.
+
+    Args:
+        events: Sequence of `Event`s, in any order.
+        lanes: Sequence of the lanes' names.
+        windows: Sequence of `Window`s, in which each step is one step more.
+        machine: `Machine` that the steps ran on.
+    """
+    events = join(events)
+    steps = sum(window.steps for window in windows)
+    phases: dict[str, dict[str, float]] = {lane: {} for lane in lanes}
+    bounds = dict.fromkeys((*KINDS, OVERHEAD), 0.0)
+    for window in windows:
+        inside = clip(events, window)
+        for lane, phase in sorted({(e.lane, e.phase) for e in inside}):
+            busy = intervals(inside, lane, phase)
+            seconds = sum(end - start for start, end in busy) / steps
+            figures = phases[lane]
+            figures[phase] = figures.get(phase, 0.0) + seconds
+        for kind, seconds in attribute(inside, window).items():
+            bounds[kind] += seconds / steps
+    total = sum(bounds.values())
+    bound_by = max(bounds, key=lambda kind: bounds[kind])
+    another = with_another_clone(bounds, machine)
+    advice = advise(bound_by, machine.num_clones, 1 - another / total)
+    verdict = describe(total, bounds, bound_by, another, advice)
+    return Report(total, phases, bounds, bound_by, another, advice, verdict)
+
+
+def attribute(events: Iterable[Event], window: Window) -> dict[str, float]:
+    """Give each moment of a window to one kind of work.
+
+    Several lanes work at once, so a moment counts for the first of compute,
+    update, transfer, metrics and input that is going on, and for overhead if
+    none is: what hides behind a clone's compute does not bound the step.
+    """
+    kinds = {phase: kind for kind, own in KINDS.items() for phase in own}
+    edges = [(window.start, "", 0), (window.end, "", 0)]
+    for event in events:
+        kind = kinds.get(event.phase)
+        if kind is not None and event.lane != PIPELINE:
+            edges += [(event.start, kind, 1), (event.end, kind, -1)]
+    going = dict.fromkeys(("", *KINDS), 0)
+    seconds = dict.fromkeys((*KINDS, OVERHEAD), 0.0)
+    before = window.start
+    for time, kind, change in sorted(edges):
+        current = next((k for k in KINDS if going[k]), OVERHEAD)
+        seconds[current] += time - before
+        going[kind] += change
+        before = time
+    return seconds
+
+
+def with_another_clone(bounds: dict[str, float], machine: Machine) -> float:
+    """Estimate the seconds of a step with one clone more.
+
+    The compute divides by the clones, as far as there is room for more. All
+    else stays what it is.
+    """
+    n = machine.num_clones
+    left = max(n / (n + 1), 1 / max(machine.room, 1.0))
+    return sum(bounds.values()) - bounds["compute"] * (1 - left)
+
+
+def advise(bound_by: str, num_clones: int, saved: float) -> tuple[str, ...]:
+    """Return what to change, by what bounds the step.
+
+    Args:
+        bound_by: String, a key of `Report.bounds`.
+        num_clones: Integer, how many clones there are.
+        saved: Float, the part of the step that one clone more would save.
+    """
+    larger_batch = "a larger batch, if the training allows it"
+    fewer_clones = ["fewer clones"] if num_clones > 1 else []
+    several_steps = "`steps_per_execution=10` or so in `compile`"
+    compiled = "`jit_compile=True` in `clone_model`, if XLA takes the model"
+    if bound_by == "compute":
+        more = [f"`num_clones={num_clones + 1}`"] if saved >= 0.05 else []
+        return (*more, compiled)
+    return {
+        "update": (larger_batch + ": it has fewer updates for as many rows",),
+        "transfer": (larger_batch, *fewer_clones),
+        "metrics": ("fewer or simpler metrics in `compile`",),
+        "input": (
+            "`dataset.prefetch(tf.data.AUTOTUNE)` as the last step of the "
+            "input pipeline",
+            "`num_parallel_calls=tf.data.AUTOTUNE` in its `map`, or `workers` "
+            "of a `keras.utils.PyDataset`",
+        ),
+        OVERHEAD: (several_steps, larger_batch, *fewer_clones, compiled),
+    }[bound_by]
+
+
+def describe(
+    seconds: float,
+    bounds: dict[str, float],
+    bound_by: str,
+    another: float,
+    advice: Sequence[str],
+) -> str:
+    """Return the verdict on a step in words."""
+    parts = sorted(bounds.items(), key=lambda item: -item[1])
+    shares = ", ".join(
+        f"{kind} {part / seconds:.0%}"
+        for kind, part in parts
+        if part / seconds >= 0.005
+    )
+    gain = seconds / another
+    more = (
+        "One clone more would not make it faster."
+        if gain < 1.02
+        else f"One clone more would make it about {another * 1e3:.3g} ms "
+        f"({gain:.2f} times as fast)."
+    )
+    return "\n".join(
+        [
+            f"A step takes {seconds * 1e3:.3g} ms, bound by {bound_by}: "
+            f"{shares}.",
+            more,
+            "What to change: " + "; ".join(advice) + ".",
+        ]
+    )
