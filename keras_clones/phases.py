@@ -20,6 +20,8 @@ SCOPES = {
     "merge_gradients": "gradient transfer",
     "update_metrics": "metrics",
 }
+# Name scopes of a backward pass: TensorFlow's two, and that of the tower.
+BACKWARD = {"gradient_tape", "gradients", "backward_pass"}
 # What a GPU calls the copies between it and other devices.
 COPIES = {
     "MemcpyH2D": "mirror",
@@ -93,7 +95,7 @@ def classify(path: str, places: Places) -> tuple[str, str]:
     lane = places.clones.get(clone, places.home)
     if clone and kind == "_Send":
         return lane, "gradient transfer"
-    if "gradient_tape" in parts or "gradients" in parts:
+    if not BACKWARD.isdisjoint(parts):
         return lane, "backward"
     if clone or known(name, places.forward):
         return lane, "forward"

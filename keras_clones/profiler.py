@@ -36,8 +36,8 @@ class CloneProfiler(keras.callbacks.Callback):
     transfer), metrics and waiting for input that is going on in any lane, and
     for overhead (Python and TensorFlow between operations) if none is. The
     largest sum bounds the step. With one clone more, the compute divides by
-    one more, as far as there is a device for it or, on the CPU, an idle core;
-    the rest is taken to stay what it is.
+    one more, as far as there is a device for it or, on the CPU, a core that
+    neither has a clone nor was kept busy; the rest is taken to stay.
 
     It also works on a plain model: one lane, where what has no name scope
     counts for the metrics. A clone that XLA compiles on the CPU has its
@@ -194,11 +194,8 @@ class CloneProfiler(keras.callbacks.Callback):
 
     def _start(self) -> None:
         self._folder = tempfile.TemporaryDirectory()
-        options = tf.profiler.experimental.ProfilerOptions(
-            host_tracer_level=2, python_tracer_level=0
-        )
         try:
-            tf.profiler.experimental.start(self._folder.name, options)
+            tf.profiler.experimental.start(self._folder.name)
         except tf.errors.AlreadyExistsError:
             self._give_up(
                 "Another profiler runs already, such as that of the "
@@ -240,7 +237,8 @@ class CloneProfiler(keras.callbacks.Callback):
         window = timeline.typical(windows)
         with open(f"{self.path}.json", "w", encoding="utf-8") as file:
             json.dump(timeline.chrome_trace(events, lanes, window), file)
-        title = self.report.verdict.split("\n")[0]
+        headline = self.report.verdict.split("\n")[0]
+        title = f"Training step {window.first}. {headline}"
         timeline.draw(events, lanes, window, title, f"{self.path}.png")
         last = max(self._calls) + self._calls[max(self._calls)][1] - 1
         print(
@@ -263,7 +261,15 @@ def find_machine(model: keras.Model, busy: float) -> Machine:
     num_clones = len(made.clones) if made else 1
     if used and used <= set(gpus):
         return Machine(num_clones, len(gpus) / len(used))
-    return Machine(num_clones, (os.cpu_count() or 1) / max(busy, 1e-9))
+    cores = _num_cores()
+    return Machine(num_clones, cores / min(max(busy, num_clones), cores))
+
+
+def _num_cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _checked_steps(steps: Any) -> tuple[int, int]:

@@ -20,7 +20,7 @@ class Machine(NamedTuple):
     """How many clones there are, and room for how many times as many.
 
     `room` is the number of devices over those that clones run on or, on the
-    CPU, of cores over those that were busy.
+    CPU, of cores over those that have a clone or were busy.
     """
 
     num_clones: int
@@ -83,7 +83,14 @@ def make_report(
     total = sum(bounds.values())
     bound_by = max(bounds, key=lambda kind: bounds[kind])
     another = with_another_clone(bounds, machine)
-    advice = advise(bound_by, machine.num_clones, 1 - another / total)
+    used = {phase for figures in phases.values() for phase in figures}
+    advice = advise(
+        bound_by,
+        machine.num_clones,
+        saved=1 - another / total,
+        compiled="forward and backward" in used,
+        several_steps=any(window.steps > 1 for window in windows),
+    )
     verdict = describe(total, bounds, bound_by, another, advice)
     return Report(total, phases, bounds, bound_by, another, advice, verdict)
 
@@ -123,21 +130,36 @@ def with_another_clone(bounds: dict[str, float], machine: Machine) -> float:
     return sum(bounds.values()) - bounds["compute"] * (1 - left)
 
 
-def advise(bound_by: str, num_clones: int, saved: float) -> tuple[str, ...]:
+def advise(
+    bound_by: str,
+    num_clones: int,
+    *,
+    saved: float,
+    compiled: bool,
+    several_steps: bool,
+) -> tuple[str, ...]:
     """Return what to change, by what bounds the step.
 
     Args:
         bound_by: String, a key of `Report.bounds`.
         num_clones: Integer, how many clones there are.
         saved: Float, the part of the step that one clone more would save.
+        compiled: Boolean, whether XLA compiles the clones already.
+        several_steps: Boolean, whether one call runs several steps already.
     """
     larger_batch = "a larger batch, if the training allows it"
     fewer_clones = ["fewer clones"] if num_clones > 1 else []
-    several_steps = "`steps_per_execution=10` or so in `compile`"
-    compiled = "`jit_compile=True` in `clone_model`, if XLA takes the model"
+    compile_it = (
+        []
+        if compiled
+        else ["`jit_compile=True` in `clone_model`, if XLA takes the model"]
+    )
+    call_less = (
+        [] if several_steps else ["`steps_per_execution=10` or so in `compile`"]
+    )
     if bound_by == "compute":
         more = [f"`num_clones={num_clones + 1}`"] if saved >= 0.05 else []
-        return (*more, compiled)
+        return (*more, *compile_it) or ("a faster device",)
     return {
         "update": (larger_batch + ": it has fewer updates for as many rows",),
         "transfer": (larger_batch, *fewer_clones),
@@ -148,7 +170,7 @@ def advise(bound_by: str, num_clones: int, saved: float) -> tuple[str, ...]:
             "`num_parallel_calls=tf.data.AUTOTUNE` in its `map`, or `workers` "
             "of a `keras.utils.PyDataset`",
         ),
-        OVERHEAD: (several_steps, larger_batch, *fewer_clones, compiled),
+        OVERHEAD: (*call_less, larger_batch, *fewer_clones, *compile_it),
     }[bound_by]
 
 
