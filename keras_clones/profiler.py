@@ -209,6 +209,9 @@ class CloneProfiler(keras.callbacks.Callback):
     def _stop(self) -> None:
         if self._running:
             self._running = False
+            # The threads of the last step return a little after it ends, and
+            # what has not returned is not in the profile.
+            time.sleep(0.05)
             try:
                 tf.profiler.experimental.stop()
             except tf.errors.UnavailableError:
