@@ -14,10 +14,8 @@ import keras
 import tensorflow as tf
 
 from keras_clones import timeline, trace
-from keras_clones.deploy import deployment
 from keras_clones.phases import find_places
-from keras_clones.placement import logical_devices
-from keras_clones.verdict import Machine, Report, make_report
+from keras_clones.verdict import Report, find_machine, make_report
 
 
 class CloneProfiler(keras.callbacks.Callback):
@@ -139,7 +137,9 @@ class CloneProfiler(keras.callbacks.Callback):
         self, batch: int, logs: dict[str, Any] | None = None
     ) -> None:
         """Mark where a step ends, and end the profile with the range."""
-        steps = batch - self._first + 1
+        # With `steps_per_execution`, Keras names a last step past the end.
+        last = min(batch, (self.params.get("steps") or batch + 1) - 1)
+        steps = last - self._first + 1
         if self._running:
             self._mark.__exit__(None, None, None)
             self._busy += time.process_time() - self._clock[0]
@@ -230,6 +230,9 @@ class CloneProfiler(keras.callbacks.Callback):
             spans = trace.read_spans(folder)
         places = find_places(self.model)
         windows = trace.find_windows(spans, self._calls)
+        if not windows:
+            self._give_up("TensorFlow's profile has none of the steps")
+            return
         events = trace.place(spans, places)
         lanes = places.lanes()
         lanes += sorted({event.lane for event in events} - set(lanes))
@@ -249,30 +252,6 @@ class CloneProfiler(keras.callbacks.Callback):
             f"timeline in {self.path}.png and {self.path}.json.\n"
             f"{self.report.verdict}"
         )
-
-
-def find_machine(model: keras.Model, busy: float) -> Machine:
-    """Return the number of clones, and the room for more.
-
-    Args:
-        model: A `keras.Model`.
-        busy: Float, how many cores the process kept busy.
-    """
-    made = deployment(model)
-    gpus = logical_devices("GPU")
-    used = {clone.device for clone in made.clones} if made else set(gpus[:1])
-    num_clones = len(made.clones) if made else 1
-    if used and used <= set(gpus):
-        return Machine(num_clones, len(gpus) / len(used))
-    cores = _num_cores()
-    return Machine(num_clones, cores / min(max(busy, num_clones), cores))
-
-
-def _num_cores() -> int:
-    """Return how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _checked_steps(steps: Any) -> tuple[int, int]:

@@ -91,11 +91,15 @@ def find_windows(
         A list of `Window`s. One lasts until the next of its epoch begins, so
         that what Python does between steps counts.
     """
-    marks = sorted(
-        (span.stats["step_num"], span.start, span.end)
-        for span in spans
-        if span.name == STEP
-    )
+    # An epoch whose data ran out has begun a step that the next begins anew.
+    last = {
+        span.stats["step_num"]: span
+        for span in sorted(spans, key=lambda s: s.start)
+        if span.name == STEP and span.stats["step_num"] in calls
+    }
+    marks = [
+        (first, last[first].start, last[first].end) for first in sorted(last)
+    ]
     windows = []
     for i, (first, start, end) in enumerate(marks):
         epoch, steps = calls[first]

@@ -1,8 +1,13 @@
 """From a timeline of training steps to figures, and a verdict in words."""
 
+import os
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import keras
+
+from keras_clones.deploy import deployment
+from keras_clones.placement import logical_devices
 from keras_clones.timeline import PIPELINE, Event, Window, clip, intervals, join
 
 # What can bound a step. A moment counts for the first that is going on.
@@ -51,6 +56,30 @@ class Report(NamedTuple):
     with_another_clone: float
     advice: tuple[str, ...]
     verdict: str
+
+
+def find_machine(model: keras.Model, busy: float) -> Machine:
+    """Return the number of clones, and the room for more.
+
+    Args:
+        model: A `keras.Model`.
+        busy: Float, how many cores the process kept busy.
+    """
+    made = deployment(model)
+    gpus = logical_devices("GPU")
+    used = {clone.device for clone in made.clones} if made else set(gpus[:1])
+    num_clones = len(made.clones) if made else 1
+    if used and used <= set(gpus):
+        return Machine(num_clones, len(gpus) / len(used))
+    cores = _num_cores()
+    return Machine(num_clones, cores / min(max(busy, num_clones), cores))
+
+
+def _num_cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def make_report(

@@ -12,7 +12,7 @@ import pytest
 import tensorflow as tf
 from keras import layers
 
-from keras_clones import CloneProfiler, clone_model, phases, profiler
+from keras_clones import CloneProfiler, clone_model, phases, profiler, verdict
 from keras_clones.phases import WAITING, Places, classify
 from keras_clones.timeline import (
     PIPELINE,
@@ -32,7 +32,8 @@ from keras_clones.verdict import (
 )
 
 HOME, CLONE_0, CLONE_1 = "CPU:0 (variables)", "clone_0 on A", "clone_1 on B"
-LANES = [PIPELINE, WAITING, HOME, CLONE_0, CLONE_1]
+BESIDE = "a lane beside"
+LANES = [PIPELINE, WAITING, HOME, CLONE_0, CLONE_1, BESIDE]
 
 
 def step_of(kind):
@@ -54,13 +55,13 @@ def step_of(kind):
         if lane is not None:
             events.append(Event(lane, phase, now, end))
         now = end
-    # Work beside that of another kind, which does not make the step longer.
-    compute = events[2]
-    events += [
-        Event(CLONE_0, "backward", compute.start, compute.end),
-        Event(HOME, "gradient transfer", compute.start, compute.end),
-        Event(PIPELINE, "input", 7.0, now),
-    ]
+    # Work beside that of a kind before its own, which takes no time.
+    first = ["compute", "update", "transfer", "metrics", "input"]
+    spans = {name: events[i] for i, (name, *_) in enumerate(work[:-1])}
+    for one, other in itertools.combinations(first, 2):
+        start, end = spans[one].start, spans[one].end
+        events.append(Event(BESIDE, spans[other].phase, start, end))
+    events.append(Event(PIPELINE, "input", 7.0, now))
     return events, Window(12, 1, 7.0, now)
 
 
@@ -75,8 +76,9 @@ def test_each_moment_of_a_step_counts_once(kind):
     assert report.bounds == pytest.approx(expected)
     assert report.seconds == pytest.approx(0.1)
     assert list(report.phases) == LANES
-    assert report.phases[CLONE_0] == pytest.approx(
-        {"backward": expected["compute"]}
+    assert report.phases[CLONE_0] == {}
+    assert report.phases[CLONE_1] == pytest.approx(
+        {"mirror": expected["transfer"], "forward": expected["compute"]}
     )
     assert f"100 ms, bound by {kind}: {kind} 50%" in report.verdict
     assert all(advice in report.verdict for advice in report.advice)
@@ -218,6 +220,8 @@ def test_streams_of_gpus_take_the_place_of_the_host():
 
 def test_a_step_lasts_until_the_next_of_its_epoch():
     marks = [(4, 1.0, 2.0), (5, 2.5, 3.5), (6, 9.0, 9.5)]
+    # The data ran out where these steps began.
+    marks += [(6, 3.6, 8.0), (7, 9.6, 9.9)]
     spans = [
         Span("/host:CPU", "python 1", STEP, start, end, {"step_num": number})
         for number, start, end in marks
@@ -503,6 +507,24 @@ def test_steps_of_one_execution_are_counted_one_by_one(tmp_path, capsys):
     assert report.seconds >= FORWARD + BACKWARD + UPDATE
 
 
+def test_steps_are_counted_over_epochs(small, tmp_path, capsys):
+    x, y = small[1:]
+    model = clone_model(cases.compiled("mlp", steps_per_execution=3), 2)
+    # Two calls an epoch, the second of which has one step.
+    callback = CloneProfiler((4, 8), tmp_path / "step")
+    model.fit(x, y, batch_size=5, epochs=2, callbacks=[callback], verbose=0)
+    assert "steps 4 to 7" in capsys.readouterr().out
+
+
+def test_a_range_goes_on_where_the_data_has_run_out(small, tmp_path, capsys):
+    model, x, y = small
+    data = tf.data.Dataset.from_tensor_slices((x, y)).batch(5)
+    data = data.filter(lambda x, y: True)
+    callback = profiled(model, data, tmp_path / "step", (2, 6), epochs=2)
+    assert "steps 2 to 5" in capsys.readouterr().out
+    assert 0 < callback.report.seconds < 5
+
+
 def test_a_compiled_clone_has_one_phase_for_both_passes(tmp_path):
     model = keras.Sequential([keras.Input((32,)), layers.Dense(10)])
     model = compile_and_clone(model, 2, jit_compile=True)
@@ -680,18 +702,18 @@ def test_matplotlib_is_asked_for_before_training(small, tmp_path, monkeypatch):
 
 def test_room_for_clones_is_devices_or_idle_cores(monkeypatch):
     model = clone_model(cases.compiled("mlp"), 2)
-    monkeypatch.setattr(profiler, "_num_cores", lambda: 8)
-    assert profiler.find_machine(model, busy=1.5) == Machine(2, 4.0)
-    assert profiler.find_machine(model, busy=6.4) == Machine(2, 1.25)
-    assert profiler.find_machine(model, busy=9.0) == Machine(2, 1.0)
+    monkeypatch.setattr(verdict, "_num_cores", lambda: 8)
+    assert verdict.find_machine(model, busy=1.5) == Machine(2, 4.0)
+    assert verdict.find_machine(model, busy=6.4) == Machine(2, 1.25)
+    assert verdict.find_machine(model, busy=9.0) == Machine(2, 1.0)
     plain = cases.compiled("mlp")
-    assert profiler.find_machine(plain, busy=2.0) == Machine(1, 4.0)
+    assert verdict.find_machine(plain, busy=2.0) == Machine(1, 4.0)
 
     def logical_devices(kind):
         return [f"/device:{kind}:{i}" for i in range(4)]
 
-    monkeypatch.setattr(profiler, "logical_devices", logical_devices)
+    monkeypatch.setattr(verdict, "logical_devices", logical_devices)
     monkeypatch.setattr(phases, "logical_devices", logical_devices)
-    assert profiler.find_machine(plain, busy=2.0) == Machine(1, 4.0)
+    assert verdict.find_machine(plain, busy=2.0) == Machine(1, 4.0)
     # On a GPU, a plain model's work is all there.
     assert phases.find_places(plain).devices == {"GPU:0": "GPU:0"}
