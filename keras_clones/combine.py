@@ -149,14 +149,14 @@ def collect_results(
         ),
         strict=True,
     )
-    merged = {
-        i: gradients.largest(column)
-        if _keras.overwrites_with_gradient(step.variables.trainable[i])
-        else gradients.merge(
-            column, unique_rows=tower is not None and i in tower.unique_rows
-        )
-        for i, column in zip(apart, columns, strict=True)
-    }
+    unique = tower.unique_rows if tower is not None else frozenset()
+    with tf.name_scope("merge_gradients"):
+        merged = {
+            i: gradients.largest(column)
+            if _keras.overwrites_with_gradient(step.variables.trainable[i])
+            else gradients.merge(column, unique_rows=i in unique)
+            for i, column in zip(apart, columns, strict=True)
+        }
     if step.training and step.options.balance is not None:
         _observe(step.options.balance, layout, results)
     assigned, seeds = exchange.first_home(layout, (first.assigned, first.seeds))

@@ -72,20 +72,22 @@ def lay_out(
             `None`: that is not measured.
     """
     sizes = sharding.shard_sizes(rows, len(clones), fractions)
-    shards = sharding.split(batch, sizes)
+    with tf.name_scope("split_batch"):
+        shards = sharding.split(batch, sizes)
     shares = tf.cast(tf.stack(sizes), tf.float64) / tf.cast(rows, tf.float64)
     scale = tf.fill([len(clones)], tf.cast(loss_scale, tf.float64))
     both = tf.unstack(tf.stack([shares, scale], axis=1), num=len(clones))
     seeds = [v.value.read_value() for v in variables.seeds]
     stay = {id(table) for table in tables}
-    mirrors = gradients.send_to_all(
-        [
-            None if id(variable) in stay else variable.value.read_value()
-            for variable in variables.trainable + variables.others
-        ],
-        home,
-        [clone.device for clone in clones],
-    )
+    with tf.name_scope("send_mirrors"):
+        mirrors = gradients.send_to_all(
+            [
+                None if id(variable) in stay else variable.value.read_value()
+                for variable in variables.trainable + variables.others
+            ],
+            home,
+            [clone.device for clone in clones],
+        )
     inputs = [
         TowerInput(
             mirrors=mirrors[i],
@@ -275,18 +277,19 @@ def targets(result: TowerOutput) -> list[tf.Tensor]:
 def bring_home(layout: Layout, values: list[Any]) -> list[Any]:
     """Send one nest of results a clone to the variables device."""
     sources = [clone.device for clone in layout.clones]
-    return gradients.collect(values, sources, layout.home)
+    with tf.name_scope("bring_home"):
+        return gradients.collect(values, sources, layout.home)
 
 
 def add_up(layout: Layout, values: list[Any]) -> Any:
     """Send one nest of dense results a clone home, where they are added up."""
     sources = [clone.device for clone in layout.clones]
-    return gradients.add_up(values, sources, layout.home)
+    with tf.name_scope("bring_home"):
+        return gradients.add_up(values, sources, layout.home)
 
 
 def first_home(layout: Layout, value: Any) -> Any:
     """Send a nest of results of the first clone to the variables device."""
-    (arrived,) = gradients.collect(
-        [value], [layout.clones[0].device], layout.home
-    )
-    return arrived
+    sources = [layout.clones[0].device]
+    with tf.name_scope("bring_home"):
+        return gradients.collect([value], sources, layout.home)[0]

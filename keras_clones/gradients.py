@@ -170,13 +170,13 @@ class _Transfer:
         if not self.small:
             return []
         tensors = _tensors(values)
-        with tf.device(source):
+        with tf.device(source), _scope_of(source):
             return self._pack(*(tensors[p] for p in self.small))
 
     def unpack(self, buffers: list[tf.Tensor], like: Any, target: str) -> Any:
         tensors = dict(enumerate(_tensors(like)))
         if self.small:
-            with tf.device(target):
+            with tf.device(target), _scope_of(target):
                 unpacked = self._unpack(*buffers)
             tensors.update(zip(self.small, unpacked, strict=True))
         return _like(like, list(tensors.values()))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import keras
 
 from keras_clones import _keras
-from keras_clones.deploy import deployment
+from keras_clones.attach import deployment
 from keras_clones.placement import logical_devices
 from keras_clones.timeline import PIPELINE
 
@@ -85,14 +85,14 @@ def classify(path: str, places: Places) -> tuple[str, str]:
     """
     name, _, kind = path.rpartition(":")
     parts = name.split("/")
+    clone = known(name, places.clones)
+    lane = places.clones.get(clone, places.home)
     if scope := known(name, SCOPES):
         where = re.search(r"/on_([A-Z]+)_(\d+)", name)
         device = ":".join(where.groups()) if where else ""
-        return places.devices.get(device, places.home), SCOPES[scope]
+        return places.devices.get(device, lane), SCOPES[scope]
     if known(name, places.optimizers):
         return places.home, "update"
-    clone = known(name, places.clones)
-    lane = places.clones.get(clone, places.home)
     if clone and kind == "_Send":
         return lane, "gradient transfer"
     if not BACKWARD.isdisjoint(parts):

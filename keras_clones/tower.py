@@ -138,12 +138,14 @@ def make_tower(
                             training,
                         )
                 if with_metrics:
-                    _keras.update_compiled_metrics(
-                        model, inputs.y, outputs, inputs.sample_weight
-                    )
+                    with tf.name_scope("update_metrics"):
+                        _keras.update_compiled_metrics(
+                            model, inputs.y, outputs, inputs.sample_weight
+                        )
         if with_gradients and loss is not None:
             seed = tf.cast(tf.reduce_prod(inputs.share), loss.dtype)
-            gradients = tape.gradient(loss, trained, output_gradients=seed)
+            with tf.name_scope("backward_pass"):
+                gradients = tape.gradient(loss, trained, output_gradients=seed)
         if with_loss:
             values = [_tracked_value(scope, m) for m in trackers]
             loss, *loss_values = map(weigh, [loss, *values])

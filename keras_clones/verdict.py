@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import keras
 
-from keras_clones.deploy import deployment
+from keras_clones.attach import deployment
 from keras_clones.placement import logical_devices
 from keras_clones.timeline import PIPELINE, Event, Window, clip, intervals, join
 

@@ -88,20 +88,27 @@ MAY_IMPORT = {
         *("benchmark_table", "tensorflow"),
     },
     "__main__": {"benchmark"},
+    "timeline": {"matplotlib"},
+    "verdict": {"attach", "placement", "timeline", "keras"},
+    "phases": {"_keras", "attach", "placement", "timeline", "keras"},
+    "trace": {"phases", "timeline", "tensorflow"},
+    "profiler": {
+        *("phases", "timeline", "trace", "verdict", "keras", "tensorflow"),
+    },
     "__init__": {
         *("attach", "clones", "config", "model_deploy", "optimize"),
-        "placement",
+        *("placement", "profiler"),
     },
 }
 STANDARD = {
     *("collections", "contextlib", "dataclasses", "functools", "itertools"),
-    *("math", "numbers", "operator"),
-    *("random", "re", "threading", "typing", "warnings"),
+    *("importlib", "json", "math", "numbers", "operator", "os", "pathlib"),
+    *("random", "re", "tempfile", "threading", "time", "typing", "warnings"),
 }
 # What the commands need besides, as no module of the library does.
 COMMAND = {
-    *("argparse", "datetime", "importlib", "json", "os", "pathlib"),
-    *("platform", "resource", "statistics", "subprocess", "sys", "time"),
+    *("argparse", "datetime", "platform", "resource", "statistics"),
+    *("subprocess", "sys"),
 }
 
 
