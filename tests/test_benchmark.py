@@ -2,6 +2,7 @@
 
 import io
 import json
+import subprocess
 import sys
 
 import pytest
@@ -79,6 +80,7 @@ def fake_cells(monkeypatch):
         ("--out .", "cannot write"),
         ("--plot nowhere/at/all.png", "cannot write"),
         ("--plot steps.doc", "png"),
+        ("--plot nowhere/at/all.png --out fine.json", "cannot write"),
     ],
 )
 def test_bad_arguments_end_before_any_cell_runs(
@@ -285,6 +287,17 @@ def test_plain_keras_and_clones_run_in_processes_of_their_own():
     assert 0 <= moved["bytes_sent"] - parameters < outputs + 1024
 
 
+def test_memory_is_that_of_the_process_and_not_of_its_parent():
+    code = "from keras_clones import benchmark_cell as cell\n"
+    code += "before = cell._peak_resident()\n"
+    code += "held = bytearray(b'1') * (50 << 20)\n"
+    code += "print(cell._peak_resident() - before)"
+    held = bytearray(b"1") * (1 << 30)
+    grown = float(subprocess.check_output([sys.executable, "-c", code]))
+    assert len(held) == 1 << 30
+    assert 45 < grown < 60
+
+
 def test_mirrored_strategy_runs_in_a_process_of_its_own():
     mirrored = benchmark_run.run_cell(COPY._replace(steps=2))
     assert mirrored["ms"] > 0
@@ -331,7 +344,7 @@ def test_a_pair_runs_alone_and_then_two_that_start_together(
     # Of the pair, each is ready before any goes on.
     log = tmp_path / "log"
     fake_process(
-        f"echo ready; echo ready >> {log}; read line; echo $line >> {log}; "
+        f"echo ready >> {log}; echo ready; read line; echo $line >> {log}; "
         "sleep 0.2; echo '{\"ms\": 5.0}'"
     )
     pair = benchmark_run.run_pair(CONTROL)
