@@ -56,12 +56,11 @@ def combine_losses(
     step: Step,
     layout: exchange.Layout,
     tower: exchange.TracedTower,
-    with_metrics: bool,
+    with_outputs: bool,
 ) -> StepResult:
     """Add up what the clones compute of the loss and its gradients."""
     results = exchange.call(tower, layout)
-    wanted = not with_metrics and needs_outputs(step.model)
-    return collect_results(step, layout, results, wanted, tower)
+    return collect_results(step, layout, results, with_outputs, tower)
 
 
 def gather_outputs(

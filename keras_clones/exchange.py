@@ -76,7 +76,7 @@ def lay_out(
         shards = sharding.split(batch, sizes)
     shares = tf.cast(tf.stack(sizes), tf.float64) / tf.cast(rows, tf.float64)
     scale = tf.fill([len(clones)], tf.cast(loss_scale, tf.float64))
-    both = tf.unstack(tf.stack([shares, scale], axis=1), num=len(clones))
+    both = tf.unstack(_opaque(tf.stack([shares, scale], axis=1)))
     seeds = [v.value.read_value() for v in variables.seeds]
     stay = {id(table) for table in tables}
     with tf.name_scope("send_mirrors"):
@@ -103,33 +103,71 @@ def lay_out(
     return Layout(home, clones, inputs, started)
 
 
+def _opaque(value: tf.Tensor) -> tf.Tensor:
+    """Keep a value from being known while a graph is optimized.
+
+    TensorFlow makes a copy of a function for each call with a constant of its
+    own, or with results that nothing needs, and optimizes each copy.
+    """
+    return tf.raw_ops.PlaceholderWithDefault(input=value, shape=value.shape)
+
+
 def overlaps(devices: Sequence[str]) -> bool:
     """Say whether copies to and from the clones take time of their own."""
     return all("GPU" in device for device in devices)
 
 
+class CallableTower(NamedTuple):
+    """A tower function that can be called from any place of a graph.
+
+    `function` is a `tf.function`, and `returned` holds what the tower
+    returned when it was last traced, also what the function leaves out.
+    """
+
+    function: Any
+    returned: list[TowerOutput]
+
+
 def callable_tower(
-    tower: Tower, devices: Sequence[str], jit_compile: bool
-) -> Any:
-    """Return a tower function that `trace` can call from any place of a graph.
+    tower: Tower,
+    devices: Sequence[str],
+    jit_compile: bool,
+    with_outputs: bool,
+) -> CallableTower:
+    """Make a tower function callable from any place of a graph.
 
     It stays a function of its own in the step's graph: inlined once a clone,
     it would be optimized once a clone too. On GPUs it is inlined all the
     same, unless XLA compiles it, so that a gradient leaves as soon as it is
     made, and a layer runs as soon as its mirrors have arrived: a function
     waits for all it gets, and gives back all at once.
+
+    Args:
+        tower: Tower function.
+        devices: Sequence of device strings, those of the clones.
+        jit_compile: Boolean, whether XLA compiles the function.
+        with_outputs: Boolean, whether the model's outputs are needed.
     """
     inline = overlaps(devices) and not jit_compile
-    return tf.function(
-        tower,
+    returned: list[TowerOutput] = []
+
+    def call(inputs: TowerInput) -> TowerOutput:
+        returned[:] = [tower(inputs)]
+        if with_outputs:
+            return returned[0]
+        return returned[0]._replace(outputs=None, masks=[])
+
+    function = tf.function(
+        call,
         autograph=False,
         jit_compile=jit_compile or None,
         experimental_attributes=None if inline else {"_noinline": True},
     )
+    return CallableTower(function, returned)
 
 
 def trace(
-    function: Any,
+    tower: CallableTower,
     layout: Layout,
     synchronized: Sequence[keras.layers.BatchNormalization] = (),
 ) -> TracedTower:
@@ -138,13 +176,15 @@ def trace(
     Outside of a graph, each clone calls the Python function itself, so that
     it can be debugged.
     """
+    function, returned = tower
     inline = tf.executing_eagerly() or synchronized
     if inline and not _has_sparse(layout.inputs[0].x):
-        tower = function.python_function
+        call = function.python_function
         if synchronized:
-            return TracedTower(tower, None, frozenset(), synchronized)
+            return TracedTower(call, None, frozenset(), synchronized)
         with tf.device(layout.clones[0].device):
-            return TracedTower(tower, tower(layout.inputs[0]), frozenset())
+            call(layout.inputs[0])
+        return TracedTower(call, returned[0], frozenset())
     types = [
         tf.nest.map_structure(tf.type_spec_from_value, inputs)
         for inputs in layout.inputs
@@ -164,7 +204,7 @@ def trace(
         mirrors[position] = value
     return TracedTower(
         function.python_function if inline else call,
-        concrete.structured_outputs,
+        returned[0],
         looked_up_once(mirrors),
         synchronized,
     )

@@ -118,10 +118,11 @@ def run(step: Step) -> combine.StepResult:
         return on_enough_clones(step.options.clones, step.rows, run_on)
 
 
-def _towers(step: Step) -> Callable[[bool], Callable[..., Any]]:
+def _towers(step: Step) -> Callable[[bool], exchange.CallableTower]:
     """Return what makes a step's tower function, with or without its loss."""
 
-    def make(with_loss: bool) -> Callable[..., Any]:
+    def make(with_loss: bool) -> exchange.CallableTower:
+        with_metrics = with_loss and exactness.metrics_add_up(step.model)
         tower = make_tower(
             step.model,
             step.variables,
@@ -133,13 +134,21 @@ def _towers(step: Step) -> Callable[[bool], Callable[..., Any]]:
             ),
             policies=functools.partial(_policies, step),
             with_loss=with_loss,
-            with_metrics=with_loss and exactness.metrics_add_up(step.model),
+            with_metrics=with_metrics,
             with_gradients=with_loss and bool(step.training),
         )
         devices = [clone.device for clone in step.options.clones]
-        return exchange.callable_tower(tower, devices, step.jit_compile)
+        outputs = not with_loss or _leave(step.model, with_metrics)
+        return exchange.callable_tower(
+            tower, devices, step.jit_compile, outputs
+        )
 
     return make
+
+
+def _leave(model: keras.Model, with_metrics: bool) -> bool:
+    """Say whether outputs leave the clones that compute their own loss."""
+    return not with_metrics and combine.needs_outputs(model)
 
 
 def _policies(step: Step, variables: Sequence[keras.Variable]) -> list[str]:
@@ -150,7 +159,7 @@ def _policies(step: Step, variables: Sequence[keras.Variable]) -> list[str]:
 
 def _run_on(
     step: Step,
-    towers: Callable[[bool], Callable[..., Any]],
+    towers: Callable[[bool], exchange.CallableTower],
     clones: Sequence[Clone],
 ) -> combine.StepResult:
     model, options = step.model, step.options
@@ -193,9 +202,8 @@ def _run_on(
                 stacklevel=1,
             )
         if options.loss == "clones" or not reason:
-            return combine.combine_losses(
-                step, layout, tower, exactness.metrics_add_up(model)
-            )
+            outputs = _leave(model, exactness.metrics_add_up(model))
+            return combine.combine_losses(step, layout, tower, outputs)
     tower = exchange.trace(towers(False), layout, synchronized)
     return combine.gather_outputs(step, layout, tower)
 

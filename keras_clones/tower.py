@@ -36,9 +36,9 @@ class TowerOutput(NamedTuple):
 
     Losses, metrics and gradients are the clone's parts: their sums over the
     clones are those of the global batch. `layer_losses` are the parts of
-    `model.losses`, `loss_values` of the losses of single outputs that Keras
-    logs, `metrics` of what the batch adds to the compiled metrics' variables,
-    `gradients` of those of the scaled loss.
+    `model.losses` where they are not in the loss, `loss_values` of the losses
+    of single outputs that Keras logs, `metrics` of what the batch adds to the
+    compiled metrics' variables, `gradients` of those of the scaled loss.
 
     What the forward pass assigned is by position among the mirrors: in
     `averaged` and `added` the clone's parts of an average by rows and of what
@@ -160,7 +160,7 @@ def make_tower(
             masks=[_keras.get_mask(t) for t in keras.tree.flatten(outputs)],
             loss=loss,
             loss_values=loss_values,
-            layer_losses=losses,
+            layer_losses=[] if with_loss else losses,
             averaged={i: weigh(value) for i, value in merged["mean"].items()},
             added={
                 i: value - inputs.mirrors[i]
