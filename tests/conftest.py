@@ -43,6 +43,16 @@ def pytest_addoption(parser):
         action="store_true",
         help="write the table of largest differences into the README",
     )
+    parser.addoption(
+        "--xla",
+        action="store_true",
+        help="also run the equivalence cases with clones compiled by XLA",
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--xla"):
+        items[:] = [item for item in items if "by_xla" not in item.name]
 
 
 def pytest_terminal_summary(terminalreporter, config):

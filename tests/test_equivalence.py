@@ -1151,7 +1151,7 @@ def input_and_output_of_rank_1():
     return Case(Rank1, {"loss": "mse", "metrics": ["mae"]}, batches(x, x**2))
 
 
-def train(made, num_clones, eagerly=False, seed=11):
+def train(made, num_clones, eagerly=False, seed=11, jit_compile=False):
     keras.utils.set_random_seed(seed)
     model = made.model()
     if num_clones:
@@ -1159,6 +1159,8 @@ def train(made, num_clones, eagerly=False, seed=11):
     options = {"optimizer": optimizers.Adam(), **made.compiled}
     if eagerly and made.runs_eagerly:
         options |= {"run_eagerly": True, "jit_compile": False}
+    if jit_compile:
+        options |= {"jit_compile": True}
     model.compile(**options)
     if made.build_optimizer:
         model.optimizer.build(model.trainable_variables)
@@ -1174,6 +1176,23 @@ def train(made, num_clones, eagerly=False, seed=11):
         "optimizer": [np.asarray(v) for v in model.optimizer.variables],
         "logs": logs,
     }
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_case_by_xla(name, float64):
+    """Run with `--xla`: every clone is compiled, and trains the same."""
+    tolerance = CASES[name]().float64
+    expected = train(CASES[name](), None, eagerly=True)
+    try:
+        received = train(CASES[name](), 3, jit_compile=True)
+    except Exception as error:
+        try:
+            train(CASES[name](), None, jit_compile=True)
+        except Exception:
+            pytest.skip(f"XLA does not compile the plain model: {error!r}")
+        raise
+    for part, value in expected.items():
+        assert cases.difference(value, received[part]) < tolerance, part
 
 
 @pytest.mark.parametrize("name", CASES)
