@@ -82,9 +82,15 @@ def test_transfers_do_not_grow_with_the_number_of_small_variables():
 def test_graph_hardly_grows_with_the_clones():
     def nodes(num_clones):
         keras.backend.clear_session()
-        model = keras.applications.MobileNetV2(
-            weights=None, input_shape=(32, 32, 3), classes=3
-        )
+        blocks = []
+        for _ in range(25):
+            blocks += [
+                keras.layers.Conv2D(8, 3, padding="same", use_bias=False),
+                keras.layers.BatchNormalization(),
+                keras.layers.ReLU(),
+            ]
+        head = [keras.layers.Flatten(), keras.layers.Dense(3, "softmax")]
+        model = keras.Sequential([keras.Input((32, 32, 3)), *blocks, *head])
         clone_model(model, num_clones)
         model.compile("adam", **cases.DEFAULT_COMPILE, jit_compile=False)
         step = step_of(model, (32, 32, 3))
