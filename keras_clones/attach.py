@@ -131,7 +131,14 @@ def clone_model(
         )
     clones = placement.place_clones(config)
     made = Deployment(
-        config, clones, loss, batch_norm, layer_losses, jit_compile, checked
+        config,
+        clones,
+        loss,
+        batch_norm,
+        layer_losses,
+        jit_compile,
+        checked,
+        model,
     )
     _attach(model, made)
     return model
@@ -197,16 +204,7 @@ def deployment(model: keras.Model) -> Deployment | None:
 def _attach(model: keras.Model, made: Deployment) -> None:
     """Put clone steps on the model object; its class stays what it is."""
     move_home(model, made.variables_device)
-    options = steps.StepOptions(
-        clones=made.clones,
-        home=made.variables_device,
-        loss=made.loss,
-        batch_norm=made.batch_norm,
-        layer_losses=made.layer_losses,
-        jit_compile=made.jit_compile,
-        shares=made.fractions,
-        balance=made.balance,
-    )
+    options = made.step_options()
     # `vars` passes by the model's own tracking of what it is given.
     vars(model)[_KEY] = made
     for name in _STEPS:

@@ -58,7 +58,7 @@ def begin(
     build(model, (x, y, sample_weight), options.home, bool(training))
     if len(options.clones) > 1:
         exactness.check_layers(model)
-    jit_compile = _resolve_jit_compile(model, options)
+    jit_compile = resolve_jit_compile(model, options)
     return Step(
         model=model,
         options=options,
@@ -126,7 +126,8 @@ def _rehearse(model: keras.Model, x: Any, y: Any, sample_weight: Any) -> None:
             model.compute_metrics(x, y, y_pred, sample_weight)
 
 
-def _resolve_jit_compile(model: keras.Model, options: StepOptions) -> bool:
+def resolve_jit_compile(model: keras.Model, options: StepOptions) -> bool:
+    """Say whether XLA compiles what each clone of a compiled model runs."""
     if options.jit_compile != "auto":
         return bool(options.jit_compile)
     # Keras settles its own "auto" by whether the machine has a GPU. Without

@@ -1,9 +1,14 @@
 """The deployment of a model: what a user asks about its clones."""
 
+import os
+import weakref
 from typing import Any
 
-from keras_clones import balance, report, sharding
-from keras_clones.config import DeploymentConfig
+import keras
+
+from keras_clones import balance, footprint, picture, report, sharding
+from keras_clones.begin import StepOptions
+from keras_clones.config import DeploymentConfig, check_integer
 from keras_clones.placement import Clone
 
 
@@ -33,6 +38,7 @@ class Deployment:
         layer_losses: str | None,
         jit_compile: bool | str,
         shares: tuple[float, ...] | str | None = None,
+        model: keras.Model | None = None,
     ) -> None:
         self.config = config
         self.clones = clones
@@ -48,6 +54,25 @@ class Deployment:
         if shares == "auto":
             self.balance = balance.start(len(clones), self.variables_device)
         self._reported = False
+        # The model holds this, which must not keep the model alive.
+        self._model = None if model is None else weakref.ref(model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A weak reference cannot be pickled.
+        return {**vars(self), "_model": None}
+
+    def step_options(self) -> StepOptions:
+        """Return what the model's steps go by."""
+        return StepOptions(
+            clones=self.clones,
+            home=self.variables_device,
+            loss=self.loss,
+            batch_norm=self.batch_norm,
+            layer_losses=self.layer_losses,
+            jit_compile=self.jit_compile,
+            shares=self.fractions,
+            balance=self.balance,
+        )
 
     @property
     def fractions(self) -> Any:
@@ -76,19 +101,81 @@ class Deployment:
         return sizes + [0] * (len(self.clones) - num_shards)
 
     def summary(self, batch_size: int | None = None) -> None:
-        """Print which clone runs where, and where the model's parts live.
+        """Print where everything is: a table of clones, parts and bytes.
+
+        It shows which clone runs where, where the variables, the optimizer's
+        slots, the batch and the optimizer are, the bytes of each, and what a
+        training step moves to and from each clone. What depends on the batch
+        follows from the model's inputs, outputs and losses, so these figures
+        say "about". Parts of a model that is not built or compiled show once
+        they are there. In a notebook the tables show as HTML.
 
         Args:
-            batch_size: Integer, the rows of a global batch, to also print
-                the rows that each clone gets. Defaults to `None`.
+            batch_size: Integer, the rows of a global batch, to also show
+                the rows and bytes of each clone's shard. Defaults to `None`.
+
+        Raises:
+            TypeError: If `batch_size` is not an integer.
+            ValueError: If `batch_size` is less than 1.
         """
-        homes = {
+        report.show(self._page(batch_size))
+
+    def plot(
+        self,
+        path: str | os.PathLike[str] = "clones.png",
+        batch_size: int | None = None,
+    ) -> None:
+        """Draw the clones: data, shards, towers and home, with the bytes.
+
+        Args:
+            path: String or path, the file to write. Its extension says in
+                which format, such as `".png"`, `".svg"` or `".pdf"`.
+                Defaults to `"clones.png"`.
+            batch_size: Integer, the rows of a global batch, to also show
+                the rows and bytes of each clone's shard. Defaults to `None`.
+
+        Raises:
+            ImportError: If there is no matplotlib.
+            TypeError: If an argument has the wrong type.
+            ValueError: If `batch_size` is less than 1, the extension is not
+                one that matplotlib knows, or the file cannot be written.
+        """
+        path = picture.check_path(path)
+        rows = self._rows(batch_size)
+        size, why_not = self._footprint()
+        labels = picture.label(self.clones, self._homes(), rows, size, why_not)
+        picture.draw(labels).savefig(path)
+
+    def _page(self, batch_size: int | None = None) -> report.Page:
+        rows = self._rows(batch_size)
+        size, why_not = self._footprint()
+        return report.deployment_page(
+            self.clones, self._homes(), rows, size, why_not
+        )
+
+    def _rows(self, batch_size: int | None) -> list[int] | None:
+        if batch_size is None:
+            return None
+        return self.shard_sizes(check_integer("batch_size", batch_size, 1))
+
+    def _homes(self) -> dict[str, str]:
+        return {
             "variables": self.variables_device,
             "optimizer": self.optimizer_device,
             "inputs": self.inputs_device,
         }
-        rows = None if batch_size is None else self.shard_sizes(batch_size)
-        print(report.placement_table(self.clones, homes, rows))
+
+    def _footprint(self) -> tuple[footprint.Footprint | None, str]:
+        """Return the bytes of the model, or why they are not known."""
+        model = self._model() if self._model is not None else None
+        if model is None:
+            return None, "model is gone"
+        if not footprint.is_built(model):
+            return None, "not built"
+        return footprint.measure(model, self.step_options()), ""
+
+    def _repr_html_(self) -> str:
+        return self._page()._repr_html_()
 
     def __repr__(self) -> str:
         clones = ", ".join(f"{c.scope}: {c.device}" for c in self.clones)

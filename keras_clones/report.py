@@ -1,36 +1,285 @@
-"""What a user looks at: the placement table."""
+"""What a user looks at: tables, as text and as HTML."""
 
+import html
+import sys
 from collections.abc import Sequence
+from typing import NamedTuple
 
+from keras_clones.footprint import Flow, Footprint
 from keras_clones.placement import Clone
 
+UNKNOWN = "not known"
 
-def placement_table(
-    clones: Sequence[Clone], homes: dict[str, str], rows: Sequence[int] | None
-) -> str:
-    """Return a table of clones and devices as text.
+
+class Table(NamedTuple):
+    """A table of strings."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+class Page(NamedTuple):
+    """Tables and lines below them, which a notebook shows as HTML."""
+
+    tables: Sequence[Table]
+    notes: Sequence[str] = ()
+
+    def __repr__(self) -> str:
+        parts = [_text(table) for table in self.tables]
+        return "\n\n".join([*parts, *filter(None, ["\n".join(self.notes)])])
+
+    def _repr_html_(self) -> str:
+        parts = [_html(table) for table in self.tables]
+        return "".join(
+            [*parts, *(f"<p>{html.escape(note)}</p>" for note in self.notes)]
+        )
+
+
+def show(page: Page) -> None:
+    """Print a page, or show it as HTML in a notebook."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    # A shell in a terminal has no kernel, and would not show HTML.
+    if getattr(shell, "kernel", None) is not None:
+        from IPython.display import display
+
+        display(page)
+    else:
+        print(page)
+
+
+def deployment_page(
+    clones: Sequence[Clone],
+    homes: dict[str, str],
+    rows: Sequence[int] | None,
+    footprint: Footprint | None,
+    why_not: str,
+) -> Page:
+    """Return the page of a deployment.
 
     Args:
         clones: Sequence of `Clone`s.
-        homes: Dict of device strings, by what lives there.
+        homes: Dict of device strings by what is there: `"variables"`,
+            `"optimizer"` and `"inputs"`.
         rows: Sequence of integers, the rows of a batch that each clone gets,
-            or `None` to leave the column out.
+            or `None` if the batch is not known.
+        footprint: `Footprint` of the model, `None` if there is none.
+        why_not: String, what to show in its place.
     """
-    lines = [["clone", "device"]]
-    lines += [[clone.scope or "clone_0", clone.device] for clone in clones]
-    if rows is not None:
-        column = ["rows", *map(str, rows)]
-        lines = [[*line, n] for line, n in zip(lines, column, strict=True)]
-    lines += [[name, device] for name, device in homes.items()]
-    widths = [
-        max(len(line[i]) for line in lines if i < len(line))
-        for i in range(len(lines[0]))
+    tables = [
+        _clone_table(clones, homes["variables"], rows, footprint, why_not),
+        _home_table(homes, rows, footprint, why_not),
     ]
-    table = [
+    if footprint is None:
+        return Page(tables, [_remedy(why_not)])
+    sizes = device_bytes(clones, homes, rows, footprint)
+    lines = [[device, readable(size)] for device, size in sizes.items()]
+    notes = ["Besides, each clone needs memory for what its layers compute."]
+    if not footprint.settled:
+        notes.append(
+            "The first step settles where the loss and the metrics are "
+            "computed. Outputs that come home for them do not count before."
+        )
+    return Page([*tables, Table(["device", "bytes"], lines)], notes)
+
+
+def _remedy(why_not: str) -> str:
+    if why_not == "not built":
+        return "The model is not built: bytes show once it is."
+    return "The model is gone: bytes show while it is there."
+
+
+def _clone_table(
+    clones: Sequence[Clone],
+    home: str,
+    rows: Sequence[int] | None,
+    footprint: Footprint | None,
+    why_not: str,
+) -> Table:
+    header = ["clone", "device"]
+    columns = [
+        [c.scope or "clone_0" for c in clones],
+        [c.device for c in clones],
+    ]
+    if rows is not None:
+        header.append("rows")
+        columns.append([str(n) for n in rows])
+    header += ["mirrors", "gradients", "shard", "gets a step", "sends a step"]
+    lines = []
+    for i, clone in enumerate(clones):
+        n = None if rows is None else rows[i]
+        lines.append(
+            [column[i] for column in columns]
+            + _clone_cells(i, clone.device == home, n, footprint, why_not)
+        )
+    return Table(header, lines)
+
+
+def _clone_cells(
+    i: int,
+    at_home: bool,
+    rows: int | None,
+    footprint: Footprint | None,
+    why_not: str,
+) -> list[str]:
+    if footprint is None:
+        return [why_not] * 5
+    shard = UNKNOWN
+    if footprint.a_row is not None:
+        a_row = footprint.a_row
+        shard = (
+            f"{readable(a_row)} a row"
+            if rows is None
+            else f"about {readable(rows * a_row)}"
+        )
+    kept = [size_text(footprint.gradients, rows), shard]
+    if at_home:
+        # Nothing crosses to a clone that is where the variables are.
+        return ["at home", *kept, readable(0), readable(0)]
+    moved = [footprint.received, sent_by(i, footprint)]
+    crossing = [flow_text(flow, rows) for flow in moved]
+    return [readable(footprint.mirrors), *kept, *crossing]
+
+
+def sent_by(i: int, footprint: Footprint) -> Flow | None:
+    """Return what a clone sends: the first one also sends the seeds back."""
+    sent = footprint.sent
+    if sent is None or i > 0:
+        return sent
+    return sent._replace(fixed=sent.fixed + footprint.seeds)
+
+
+def flow_text(flow: Flow | None, rows: int | None) -> str:
+    """Return what crosses in a step in words, as far as it is known."""
+    if flow is None:
+        return UNKNOWN
+    about = "" if rows == 0 else "about "
+    return about + size_text(flow, rows)
+
+
+def size_text(flow: Flow, rows: int | None) -> str:
+    """Return the bytes of a shard, or those of each row if it is not known."""
+    if rows == 0:
+        return readable(0)
+    if flow.a_row is None:
+        return f"{readable(flow.fixed)} + the shard's"
+    if flow.a_row == 0:
+        return readable(flow.fixed)
+    if rows is None:
+        return f"{readable(flow.fixed)} + {readable(flow.a_row)} a row"
+    return readable(flow.fixed + rows * flow.a_row)
+
+
+def slots_text(footprint: Footprint) -> str:
+    """Return the bytes of the optimizer's variables, or why there are none."""
+    if footprint.slots is not None:
+        return readable(footprint.slots)
+    return "made in the first step" if footprint.compiled else "not compiled"
+
+
+def _home_table(
+    homes: dict[str, str],
+    rows: Sequence[int] | None,
+    footprint: Footprint | None,
+    why_not: str,
+) -> Table:
+    lines = [
+        ["trainable variables", homes["variables"], why_not],
+        ["other variables", homes["variables"], why_not],
+        ["optimizer slots", homes["variables"], why_not],
+        ["gradients, added up", homes["optimizer"], why_not],
+        ["optimizer", homes["optimizer"], ""],
+        ["global batch", homes["inputs"], why_not],
+    ]
+    if footprint is not None:
+        a_row = footprint.a_row
+        sizes = {
+            "trainable": readable(footprint.trainable),
+            "others": readable(footprint.others),
+            "slots": slots_text(footprint),
+        }
+        for line, part in zip(lines, sizes, strict=False):
+            line[1] = ", ".join(footprint.devices[part]) or line[1]
+            line[2] = sizes[part]
+        total = None if rows is None else sum(rows)
+        lines[3][2] = size_text(footprint.gradients, total)
+        lines[5][2] = UNKNOWN
+        if a_row is not None:
+            lines[5][2] = (
+                f"{readable(a_row)} a row"
+                if rows is None
+                else f"about {readable(sum(rows) * a_row)}"
+            )
+    return Table(["part", "device", "bytes"], lines)
+
+
+def device_bytes(
+    clones: Sequence[Clone],
+    homes: dict[str, str],
+    rows: Sequence[int] | None,
+    footprint: Footprint,
+) -> dict[str, int]:
+    """Return the bytes on each device, of what is in the other tables.
+
+    A part on several devices counts for the first of them.
+    """
+    found: dict[str, int] = {}
+
+    def add(device: str, size: int) -> None:
+        found[device] = found.get(device, 0) + size
+
+    def gradients(shard: int) -> int:
+        fixed, each = footprint.gradients
+        return fixed + shard * (each or 0)
+
+    a_row = footprint.a_row or 0
+    parts = {
+        "trainable": footprint.trainable,
+        "others": footprint.others,
+        "slots": footprint.slots or 0,
+    }
+    for part, size in parts.items():
+        add([*footprint.devices[part], homes["variables"]][0], size)
+    add(homes["optimizer"], gradients(sum(rows or ())))
+    add(homes["inputs"], sum(rows or ()) * a_row)
+    for i, clone in enumerate(clones):
+        add(clone.device, gradients(rows[i] if rows else 0))
+        if clone.device != homes["variables"]:
+            add(clone.device, footprint.mirrors)
+        add(clone.device, rows[i] * a_row if rows else 0)
+    return found
+
+
+def readable(size: int) -> str:
+    """Return a number of bytes with three digits and a unit."""
+    value = float(size)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 999.5:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"
+
+
+def _text(table: Table) -> str:
+    lines = [table.header, *table.rows]
+    widths = [max(len(cell) for cell in c) for c in zip(*lines, strict=True)]
+    text = [
         "  ".join(
-            cell.ljust(width) for cell, width in zip(line, widths, strict=False)
+            cell.ljust(width) for cell, width in zip(line, widths, strict=True)
         ).rstrip()
         for line in lines
     ]
-    table.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(table)
+    text.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(text)
+
+
+def _html(table: Table) -> str:
+    def line(tag: str, cells: Sequence[str]) -> str:
+        inside = (f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
+        return f"<tr>{''.join(inside)}</tr>"
+
+    body = "".join(line("td", row) for row in table.rows)
+    return (
+        f"<table><thead>{line('th', table.header)}</thead>"
+        f"<tbody>{body}</tbody></table>"
+    )

@@ -68,8 +68,18 @@ MAY_IMPORT = {
     "model_deploy": {
         *("clones", "config", "optimize", "runner", "keras", "tensorflow"),
     },
-    "report": {"placement"},
-    "deployed": {"balance", "config", "placement", "report", "sharding"},
+    "footprint": {
+        *("_keras", "begin", "combine", "exactness", "state", "synchronize"),
+        *("tables", "keras", "tensorflow"),
+    },
+    # IPython, where it has been imported already.
+    "report": {"footprint", "placement", "IPython"},
+    "timeline": {"matplotlib"},
+    "picture": {"footprint", "placement", "report", "timeline", "matplotlib"},
+    "deployed": {
+        *("balance", "begin", "config", "footprint", "picture", "placement"),
+        *("report", "sharding", "keras"),
+    },
     "attach": {
         *("_keras", "balance", "config", "deployed", "exactness", "placement"),
         *("sharding", "state", "steps", "keras", "tensorflow"),
@@ -88,7 +98,6 @@ MAY_IMPORT = {
         *("benchmark_table", "tensorflow"),
     },
     "__main__": {"benchmark"},
-    "timeline": {"matplotlib"},
     "verdict": {"attach", "placement", "timeline", "keras"},
     "phases": {"_keras", "attach", "placement", "timeline", "keras"},
     "trace": {"phases", "timeline", "tensorflow"},
@@ -101,14 +110,15 @@ MAY_IMPORT = {
     },
 }
 STANDARD = {
-    *("collections", "contextlib", "dataclasses", "functools", "itertools"),
-    *("importlib", "json", "math", "numbers", "operator", "os", "pathlib"),
-    *("random", "re", "tempfile", "threading", "time", "typing", "warnings"),
+    *("collections", "contextlib", "dataclasses", "functools", "html"),
+    *("importlib", "itertools", "json", "math", "numbers", "operator", "os"),
+    *("pathlib", "random", "re", "sys", "tempfile", "threading", "time"),
+    *("typing", "warnings", "weakref"),
 }
 # What the commands need besides, as no module of the library does.
 COMMAND = {
     *("argparse", "datetime", "platform", "resource", "statistics"),
-    *("subprocess", "sys"),
+    "subprocess",
 }
 
 

@@ -1,0 +1,364 @@
+"""What a user looks at, against the bytes of real steps."""
+
+import copy
+import html.parser
+import importlib.util
+import itertools
+import pickle
+import sys
+import types
+
+import cases
+import keras
+import matplotlib.image
+import numpy as np
+import pytest
+import tensorflow as tf
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from keras_clones import clone_model, deployment, picture
+from keras_clones.report import Page, Table, readable
+from keras_clones.transfers import count_transfers, traffic
+
+CPUS = [f"CPU:{i}" for i in range(8)]
+
+
+def convolution():
+    layers = keras.layers
+    return keras.Sequential(
+        [
+            keras.Input((12, 12, 3)),
+            layers.Conv2D(16, 3),
+            layers.BatchNormalization(),
+            layers.Flatten(),
+            layers.Dropout(0.2),
+            layers.Dense(32),
+            layers.Dense(10, "softmax"),
+        ]
+    )
+
+
+def words(vocabulary, masks=False):
+    """An embedding that is a large table from 16,384 words on."""
+    layers = keras.layers
+    pool = layers.LSTM(32) if masks else layers.Flatten()
+    return keras.Sequential(
+        [
+            keras.Input((20,), dtype="int32"),
+            layers.Embedding(vocabulary, 16, mask_zero=masks),
+            pool,
+            layers.Dense(128),
+            layers.Dense(10, "softmax"),
+        ]
+    )
+
+
+def next_word():
+    layers = keras.layers
+    return keras.Sequential(
+        [
+            keras.Input((20,), dtype="int32"),
+            layers.Embedding(300, 16),
+            layers.Dense(300, "softmax"),
+        ]
+    )
+
+
+def batch_for(model, rows, seed=0):
+    """Return a dataset of one batch that fits a classifier."""
+    rng = np.random.default_rng(seed)
+    [inputs], [outputs] = model.inputs, model.outputs
+    shape = (rows, *inputs.shape[1:])
+    x = (
+        rng.integers(0, 300, shape)
+        if "int" in inputs.dtype
+        else rng.normal(size=shape)
+    )
+    y = rng.integers(0, outputs.shape[-1], (rows, *outputs.shape[1:-1]))
+    data = (x.astype(inputs.dtype), y)
+    return tf.data.Dataset.from_tensor_slices(data).batch(
+        rows, drop_remainder=True
+    )
+
+
+def footprint(model):
+    size, why_not = deployment(model)._footprint()
+    assert why_not == ""
+    return size
+
+
+def total_loss(reduction="sum"):
+    return keras.losses.SparseCategoricalCrossentropy(reduction=reduction)
+
+
+@pytest.mark.parametrize(
+    ("make", "clone", "loss", "known_before"),
+    [
+        (convolution, {}, "sparse_categorical_crossentropy", True),
+        (convolution, {"loss": "gather"}, total_loss("mean"), True),
+        (lambda: words(20_000), {}, "sparse_categorical_crossentropy", True),
+        (lambda: words(20_000, True), {}, total_loss("mean"), True),
+        (lambda: words(300), {}, "sparse_categorical_crossentropy", True),
+        (next_word, {}, total_loss("mean"), True),
+        # That its loss is gathered shows when Keras has built it.
+        (next_word, {}, total_loss(), False),
+    ],
+    ids=[
+        *("convolution", "gathered", "table", "masked_table", "embedding"),
+        *("next_word", "next_word_sum"),
+    ],
+)
+def test_bytes_of_a_step_are_those_that_it_moves(
+    make, clone, loss, known_before
+):
+    model = clone_model(make(), devices=["CPU:0", "CPU:1", "CPU:2"], **clone)
+    model.compile("adam", loss, metrics=["accuracy"])
+    data = batch_for(model, 26)
+    before = footprint(model)
+    moved = traffic(count_transfers(lambda: model.fit(data, verbose=0)))
+    after = footprint(model)
+    shards = deployment(model).shard_sizes(26)
+    for size in [before, after] if known_before else [after]:
+        for i in (1, 2):
+            real = moved[f"/device:CPU:{i}"]
+            about = size.received.of(shards[i]), size.sent.of(shards[i])
+            assert about[0] == pytest.approx(real.bytes_received, rel=0.02)
+            assert about[1] == pytest.approx(real.bytes_sent, rel=0.02)
+
+
+def cells(text):
+    """Return the cells of a page's tables by the first cell of the row."""
+    rows = {}
+    for line in text.splitlines():
+        row = [cell.strip() for cell in line.split("  ") if cell.strip()]
+        if row:
+            rows.setdefault(row[0], []).append(row[1:])
+    return rows
+
+
+def test_summary_has_the_bytes_of_every_part(capsys):
+    model = cases.compiled("mlp", clone_model(cases.mlp(), 3))
+    deployment(model).summary()
+    assert cells(capsys.readouterr().out)["optimizer slots"] == [
+        ["/device:CPU:0", "made in the first step"]
+    ]
+    x, y = cases.arrays(10)["mlp"]
+    model.fit(x, y, batch_size=10, verbose=0)
+    deployment(model).summary(batch_size=10)
+    found = cells(capsys.readouterr().out)
+    # 6 x 16 + 16 + 16 x 3 + 3 weights, and two int64 of the global seed.
+    weights, seed = 163 * 4, 16
+    home = "/device:CPU:0"
+    assert found["trainable variables"] == [[home, readable(weights)]]
+    assert found["other variables"] == [[home, readable(seed)]]
+    # Two slots a weight, an int64 of iterations and a learning rate.
+    assert found["optimizer slots"] == [[home, readable(2 * weights + 8 + 4)]]
+    assert found["gradients, added up"] == [[home, readable(weights)]]
+    # A row has 6 numbers and an int64.
+    assert found["global batch"] == [[home, f"about {readable(320)}"]]
+    shard = f"about {readable(3 * 32)}"
+    assert found["clone_0"] == [
+        [home, "4", "at home", "652 B", "about 128 B", "0 B", "0 B"]
+    ]
+    assert found["clone_2"][0][:5] == [
+        *("/device:CPU:2", "3", "652 B", "652 B", shard)
+    ]
+    assert found["clone_2"][0][5] == f"about {readable(652 + 16 + 16 + 96)}"
+    [[at_clone]] = [row for row in found["/device:CPU:2"] if len(row) == 1]
+    assert at_clone == readable(2 * 652 + 96)
+    [[at_home]] = [row for row in found[home] if len(row) == 1]
+    slots = 2 * weights + 12
+    assert at_home == readable(3 * weights + seed + slots + 320 + 128)
+
+
+def test_summary_of_a_model_that_is_not_there_yet(capsys):
+    model = clone_model(cases.subclassed(), 2)
+    deployment(model).summary(batch_size=5)
+    text = capsys.readouterr().out
+    assert cells(text)["clone_0"] == [
+        ["/device:CPU:0", "3", *["not built"] * 5]
+    ]
+    assert "The model is not built" in text
+    model(cases.arrays(5)["subclassed"][0])
+    deployment(model).summary(batch_size=5)
+    found = cells(capsys.readouterr().out)
+    assert found["optimizer slots"][0][1] == "not compiled"
+    # A subclassed model does not tell what its batches are like.
+    assert found["global batch"][0][1] == "not known"
+    assert found["clone_1"][0][-2].endswith("+ the shard's")
+
+
+def test_summary_of_a_step_of_the_models_own(capsys):
+    class Own(keras.Sequential):
+        def train_step(self, data):
+            return super().train_step(data)
+
+    model = Own([keras.Input((3,)), keras.layers.Dense(2)])
+    model.compile("sgd", "mse")
+    deployment(clone_model(model, 2)).summary()
+    row = cells(capsys.readouterr().out)["clone_1"][0]
+    assert row[1] == "32 B" and row[-2:] == ["not known", "not known"]
+
+
+def test_clones_without_rows_move_nothing(capsys):
+    model = cases.compiled("mlp", clone_model(cases.mlp(), 4))
+    deployment(model).summary(batch_size=2)
+    found = cells(capsys.readouterr().out)
+    assert [found[f"clone_{i}"][0][1] for i in range(4)] == [*"2000"]
+    assert found["clone_3"][0][-2:] == ["0 B", "0 B"]
+
+
+def test_a_deployment_is_copied_and_pickled_without_its_model(capsys):
+    model = clone_model(cases.mlp(), 2)
+    made = deployment(model)
+    assert made._model() is model
+    for other in (copy.copy(made), pickle.loads(pickle.dumps(made))):
+        assert other.clones == made.clones
+        other.summary()
+        assert "The model is gone" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("bad", [0, -4, "8", 2.0, True])
+def test_batch_sizes_that_are_none(bad, tmp_path):
+    made = deployment(clone_model(cases.mlp(), 2))
+    for look in (
+        made.summary,
+        lambda n: made.plot(tmp_path / "clones.png", n),
+    ):
+        with pytest.raises((TypeError, ValueError), match="`batch_size` must"):
+            look(bad)
+    assert not list(tmp_path.iterdir())
+
+
+class Reader(html.parser.HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.found = [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.found.append((self.open[-1], data))
+
+
+def test_html_has_what_the_text_has():
+    made = deployment(cases.compiled("mlp", clone_model(cases.mlp(), 2)))
+    found = Reader(made._repr_html_()).found
+    assert ("th", "gets a step") in found
+    assert found.count(("td", "clone_1")) == 1
+    assert ("td", "652 B") in found
+    page = Page([Table(["<a>"], [["x & <script>"]])], ["<i>"])
+    text = page._repr_html_()
+    assert Reader(text).found == [
+        *(("th", "<a>"), ("td", "x & <script>"), ("p", "<i>")),
+    ]
+    assert "<script>" not in text and "<script>" in str(page)
+
+
+def test_a_notebook_shows_html(monkeypatch, capsys):
+    shown = []
+    shell = types.SimpleNamespace(kernel=object())
+    ipython = types.ModuleType("IPython")
+    ipython.get_ipython = lambda: shell
+    display = types.ModuleType("IPython.display")
+    display.display = shown.append
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    made = deployment(clone_model(cases.mlp(), 2))
+    made.summary()
+    assert capsys.readouterr().out == ""
+    assert "<table>" in shown[0]._repr_html_()
+    # A shell in a terminal has no kernel.
+    del shell.kernel
+    made.summary()
+    assert len(shown) == 1
+    assert "clone_1  /device:CPU:1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("num_clones", [1, 2, 4, 8])
+def test_pictures_are_legible(num_clones, tmp_path):
+    model = clone_model(words(20_000), devices=CPUS[8 - num_clones :])
+    model.compile("adam", "sparse_categorical_crossentropy")
+    made = deployment(model)
+    made.plot(tmp_path / "clones.png", 256)
+    pixels = matplotlib.image.imread(tmp_path / "clones.png")
+    size, _ = made._footprint()
+    rows = made.shard_sizes(256)
+    labels = picture.label(made.clones, made._homes(), rows, size, "")
+    figure = picture.draw(labels)
+    [axes] = figure.axes
+    assert pixels.shape[1] == round(figure.get_figwidth() * 110)
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    texts = [t for t in axes.texts if t.get_text()]
+    boxes = [t.get_window_extent(renderer) for t in texts]
+    for one, other in itertools.combinations(boxes, 2):
+        assert not one.overlaps(other)
+    for box in boxes:
+        assert box.x0 > 0 and box.y0 > 0
+        assert box.x1 < pixels.shape[1] and box.y1 < pixels.shape[0]
+    # Every text of a box lies inside of one.
+    patches = [p.get_window_extent(renderer) for p in axes.patches]
+    inside = [
+        text.get_text()
+        for text, box in zip(texts, boxes, strict=True)
+        if any(
+            p.x0 < box.x0 and box.x1 < p.x1 and p.y0 < box.y0 and box.y1 < p.y1
+            for p in patches
+        )
+    ]
+    wanted = [labels.batch, *labels.towers, *labels.shards, *labels.stages]
+    assert sorted(inside) == sorted([*wanted, labels.home])
+    shown = " ".join(t.get_text() for t in texts)
+    away = CPUS[8 - num_clones :][-1] != "CPU:0"
+    assert f"{256 // num_clones} rows" in shown
+    if away:
+        sent = size.sent.of(256 // num_clones)
+        assert f"gradients: about {readable(sent)}" in labels.gradients[-1]
+
+
+def test_a_picture_of_a_model_that_is_not_built(tmp_path):
+    made = deployment(clone_model(cases.subclassed(), 2))
+    made.plot(tmp_path / "clones.svg")
+    assert (tmp_path / "clones.svg").read_text().count("<svg") == 1
+    labels = picture.label(made.clones, made._homes(), None, None, "not built")
+    assert labels.mirrors[1] == "mirrors: not built"
+
+
+@pytest.mark.parametrize(
+    ("path", "error", "message"),
+    [
+        ("clones.xyz", ValueError, "'png'.*clones.xyz"),
+        ("clones", ValueError, "must end in one of"),
+        ("missing/clones.png", ValueError, "a folder that exists"),
+        ("folder.png", ValueError, "must be a file"),
+        ("", TypeError, "path of a file"),
+        (3, TypeError, "path of a file"),
+    ],
+)
+def test_pictures_that_cannot_be_written(
+    path, error, message, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    monkeypatch.setattr(picture, "draw", lambda labels: pytest.fail("drawn"))
+    with pytest.raises(error, match=message):
+        deployment(clone_model(cases.mlp(), 2)).plot(path)
+
+
+def test_no_matplotlib(monkeypatch, tmp_path):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name: None if name == "matplotlib" else find(name),
+    )
+    made = deployment(clone_model(cases.mlp(), 2))
+    with pytest.raises(ImportError, match="`pip install matplotlib`"):
+        made.plot(tmp_path / "clones.png")
+    made.summary()
