@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from keras_clones import benchmark
+from keras_clones import benchmark, devices
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -12,6 +12,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m keras_clones")
     commands = parser.add_subparsers(required=True, metavar="command")
     benchmark.add_command(commands)
+    devices.add_command(commands)
     options = parser.parse_args(arguments)
     return options.run(options)
 

@@ -17,6 +17,7 @@ import tensorflow as tf
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from keras_clones import clone_model, deployment, picture
+from keras_clones.__main__ import main
 from keras_clones.report import Page, Table, readable
 from keras_clones.transfers import count_transfers, traffic
 
@@ -362,3 +363,22 @@ def test_no_matplotlib(monkeypatch, tmp_path):
     with pytest.raises(ImportError, match="`pip install matplotlib`"):
         made.plot(tmp_path / "clones.png")
     made.summary()
+
+
+def test_devices_are_listed_with_what_clone_model_would_choose(capsys):
+    assert main(["devices"]) == 0
+    text = capsys.readouterr().out
+    found = cells(text)
+    clones = deployment(clone_model(cases.mlp())).clones
+    for clone in clones:
+        assert [clone.device] in found[clone.scope]
+        assert clone.device in found
+    assert len([name for name in found if name.startswith("clone_")]) == 9
+    assert found["variables"] == [["/device:CPU:0"]]
+    assert "There is no GPU" in text
+    with open("/proc/meminfo") as file:
+        kilobytes = int(file.readline().split()[1])
+    assert found["CPU:0"][0][0] == readable(kilobytes * 1024)
+    with pytest.raises(SystemExit) as end:
+        main(["devices", "--all"])
+    assert end.value.code == 2

@@ -1,0 +1,95 @@
+"""The devices of this machine: `python -m keras_clones devices`."""
+
+import argparse
+import os
+import platform
+import warnings
+from typing import Any
+
+import tensorflow as tf
+
+# Private, since no public name tells how much memory of a GPU there is.
+from tensorflow.python.client import device_lib
+
+from keras_clones import placement
+from keras_clones.config import canonical_device
+from keras_clones.report import Page, Table, readable
+
+
+def add_command(commands: Any) -> None:
+    """Add `devices` to the commands of a parser."""
+    parser = commands.add_parser(
+        "devices",
+        help="list the devices, and what clone_model would choose",
+        description="List the devices of this machine, their memory, and the "
+        "clones that clone_model(model) would make.",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the devices, and return the exit code."""
+    print(page())
+    return 0
+
+
+def page() -> Page:
+    """Return the devices, and what `clone_model` would choose by default."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        config = placement.choose_config(None, None, False)
+        clones = placement.place_clones(config)
+    chosen = [[clone.scope or "clone_0", clone.device] for clone in clones]
+    homes = {
+        "variables": config.variables_device(),
+        "optimizer": config.optimizer_device(),
+        "inputs": config.inputs_device(),
+    }
+    return Page(
+        [
+            Table(["physical device", "memory", "what it is"], _physical()),
+            Table(["logical device", "memory"], _logical()),
+            Table(
+                ["clone_model(model)", "device"],
+                [*chosen, *map(list, homes.items())],
+            ),
+        ],
+        [str(warning.message) for warning in caught],
+    )
+
+
+def _physical() -> list[list[str]]:
+    """Return a row for each device that the machine has."""
+    ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    rows = []
+    for device in tf.config.list_physical_devices():
+        details = tf.config.experimental.get_device_details(device)
+        name = device.name.removeprefix("/physical_device:")
+        if device.device_type == "CPU":
+            what = f"{os.cpu_count()} cores {platform.machine()}"
+            rows.append([name, readable(ram), what])
+            continue
+        what = details.get("device_name", device.device_type)
+        if capability := details.get("compute_capability"):
+            what += ", compute capability " + ".".join(map(str, capability))
+        rows.append([name, "see below", what])
+    return rows
+
+
+def _logical() -> list[list[str]]:
+    """Return a row for each device that TensorFlow computes on."""
+    found = tf.config.list_logical_devices()
+    on_gpu = any(device.device_type == "GPU" for device in found)
+    limits = {
+        device.name: device.memory_limit
+        for device in (device_lib.list_local_devices() if on_gpu else [])
+    }
+    rows = []
+    for logical in found:
+        name = canonical_device(logical.name.removeprefix("/"))
+        memory = "the machine's"
+        if logical.device_type == "GPU":
+            limit = limits.get(name)
+            memory = "not known" if limit is None else readable(limit)
+        rows.append([name, memory])
+    return rows
