@@ -12,12 +12,14 @@ from keras_clones.model_deploy import DeployedModel, deploy
 from keras_clones.optimize import optimize_clones
 from keras_clones.placement import Clone, use_virtual_devices
 from keras_clones.profiler import CloneProfiler
+from keras_clones.summaries import CloneSummaries
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Clone",
     "CloneProfiler",
+    "CloneSummaries",
     "DeployedModel",
     "Deployment",
     "DeploymentConfig",

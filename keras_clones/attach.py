@@ -18,6 +18,7 @@ from keras_clones import (
 )
 from keras_clones.config import DeploymentConfig
 from keras_clones.deployed import Deployment
+from keras_clones.watch import Watch
 
 _LOSSES = ("auto", "clones", "gather")
 _BATCH_NORMS = ("mean", "first", "sync")
@@ -269,6 +270,15 @@ def _guarded(
             raise
 
     return step_function
+
+
+def watch_training(model: keras.Model, watch: Watch | None) -> None:
+    """Let the training steps of a cloned model tell a watch, or none again."""
+    options = vars(model)[_KEY].step_options()._replace(watch=watch)
+    vars(model)["train_step"] = functools.partial(
+        steps.train_step, model, options
+    )
+    model.train_function = None
 
 
 def move_home(model: keras.Model, home: str) -> None:

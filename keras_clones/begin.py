@@ -13,13 +13,15 @@ from keras_clones.balance import Balance
 from keras_clones.placement import Clone, logical_devices
 from keras_clones.state import Variables
 from keras_clones.tables import large_tables
+from keras_clones.watch import Watch
 
 
 class StepOptions(NamedTuple):
     """What the steps of one deployment go by.
 
     `shares` are the fractions of the rows that the clones get, `None` for
-    even ones. `balance` measures them while the model trains.
+    even ones. `balance` measures them while the model trains. `watch` gets
+    what training steps come to, if anything wants to know.
     """
 
     clones: tuple[Clone, ...]
@@ -30,6 +32,7 @@ class StepOptions(NamedTuple):
     jit_compile: bool | str
     shares: Any = None
     balance: Balance | None = None
+    watch: Watch | None = None
 
 
 class Step(NamedTuple):

@@ -15,7 +15,7 @@ from keras_clones import (
     sharding,
 )
 from keras_clones.begin import Step
-from keras_clones.tower import TowerOutput, sources
+from keras_clones.tower import TowerInput, TowerOutput, sources
 
 
 class StepResult(NamedTuple):
@@ -25,7 +25,8 @@ class StepResult(NamedTuple):
     `metrics` is what the batch adds to the variables of the compiled metrics,
     empty where they are still to see the outputs.
     `assigned` holds new values of `Variables.trainable` and `.others`, by
-    position, and `seeds` those of `.seeds`.
+    position, and `seeds` those of `.seeds`. `clone_losses` has the loss of
+    each clone's shard, if a watch wants it.
     """
 
     outputs: Any
@@ -36,6 +37,7 @@ class StepResult(NamedTuple):
     assigned: dict[int, tf.Tensor]
     seeds: dict[int, tf.Tensor]
     gradients: list[Any]
+    clone_losses: tf.Tensor | None = None
 
 
 class _Parts(NamedTuple):
@@ -176,7 +178,61 @@ def collect_results(
             merged[i] if i in merged else total.gradients[i]
             for i in range(len(first.gradients))
         ],
+        clone_losses=_clone_losses(step, layout, results),
     )
+
+
+def _clone_losses(
+    step: Step, layout: exchange.Layout, results: list[TowerOutput]
+) -> tf.Tensor | None:
+    """Return the loss of each clone's shard, if a watch wants it.
+
+    Where the loss is computed once on all outputs, it is computed on those of
+    each clone besides.
+    """
+    watch = step.options.watch
+    if watch is None or not step.training:
+        return None
+    parts = None
+    if results[0].loss is not None:
+        parts = exchange.bring_home(layout, [r.loss for r in results])
+
+    def losses() -> tf.Tensor:
+        found = [
+            parts[i] / tf.cast(inputs.share[0], parts[i].dtype)
+            if parts is not None
+            else _loss_of_shard(step.model, inputs, result)
+            for i, (inputs, result) in enumerate(
+                zip(layout.inputs, results, strict=True)
+            )
+        ]
+        return tf.stack([tf.cast(loss, tf.float64) for loss in found])
+
+    def none() -> tf.Tensor:
+        return tf.zeros([len(results)], tf.float64)
+
+    return tf.cond(watch.wanted, losses, none)
+
+
+def _loss_of_shard(
+    model: keras.Model, inputs: TowerInput, result: TowerOutput
+) -> tf.Tensor:
+    share = inputs.share[0]
+    local = [l / tf.cast(share, l.dtype) for l in result.layer_losses]
+    for output, mask in zip(
+        keras.tree.flatten(result.outputs), result.masks, strict=True
+    ):
+        _keras.set_mask(output, mask)
+    # The scope keeps what this adds to the metrics of single outputs.
+    with keras.StatelessScope(), _keras.overriding_losses(model, local):
+        return _keras.compute_loss(
+            model,
+            inputs.x,
+            inputs.y,
+            result.outputs,
+            inputs.sample_weight,
+            True,
+        )
 
 
 def _parts(result: TowerOutput, apart: Sequence[int]) -> _Parts:

@@ -32,6 +32,13 @@ def train_step(model: keras.Model, options: StepOptions, data: Any) -> dict:
             return run_own_step(model, options, "train_step", data)
         step = begin(model, options, data, training=True)
         result = run(step)
+        if options.watch is not None:
+            options.watch.record(
+                result.clone_losses,
+                result.gradients,
+                step.variables.trainable,
+                model.optimizer.scale_loss(1.0),
+            )
         assign_state(step.variables, result)
         if step.variables.trainable:
             model.optimizer.apply_gradients(

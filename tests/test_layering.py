@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "state": {"_keras", "keras", "tensorflow"},
     "gradients": {"tensorflow"},
     "unique_rows": {"tensorflow"},
+    "watch": {"_keras", "gradients", "keras", "tensorflow"},
     "exactness": {"_keras", "sharding", "keras"},
     "rendezvous": {"_keras", "placement", "tensorflow"},
     "synchronize": {"_keras", "rendezvous", "keras", "tensorflow"},
@@ -37,7 +38,7 @@ MAY_IMPORT = {
     },
     "begin": {
         *("_keras", "balance", "exactness", "placement", "sharding"),
-        *("state", "tables", "keras", "tensorflow"),
+        *("state", "tables", "watch", "keras", "tensorflow"),
     },
     "combine": {
         *("_keras", "balance", "begin", "exactness", "exchange", "gradients"),
@@ -82,7 +83,10 @@ MAY_IMPORT = {
     },
     "attach": {
         *("_keras", "balance", "config", "deployed", "exactness", "placement"),
-        *("sharding", "state", "steps", "keras", "tensorflow"),
+        *("sharding", "state", "steps", "watch", "keras", "tensorflow"),
+    },
+    "summaries": {
+        *("attach", "exactness", "watch", "keras", "numpy", "tensorflow"),
     },
     "joined_graph": {"tensorflow"},
     "transfers": {"joined_graph", "tensorflow"},
@@ -107,7 +111,7 @@ MAY_IMPORT = {
     },
     "__init__": {
         *("attach", "clones", "config", "model_deploy", "optimize"),
-        *("placement", "profiler"),
+        *("placement", "profiler", "summaries"),
     },
 }
 STANDARD = {
