@@ -211,7 +211,8 @@ def _clone_losses(
     def none() -> tf.Tensor:
         return tf.zeros([len(results)], tf.float64)
 
-    return tf.cond(watch.wanted, losses, none)
+    with tf.name_scope("update_metrics"):
+        return tf.cond(watch.wanted, losses, none)
 
 
 def _loss_of_shard(

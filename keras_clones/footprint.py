@@ -74,8 +74,13 @@ class Footprint(NamedTuple):
 
 
 def is_built(model: keras.Model) -> bool:
-    """Say whether all variables of a model are there."""
-    return all(layer.built for layer in _keras.layers(model))
+    """Say whether all variables of a model are there.
+
+    A functional model has them from the start, whatever its layers say.
+    """
+    return getattr(model, "inputs", None) is not None or all(
+        layer.built for layer in _keras.layers(model)
+    )
 
 
 def measure(model: keras.Model, options: StepOptions) -> Footprint:
@@ -223,7 +228,10 @@ def _looked_up(
 
 
 def _ids(layer: keras.layers.Embedding) -> int | None:
-    """Return how many rows of its table a layer looks up, a row of a batch."""
+    """Return how many rows of its table a layer looks up, a row of a batch.
+
+    That is of its first call, where a model calls a layer several times.
+    """
     try:
         return _elements(layer.input)
     except (AttributeError, ValueError):
@@ -249,8 +257,8 @@ def _target_bytes(model: keras.Model) -> int | None:
             return None
         if loss is None:
             continue
-        name = getattr(loss, "name", getattr(loss, "__name__", str(loss)))
-        if "sparse" in name:
+        name = f"{type(loss).__name__} {getattr(loss, '__name__', loss)}"
+        if "sparse" in name.lower() and len(output.shape) > 1:
             total += elements // output.shape[-1] * _CLASS
         else:
             total += elements * tf.as_dtype(output.dtype).size

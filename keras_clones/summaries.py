@@ -24,7 +24,8 @@ class CloneSummaries(keras.callbacks.Callback):
     - `gradient_norm`: the norm of the gradient of the global batch, before
         the optimizer clips it, over all variables.
     - with `summarize_gradients`, `PATH/gradient_norm` and the histogram
-        `PATH/gradient` of each trainable variable, by its path.
+        `PATH/gradient` of each trainable variable, by its path. That of an
+        embedding has the rows that were looked up.
 
     Other steps run as they do without it, but for a condition. With
     `steps_per_execution`, the last step of each execution counts. The model's
@@ -33,7 +34,7 @@ class CloneSummaries(keras.callbacks.Callback):
     Args:
         summarize_gradients: Boolean, whether to also write the norm and a
             histogram of each variable's gradient. That needs memory for one
-            more copy of the trainable variables, where these are. Defaults to
+            more copy of the gradients, where the variables are. Defaults to
             `False`.
 
     Raises:

@@ -57,10 +57,10 @@ class Watch:
             if gradient is not None
             and not _keras.overwrites_with_gradient(variable)
         ]
-        self._make([variable for variable, _ in pairs])
+        self._make(pairs)
 
         def leave() -> tf.Tensor:
-            found = [_unscaled(gradient, scale) for _, gradient in pairs]
+            found = [_values(gradient, scale) for _, gradient in pairs]
             norms = [tf.norm(tf.cast(g, tf.float64)) for g in found]
             self.losses.assign(losses)
             if self.norms is not None:
@@ -72,23 +72,34 @@ class Watch:
         with tf.name_scope("update_metrics"):
             tf.cond(self.wanted, leave, lambda: tf.constant(False))
 
-    def _make(self, variables: list[keras.Variable]) -> None:
+    def _make(self, pairs: list[tuple[keras.Variable, Any]]) -> None:
         """Make, with the first graph, what the variables' gradients need."""
-        if self.variables or not variables:
+        if self.variables or not pairs:
             return
-        self.variables = variables
+        self.variables = [variable for variable, _ in pairs]
         with tf.init_scope(), tf.device(self._home):
             self.norms = tf.Variable(
-                tf.zeros([len(variables)], tf.float64), trainable=False
+                tf.zeros([len(pairs)], tf.float64), trainable=False
             )
             if self._keep:
+                # How many rows an embedding looks up differs by step.
                 self.kept = [
-                    tf.Variable(tf.zeros(v.shape, v.dtype), trainable=False)
-                    for v in variables
+                    tf.Variable(
+                        tf.zeros([0], gradient.dtype),
+                        shape=tf.TensorShape(None),
+                        trainable=False,
+                    )
+                    for _, gradient in pairs
                 ]
 
 
-def _unscaled(gradient: Any, scale: Any) -> tf.Tensor:
-    """Return a gradient as a dense tensor, without the loss scale."""
-    inverse = 1.0 / tf.cast(scale, gradient.dtype)
-    return tf.convert_to_tensor(gradients.scale(gradient, inverse))
+def _values(gradient: Any, scale: Any) -> tf.Tensor:
+    """Return the values of a gradient, as they are without the loss scale.
+
+    Of a sparse one, these are the rows that it has, each once.
+    """
+    gradient = gradients.scale(gradient, 1.0 / tf.cast(scale, gradient.dtype))
+    if not isinstance(gradient, tf.IndexedSlices):
+        return gradient
+    indices, rows = tf.unique(gradient.indices)
+    return tf.math.unsorted_segment_sum(gradient.values, rows, tf.size(indices))

@@ -187,6 +187,20 @@ def test_summary_of_a_model_that_is_not_there_yet(capsys):
     assert found["clone_1"][0][-2].endswith("+ the shard's")
 
 
+def test_rows_of_no_fixed_size_are_not_known(capsys):
+    text = keras.Input((1,), dtype="string")
+    ids = keras.layers.TextVectorization(vocabulary=["a"])(text)
+    table = keras.layers.Embedding(20_000, 16)(ids)
+    model = keras.Model(text, keras.layers.GlobalMaxPooling1D()(table))
+    model.compile("sgd", "mse")
+    deployment(clone_model(model, 2)).summary(batch_size=8)
+    found = cells(capsys.readouterr().out)
+    assert found["trainable variables"][0][1] == "1.28 MB"
+    assert found["global batch"][0][1] == "not known"
+    # Its table stays home: the seed's 16 bytes and the share's go for sure.
+    assert found["clone_1"][0][-2] == "about 32 B + the shard's"
+
+
 def test_summary_of_a_step_of_the_models_own(capsys):
     class Own(keras.Sequential):
         def train_step(self, data):

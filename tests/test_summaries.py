@@ -173,6 +173,11 @@ def test_masks_and_sparse_gradients(tmp_path):
     for variable, norm in zip(model.weights, norms, strict=True):
         found = log[f"{variable.path}/gradient_norm"][1]
         assert found == pytest.approx(norm, rel=1e-5)
+    # Only the rows that were looked up are in the histogram.
+    table = model.weights[0]
+    buckets = log[f"{table.path}/gradient"][1]
+    assert buckets[:, 2].sum() == 4 * len(np.unique(x))
+    assert buckets[-1, 1] == pytest.approx(gradients[0].max(), rel=1e-5)
 
 
 def test_clones_without_rows_write_no_loss(tmp_path):
