@@ -95,7 +95,7 @@ def crossentropy(reduction):
     ("make", "clone", "loss", "known_before"),
     [
         (convolution, {}, "sparse_categorical_crossentropy", True),
-        (convolution, {"loss": "gather"}, crossentropy("mean"), True),
+        (next_word, {"loss": "gather"}, crossentropy("mean"), True),
         (words, {}, "sparse_categorical_crossentropy", True),
         (lambda: next_word(True), {}, crossentropy("mean"), True),
         (next_word, {}, crossentropy("mean"), True),
