@@ -15,6 +15,10 @@ from keras_clones.synchronize import over_clones
 from keras_clones.tower import Tower, TowerInput, TowerOutput
 from keras_clones.unique_rows import looked_up_once
 
+# Clones times variables up to which the towers are inlined. It costs well
+# under a second at the first step.
+INLINE_VARIABLES = 300
+
 
 class Layout(NamedTuple):
     """A global batch laid out over clones, one input a clone.
@@ -112,9 +116,20 @@ def _opaque(value: tf.Tensor) -> tf.Tensor:
     return tf.raw_ops.PlaceholderWithDefault(input=value, shape=value.shape)
 
 
-def overlaps(devices: Sequence[str]) -> bool:
-    """Say whether copies to and from the clones take time of their own."""
-    return all("GPU" in device for device in devices)
+def inlines(devices: Sequence[str], num_variables: int) -> bool:
+    """Say whether towers become part of the step's graph.
+
+    Then a gradient leaves as soon as it is made, and a layer runs as soon as
+    its mirrors have arrived: a function waits for all it gets, and gives back
+    all at once. But the towers of all clones are optimized, each by itself,
+    which takes seconds for a large model. So they are inlined where there is
+    one, where the model is small, and on GPUs, whose copies take time.
+    """
+    return (
+        len(devices) == 1
+        or len(devices) * num_variables <= INLINE_VARIABLES
+        or all("GPU" in device for device in devices)
+    )
 
 
 class CallableTower(NamedTuple):
@@ -130,25 +145,19 @@ class CallableTower(NamedTuple):
 
 def callable_tower(
     tower: Tower,
-    devices: Sequence[str],
+    inline: bool,
     jit_compile: bool,
     with_outputs: bool,
 ) -> CallableTower:
     """Make a tower function callable from any place of a graph.
 
-    It stays a function of its own in the step's graph: inlined once a clone,
-    it would be optimized once a clone too. On GPUs it is inlined all the
-    same, unless XLA compiles it, so that a gradient leaves as soon as it is
-    made, and a layer runs as soon as its mirrors have arrived: a function
-    waits for all it gets, and gives back all at once.
-
     Args:
         tower: Tower function.
-        devices: Sequence of device strings, those of the clones.
+        inline: Boolean, whether it becomes part of the step's graph, which it
+            cannot where XLA compiles it.
         jit_compile: Boolean, whether XLA compiles the function.
         with_outputs: Boolean, whether the model's outputs are needed.
     """
-    inline = overlaps(devices) and not jit_compile
     returned: list[TowerOutput] = []
 
     def call(inputs: TowerInput) -> TowerOutput:
@@ -161,7 +170,9 @@ def callable_tower(
         call,
         autograph=False,
         jit_compile=jit_compile or None,
-        experimental_attributes=None if inline else {"_noinline": True},
+        experimental_attributes=(
+            None if inline and not jit_compile else {"_noinline": True}
+        ),
     )
     return CallableTower(function, returned)
 

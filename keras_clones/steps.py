@@ -146,9 +146,8 @@ def _towers(step: Step) -> Callable[[bool], exchange.CallableTower]:
         )
         devices = [clone.device for clone in step.options.clones]
         outputs = not with_loss or _leave(step.model, with_metrics)
-        return exchange.callable_tower(
-            tower, devices, step.jit_compile, outputs
-        )
+        inline = exchange.inlines(devices, len(step.variables.trainable))
+        return exchange.callable_tower(tower, inline, step.jit_compile, outputs)
 
     return make
 

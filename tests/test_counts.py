@@ -82,15 +82,9 @@ def test_transfers_do_not_grow_with_the_number_of_small_variables():
 def test_graph_hardly_grows_with_the_clones():
     def nodes(num_clones):
         keras.backend.clear_session()
-        blocks = []
-        for _ in range(25):
-            blocks += [
-                keras.layers.Conv2D(8, 3, padding="same", use_bias=False),
-                keras.layers.BatchNormalization(),
-                keras.layers.ReLU(),
-            ]
-        head = [keras.layers.Flatten(), keras.layers.Dense(3, "softmax")]
-        model = keras.Sequential([keras.Input((32, 32, 3)), *blocks, *head])
+        model = keras.applications.MobileNetV2(
+            weights=None, input_shape=(32, 32, 3), alpha=0.35, classes=3
+        )
         clone_model(model, num_clones)
         model.compile("adam", **cases.DEFAULT_COMPILE, jit_compile=False)
         step = step_of(model, (32, 32, 3))
@@ -154,9 +148,10 @@ def before(operation):
     return found
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-def test_gradients_leave_a_clone_as_they_are_made(overlap, monkeypatch):
-    monkeypatch.setattr(exchange, "overlaps", lambda devices: overlap)
+@pytest.mark.parametrize("small", [False, True])
+def test_gradients_leave_a_small_clone_as_they_are_made(small, monkeypatch):
+    if not small:
+        monkeypatch.setattr(exchange, "INLINE_VARIABLES", 0)
     model = compiled(stack(300, 3), 2)
     sent = [
         transfer.name
@@ -165,4 +160,12 @@ def test_gradients_leave_a_clone_as_they_are_made(overlap, monkeypatch):
     ]
     assert len(sent) == 2
     for name in sent:
-        assert ("MatMul" in name) == overlap
+        assert ("MatMul" in name) == small
+
+
+def test_towers_are_inlined_where_it_helps():
+    cpus = ["/device:CPU:0", "/device:CPU:1"]
+    assert exchange.inlines(cpus, 20)
+    assert not exchange.inlines(cpus, 300)
+    assert exchange.inlines(cpus[:1], 300)
+    assert exchange.inlines(["/device:GPU:0", "/device:GPU:1"], 300)
