@@ -160,14 +160,14 @@ def callable_tower(
     """
     returned: list[TowerOutput] = []
 
-    def call(inputs: TowerInput) -> TowerOutput:
+    def run_tower(inputs: TowerInput) -> TowerOutput:
         returned[:] = [tower(inputs)]
         if with_outputs:
             return returned[0]
         return returned[0]._replace(outputs=None, masks=[])
 
     function = tf.function(
-        call,
+        run_tower,
         autograph=False,
         jit_compile=jit_compile or None,
         experimental_attributes=(
@@ -181,11 +181,21 @@ def trace(
     tower: CallableTower,
     layout: Layout,
     synchronized: Sequence[keras.layers.BatchNormalization] = (),
+    runs_back: bool = False,
 ) -> TracedTower:
     """Trace a tower function once for the shards of all clones.
 
     Outside of a graph, each clone calls the Python function itself, so that
     it can be debugged.
+
+    Args:
+        tower: `CallableTower`.
+        layout: `Layout` of the global batch.
+        synchronized: Sequence of layers that share sums over the clones.
+        runs_back: Boolean, whether the function is to run backward later.
+            What a loop keeps for that cannot leave a function that XLA
+            compiles, so such a function is not compiled. Defaults to
+            `False`.
     """
     function, returned = tower
     inline = tf.executing_eagerly() or synchronized
@@ -204,6 +214,13 @@ def trace(
         lambda one, *more: one.most_specific_common_supertype(more), *types
     )
     concrete = function.get_concrete_function(common)
+    if runs_back and _is_compiled(concrete) and _loops(concrete):
+        function = tf.function(
+            function.python_function,
+            autograph=False,
+            experimental_attributes={"_noinline": True},
+        )
+        concrete = function.get_concrete_function(common)
     call = concrete
     if not inline and _has_state_of_no_variable(concrete):
         place = tf.TensorSpec([], tf.resource)
@@ -221,6 +238,16 @@ def trace(
     )
 
 
+def _is_compiled(concrete: Any) -> bool:
+    attributes = concrete.function_def.attr
+    # Reading a key that is not there would add it.
+    return "_XlaMustCompile" in attributes and attributes["_XlaMustCompile"].b
+
+
+def _loops(concrete: Any) -> bool:
+    return any("While" in op.type for op in concrete.graph.get_operations())
+
+
 def _has_state_of_no_variable(concrete: Any) -> bool:
     """Say whether a function draws from `tf.random`, prints or calls Python.
 
@@ -228,8 +255,7 @@ def _has_state_of_no_variable(concrete: Any) -> bool:
     the other, unless each works on resources of its own. XLA takes none that
     nothing is kept in.
     """
-    attributes = concrete.function_def.attr
-    if "_XlaMustCompile" in attributes and attributes["_XlaMustCompile"].b:
+    if _is_compiled(concrete):
         return False
     return not any(t.dtype == tf.resource for t in concrete.inputs) and any(
         op.op_def.is_stateful and op.type != "Placeholder"

@@ -210,7 +210,9 @@ def _run_on(
         if options.loss == "clones" or not reason:
             outputs = _leave(model, exactness.metrics_add_up(model))
             return combine.combine_losses(step, layout, tower, outputs)
-    tower = exchange.trace(towers(False), layout, synchronized)
+    tower = exchange.trace(
+        towers(False), layout, synchronized, runs_back=bool(step.training)
+    )
     return combine.gather_outputs(step, layout, tower)
 
 
