@@ -1,5 +1,6 @@
 """Logical CPU devices for the whole suite, made once, before TensorFlow."""
 
+import gc
 import os
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
@@ -13,6 +14,10 @@ from keras_clones import use_virtual_devices
 
 use_virtual_devices(8)
 tf.get_logger().setLevel("ERROR")
+# Each test starts with a full collection, in `clear_session`. What has been
+# imported by now stays: looking through it took a sixth of the tests' time.
+gc.freeze()
+gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture(params=["float64", "float32"])
