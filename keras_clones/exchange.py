@@ -23,12 +23,14 @@ INLINE_VARIABLES = 300
 class Layout(NamedTuple):
     """A global batch laid out over clones, one input a clone.
 
+    `stay` has the resources of the variables that are not sent, by position.
     `started` is when the batch was laid out, in seconds, if that is measured.
     """
 
     home: str
     clones: Sequence[Clone]
     inputs: list[TowerInput]
+    stay: dict[int, tf.Tensor]
     started: tf.Tensor | None
 
 
@@ -82,12 +84,17 @@ def lay_out(
     scale = tf.fill([len(clones)], tf.cast(loss_scale, tf.float64))
     both = tf.unstack(_opaque(tf.stack([shares, scale], axis=1)))
     seeds = [v.value.read_value() for v in variables.seeds]
-    stay = {id(table) for table in tables}
+    sent = variables.trainable + variables.others
+    stay = {
+        i: variable.value.handle
+        for i, variable in enumerate(sent)
+        if any(variable is table for table in tables)
+    }
     with tf.name_scope("send_mirrors"):
         mirrors = gradients.send_to_all(
             [
-                None if id(variable) in stay else variable.value.read_value()
-                for variable in variables.trainable + variables.others
+                None if i in stay else variable.value.read_value()
+                for i, variable in enumerate(sent)
             ],
             home,
             [clone.device for clone in clones],
@@ -104,7 +111,7 @@ def lay_out(
         for i in range(len(clones))
     ]
     started = None if clock is None else seconds_now(clock, shards)
-    return Layout(home, clones, inputs, started)
+    return Layout(home, clones, inputs, stay, started)
 
 
 def _opaque(value: tf.Tensor) -> tf.Tensor:
@@ -226,14 +233,10 @@ def trace(
         place = tf.TensorSpec([], tf.resource)
         concrete = function.get_concrete_function(common._replace(place=place))
         call = _apart(concrete)
-    mirrors: list[Any] = list(layout.inputs[0].mirrors)
-    sent = [i for i, mirror in enumerate(mirrors) if mirror is not None]
-    for position, value in zip(sent, concrete.inputs, strict=False):
-        mirrors[position] = value
     return TracedTower(
         function.python_function if inline else call,
         returned[0],
-        looked_up_once(mirrors),
+        looked_up_once(concrete, layout.inputs[0].mirrors, layout.stay),
         synchronized,
     )
 

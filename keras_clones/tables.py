@@ -41,7 +41,9 @@ def looked_up_at_home(
     """Look rows up where the table is, for the time of a trace.
 
     `tf.gather` asks its first argument for `sparse_read`, which TensorFlow's
-    variables have and Keras's lack.
+    variables have and Keras's lack. Theirs runs ResourceGather, which makes
+    every later assignment copy the table first. A gather from a plain read,
+    which is what Keras does, leaves it in place.
     """
 
     def read(table: keras.Variable) -> object:
@@ -49,7 +51,8 @@ def looked_up_at_home(
             indices: tf.Tensor, name: str | None = None
         ) -> tf.Tensor:
             with tf.device(home):
-                return table.value.sparse_read(indices, name=name)
+                value = tf.convert_to_tensor(table.value)
+                return tf.gather(value, indices, name=name)
 
         return sparse_read
 

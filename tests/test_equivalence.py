@@ -1108,6 +1108,41 @@ def input_strings():
     )
 
 
+def sparse_batches(x, y):
+    return [
+        {"x": tf.sparse.from_dense(b["x"]), "y": b["y"]} for b in batches(x, y)
+    ]
+
+
+@case
+def input_sparse_ids():
+    def model():
+        inputs = keras.Input((6,), dtype="int64", sparse=True)
+        rows = layers.Embedding(12, 4)(inputs)
+        x = layers.GlobalAveragePooling1D()(rows)
+        return keras.Model(inputs, layers.Dense(3, "softmax")(x))
+
+    return Case(
+        model,
+        {"loss": "sparse_categorical_crossentropy"},
+        sparse_batches(tokens(), labelled()[1]),
+    )
+
+
+@case
+def input_sparse_bags():
+    def model():
+        inputs = keras.Input((12,), sparse=True)
+        return keras.Model(inputs, layers.Dense(3, "softmax")(inputs))
+
+    bags = normal(ROWS * STEPS, 12)
+    return Case(
+        model,
+        {"loss": "sparse_categorical_crossentropy"},
+        sparse_batches(bags * (bags > 1), labelled()[1]),
+    )
+
+
 class Texts(keras.Model):
     """Takes texts, one a row, of rank 1."""
 
