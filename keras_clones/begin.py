@@ -115,10 +115,29 @@ def build(
                     f"be built before it runs on clones. Received: {unbuilt}, "
                     "which are not. Build them, or call them once on data."
                 )
-        optimizer = model.optimizer if training else None
-        if optimizer is not None and not optimizer.built:
-            with keras.name_scope(optimizer.name, caller=optimizer):
-                optimizer.build(model.trainable_variables)
+        if training:
+            build_optimizer(model)
+
+
+def build_ahead(model: keras.Model, home: str) -> None:
+    """Create at home the optimizer's variables, if the model has its own.
+
+    TensorFlow traces a function twice that creates variables, and most of the
+    time of a first step goes into its trace. So what can be built is built
+    before. A step of the user's own says itself what its optimizer updates.
+    """
+    known = all(layer.built for layer in _keras.layers(model))
+    if known and not exactness.overrides(model, "train_step"):
+        with tf.device(home):
+            build_optimizer(model)
+
+
+def build_optimizer(model: keras.Model) -> None:
+    """Create the variables of a model's optimizer, if it has not."""
+    optimizer = model.optimizer
+    if optimizer is not None and not optimizer.built:
+        with keras.name_scope(optimizer.name, caller=optimizer):
+            optimizer.build(model.trainable_variables)
 
 
 def _rehearse(model: keras.Model, x: Any, y: Any, sample_weight: Any) -> None:

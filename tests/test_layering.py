@@ -82,8 +82,9 @@ MAY_IMPORT = {
         *("report", "sharding", "keras"),
     },
     "attach": {
-        *("_keras", "balance", "config", "deployed", "exactness", "placement"),
-        *("sharding", "state", "steps", "watch", "keras", "tensorflow"),
+        *("_keras", "balance", "begin", "config", "deployed", "exactness"),
+        *("placement", "sharding", "state", "steps", "watch"),
+        *("keras", "tensorflow"),
     },
     "summaries": {
         *("attach", "exactness", "watch", "keras", "numpy", "tensorflow"),

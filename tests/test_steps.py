@@ -449,6 +449,19 @@ def test_step_is_traced_once_a_signature():
     assert len(traces) == traced
 
 
+@pytest.mark.parametrize("num_clones", [1, 4])
+def test_first_step_is_traced_once(num_clones):
+    model = cases.compiled("mlp")
+    clone_model(model, num_clones)
+    traces = []
+    step = model.train_step
+    model.train_step = lambda data: [traces.append(data), step(data)][1]
+    x, y = cases.arrays(40)["mlp"]
+    model.fit(x, y, batch_size=20, verbose=0)
+    # TensorFlow would trace a step again that makes the optimizer's variables.
+    assert len(traces) == 1
+
+
 def test_clones_with_a_state_do_not_wait_for_each_other():
     draw = keras.layers.Lambda(lambda x: x + tf.random.normal(tf.shape(x)))
     inner = keras.Sequential(
