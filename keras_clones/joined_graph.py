@@ -77,8 +77,11 @@ def _imported(
         elif node.op not in (*SENDS, "_Retval"):
             whole.node.append(_importable(node, sources))
     for node in whole.node:
-        # A part of another machine's device must be importable here.
+        # A part of another machine's device must be importable here, and so
+        # must what stood beside a node that is no longer there.
         node.ClearField("device")
+        if "_class" in node.attr:
+            del node.attr["_class"]
     with tf.Graph().as_default() as graph:
         tf.graph_util.import_graph_def(whole, name="")
     return graph
