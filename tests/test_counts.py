@@ -87,6 +87,7 @@ def test_graph_hardly_grows_with_the_clones():
         )
         clone_model(model, num_clones)
         model.compile("adam", **cases.DEFAULT_COMPILE, jit_compile=False)
+        model.optimizer.build(model.trainable_variables)
         step = step_of(model, (32, 32, 3))
         graph = step.get_concrete_function().graph.as_graph_def()
         functions = sum(len(f.node_def) for f in graph.library.function)
