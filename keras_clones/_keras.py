@@ -308,3 +308,62 @@ def overwrites_with_gradient(variable: keras.Variable) -> bool:
 def embedding_table(layer: keras.layers.Embedding) -> keras.Variable:
     """Return the variable of an embedding: `embeddings` may be a tensor."""
     return layer._embeddings
+
+
+def tf_variable(variable: keras.Variable) -> tf.Variable:
+    """Return the TensorFlow variable behind one of Keras.
+
+    `variable.value` is a tensor where Keras casts what it reads.
+    """
+    return variable._value
+
+
+def own_losses(layer: keras.Layer) -> list[Any]:
+    """Return what a layer passed to `add_loss`, without its sub-layers."""
+    return layer._get_own_losses()
+
+
+def add_own_loss(layer: keras.Layer, loss: Any) -> None:
+    """Let a layer have a loss, as `add_loss` in its `call` does."""
+    layer._losses.append(loss)
+
+
+def clear_losses(layer: keras.Layer) -> None:
+    """Forget what a layer and its sub-layers passed to `add_loss`."""
+    layer._clear_losses()
+
+
+def weight_regularizers(model: keras.Model) -> list[Any]:
+    """Return the losses of a model's weight regularizers."""
+    return model._get_regularization_losses()
+
+
+def call_context() -> tuple[tuple[str, Any], ...]:
+    """Return what outer calls say of inner ones, such as `training`."""
+    context = global_state.get_global_attribute("current_call_ctx")
+    found = {} if context is None else vars(context)
+    return tuple(
+        sorted((k, v) for k, v in found.items() if k != "entry_layer")
+    )
+
+
+def in_scope_without_state() -> bool:
+    """Say whether Keras only looks at what a call would give or build."""
+    stateless = global_state.get_global_attribute("stateless_scope")
+    symbolic = global_state.get_global_attribute("symbolic_scope")
+    return stateless is not None or symbolic is not None
+
+
+def get_logits(tensor: Any) -> Any:
+    """Return the logits that a softmax or sigmoid hangs on its output."""
+    return getattr(tensor, "_keras_logits", None)
+
+
+def set_logits(tensor: Any, logits: Any) -> None:
+    """Hang logits on an output, from which Keras's losses take them."""
+    if logits is not None:
+        tensor._keras_logits = logits
+
+
+# What Keras itself sets on a layer as it is called.
+CHANGING = ("_called", "built")

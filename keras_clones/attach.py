@@ -10,7 +10,7 @@ import tensorflow as tf
 from keras_clones import (
     _keras,
     balance,
-    begin,
+    build,
     exactness,
     placement,
     sharding,
@@ -260,7 +260,7 @@ def _guarded(
     def step_function(*args: Any) -> Any:
         try:
             if name == "train_function":
-                begin.build_ahead(model, made.variables_device)
+                build.build_ahead(model, made.variables_device)
             result = function(*args)
             made.report_balance()
             return result

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 
 from keras_clones import balance, footprint, picture, report, sharding
-from keras_clones.begin import StepOptions
+from keras_clones.options import StepOptions
 from keras_clones.config import DeploymentConfig, check_integer
 from keras_clones.placement import Clone
 

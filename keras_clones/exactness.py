@@ -72,11 +72,6 @@ _SUMS = (
     keras.metrics.FalseNegatives,
     keras.metrics.MeanIoU,
 )
-# Layers whose state has a stated policy, or comes from the weights alone.
-_OF_STATED_POLICY = (
-    keras.layers.BatchNormalization,
-    keras.layers.SpectralNormalization,
-)
 _MEANS = ("sum_over_batch_size", "mean")
 
 
@@ -107,7 +102,10 @@ def check_layers(model: keras.Model) -> None:
 
 
 def warn_of_inexact_state(
-    model: keras.Model, assigned: Sequence[keras.Variable], batch_norm: str
+    model: keras.Layer,
+    assigned: Sequence[keras.Variable],
+    batch_norm: str,
+    unknown: Sequence[keras.Variable],
 ) -> None:
     """Warn of what a training step assigned that differs by clone.
 
@@ -115,6 +113,7 @@ def warn_of_inexact_state(
         model: A `keras.Model`.
         assigned: Sequence of `keras.Variable`s that the forward pass assigned.
         batch_norm: String, the policy of `BatchNormalization` layers.
+        unknown: Sequence of those of which nothing says how they merge.
     """
     ids = {id(variable) for variable in assigned}
 
@@ -139,29 +138,29 @@ def warn_of_inexact_state(
             "the global batch.",
             stacklevel=1,
         )
-    alike = {
-        id(variable)
-        for layer in owners(_OF_STATED_POLICY, lambda layer: True)
-        for variable in layer.variables
-    }
     metrics = {
         id(v): m for m in _keras.layer_metrics(model) for v in m.variables
     }
-    unknown = [
-        v.path
-        for v in assigned
-        if id(v) not in alike
-        and id(v) not in metrics
-        and v.aggregation == "none"
-        and keras.backend.is_float_dtype(v.dtype)
-    ]
-    if unknown:
+    inexact = [v for v in unknown if id(v) not in metrics]
+    floats = [v.path for v in inexact if keras.backend.is_float_dtype(v.dtype)]
+    if floats:
         warnings.warn(
-            f"Variables {unknown} are assigned in the forward pass, by each "
+            f"Variables {floats} are assigned in the forward pass, by each "
             "clone from its own shard; their values are averaged by rows, "
             "which may differ from what one device comes to. Make the "
             "variable with `aggregation='mean'`, `'sum'` or "
-            "`'only_first_replica'` to say what is right.",
+            "`'only_first_replica'` to say what is right, or say it here: "
+            f"`clone_model(..., state={{{floats[0]!r}: 'mean'}})`.",
+            stacklevel=1,
+        )
+    counts = [v.path for v in inexact if v.path not in floats]
+    if counts:
+        warnings.warn(
+            f"Variables {counts} are assigned in the forward pass, by each "
+            "clone from its own shard, and the first clone's value counts: a "
+            "count of rows counts the first clone's. Make the variable with "
+            "`aggregation='sum'` to add up what the clones add, or say it "
+            f"here: `clone_model(..., state={{{counts[0]!r}: 'sum'}})`.",
             stacklevel=1,
         )
     not_sums = {

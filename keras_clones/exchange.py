@@ -1,19 +1,20 @@
-"""Lay a batch out over the clones, run their towers, bring results home."""
+"""Lay rows out over the clones, run their towers, bring results home."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
-from keras_clones import gradients, sharding, state
+from keras_clones import _keras, errors, gradients, sharding, state, traced
 from keras_clones.balance import seconds_now
 from keras_clones.placement import Clone
 from keras_clones.rendezvous import run_side_by_side
 from keras_clones.state import Variables
 from keras_clones.synchronize import over_clones
-from keras_clones.tower import Tower, TowerInput, TowerOutput
-from keras_clones.unique_rows import looked_up_once
+from keras_clones.tower import TowerInput
 
 # Clones times variables up to which the towers are inlined. It costs well
 # under a second at the first step.
@@ -21,97 +22,97 @@ INLINE_VARIABLES = 300
 
 
 class Layout(NamedTuple):
-    """A global batch laid out over clones, one input a clone.
+    """Rows laid out over the clones, one input a clone.
 
-    `stay` has the resources of the variables that are not sent, by position.
-    `started` is when the batch was laid out, in seconds, if that is measured.
+    `stay` has the positions of the variables that are not sent. `started` is
+    when the rows were laid out, in seconds, if that is measured.
     """
 
     home: str
     clones: Sequence[Clone]
+    shards: sharding.Shards
     inputs: list[TowerInput]
-    stay: dict[int, tf.Tensor]
-    started: tf.Tensor | None
+    stay: Sequence[int]
+    started: tf.Tensor | None = None
 
 
 class TracedTower(NamedTuple):
     """A tower function ready to be called on any device.
 
-    `returns` is what it returns, or the types of that in a graph, as far as
-    that is known before it runs.
-    `unique_rows` has the positions of the trainable variables whose gradients
-    have each row once. `synchronized` has the layers that share sums over
-    the clones, which then run side by side as parts of the step's own graph.
+    `notes` is what tracing it found out, and `returns` what it returns, as
+    far as that is known before it runs. `synchronized` has the layers that
+    share sums over the clones, which then run side by side as parts of the
+    step's own graph.
     """
 
-    call: Callable[[TowerInput], TowerOutput]
-    returns: TowerOutput | None
-    unique_rows: frozenset[int]
+    call: Callable[[TowerInput], Any]
+    returns: Any = None
+    notes: Any = None
     synchronized: Sequence[keras.layers.BatchNormalization] = ()
+    concrete: Any = None
+
+
+def read_variables(
+    variables: Variables, tables: Sequence[keras.Variable]
+) -> list[tf.Tensor | None]:
+    """Read each variable once, `None` for the tables that stay home."""
+    return [
+        None
+        if any(variable is table for table in tables)
+        else _keras.tf_variable(variable).read_value()
+        for variable in [*variables.trainable, *variables.others]
+    ]
+
+
+def send_mirrors(
+    values: list[tf.Tensor | None], home: str, clones: Sequence[Clone]
+) -> list[list[tf.Tensor | None]]:
+    """Send each clone one mirror of every variable."""
+    with tf.name_scope("send_mirrors"):
+        devices = [clone.device for clone in clones]
+        return gradients.send_to_all(values, home, devices)
 
 
 def lay_out(
-    batch: Any,
-    rows: sharding.Rows,
+    shards: sharding.Shards,
+    data: list[Any],
+    mirrors: list[list[tf.Tensor | None]],
     variables: Variables,
-    tables: Sequence[keras.Variable],
     loss_scale: tf.Tensor,
     clones: Sequence[Clone],
     home: str,
-    fractions: Any = None,
     clock: tf.Variable | None = None,
 ) -> Layout:
-    """Split a batch over clones, and send each one mirror of the variables.
+    """Make one input a clone of its rows, its mirrors and its numbers.
 
     Args:
-        batch: Tuple `(x, y, sample_weight)` of nests of tensors.
-        rows: Integer or scalar int32 tensor, the rows of the batch, at least
-            as many as there are clones.
-        variables: `Variables` of the model, each read once.
-        tables: Sequence of the variables that are not sent, but looked up.
+        shards: `Shards`, how the rows are divided.
+        data: List with one nest a clone: its rows.
+        mirrors: List with one list a clone: its mirrors.
+        variables: `Variables` of the model.
         loss_scale: Scalar tensor, what the optimizer multiplies the loss by.
         clones: Sequence of `Clone`s.
-        home: Device string, where the batch and the variables are.
-        fractions: Sequence of floats or tensor, the clones' fractions of the
-            rows. Defaults to `None`: even ones.
-        clock: Variable that keeps when the batch was laid out. Defaults to
+        home: Device string, where the variables are.
+        clock: Variable that keeps when the rows were laid out. Defaults to
             `None`: that is not measured.
     """
-    sizes = sharding.shard_sizes(rows, len(clones), fractions)
-    with tf.name_scope("split_batch"):
-        shards = sharding.split(batch, sizes)
-    shares = tf.cast(tf.stack(sizes), tf.float64) / tf.cast(rows, tf.float64)
+    shares = sharding.shares(shards)
     scale = tf.fill([len(clones)], tf.cast(loss_scale, tf.float64))
-    both = tf.unstack(_opaque(tf.stack([shares, scale], axis=1)))
-    seeds = [v.value.read_value() for v in variables.seeds]
-    sent = variables.trainable + variables.others
-    stay = {
-        i: variable.value.handle
-        for i, variable in enumerate(sent)
-        if any(variable is table for table in tables)
-    }
-    with tf.name_scope("send_mirrors"):
-        mirrors = gradients.send_to_all(
-            [
-                None if i in stay else variable.value.read_value()
-                for i, variable in enumerate(sent)
-            ],
-            home,
-            [clone.device for clone in clones],
-        )
+    index = tf.cast(tf.range(len(clones)), tf.float64)
+    numbers = tf.unstack(_opaque(tf.stack([shares, scale, index], axis=1)))
+    seeds = [_keras.tf_variable(v).read_value() for v in variables.seeds]
     inputs = [
         TowerInput(
             mirrors=mirrors[i],
             seeds=state.offset_seeds(seeds, i),
-            x=shards[i][0],
-            y=shards[i][1],
-            sample_weight=shards[i][2],
-            share=both[i],
+            data=data[i],
+            numbers=numbers[i],
         )
         for i in range(len(clones))
     ]
-    started = None if clock is None else seconds_now(clock, shards)
-    return Layout(home, clones, inputs, stay, started)
+    stay = [i for i, mirror in enumerate(mirrors[0]) if mirror is None]
+    started = None if clock is None else seconds_now(clock, data)
+    return Layout(home, clones, shards, inputs, stay, started)
 
 
 def _opaque(value: tf.Tensor) -> tf.Tensor:
@@ -143,76 +144,117 @@ class CallableTower(NamedTuple):
     """A tower function that can be called from any place of a graph.
 
     `function` is a `tf.function`, and `returned` holds what the tower
-    returned when it was last traced, also what the function leaves out.
+    returned when it was last traced, also what the function leaves out, and
+    its notes. `tower` is the Python function, which returns both.
     """
 
     function: Any
-    returned: list[TowerOutput]
+    returned: list[Any]
+    tower: Callable[[TowerInput], tuple[Any, Any]]
 
 
 def callable_tower(
-    tower: Tower,
+    tower: Callable[[TowerInput], tuple[Any, Any]],
     inline: bool,
     jit_compile: bool,
-    with_outputs: bool,
+    returns: Callable[[Any], Any] = lambda output: output,
 ) -> CallableTower:
     """Make a tower function callable from any place of a graph.
 
     Args:
-        tower: Tower function.
+        tower: Function from `TowerInput` to an output and notes.
         inline: Boolean, whether it becomes part of the step's graph, which it
             cannot where XLA compiles it.
         jit_compile: Boolean, whether XLA compiles the function.
-        with_outputs: Boolean, whether the model's outputs are needed.
+        returns: Function of the output that keeps what is needed of it.
     """
-    returned: list[TowerOutput] = []
+    returned: list[Any] = []
 
-    def run_tower(inputs: TowerInput) -> TowerOutput:
-        returned[:] = [tower(inputs)]
-        if with_outputs:
-            return returned[0]
-        return returned[0]._replace(outputs=None, masks=[])
+    def run_tower(inputs: TowerInput) -> Any:
+        returned[:] = tower(inputs)
+        return returns(returned[0])
 
     function = tf.function(
-        run_tower,
-        autograph=False,
-        jit_compile=jit_compile or None,
-        experimental_attributes=(
-            None if inline and not jit_compile else {"_noinline": True}
-        ),
+        run_tower, autograph=False, **function_options(inline, jit_compile)
     )
-    return CallableTower(function, returned)
+    return CallableTower(function, returned, tower)
+
+
+def function_options(inline: bool, jit_compile: bool) -> dict[str, Any]:
+    """Return the arguments of `tf.function` for what a clone runs."""
+    whole = None if inline and not jit_compile else {"_noinline": True}
+    return {
+        "jit_compile": jit_compile or None,
+        "experimental_attributes": whole,
+    }
 
 
 def trace(
     tower: CallableTower,
     layout: Layout,
     synchronized: Sequence[keras.layers.BatchNormalization] = (),
-    runs_back: bool = False,
+    in_graph: bool = False,
 ) -> TracedTower:
     """Trace a tower function once for the shards of all clones.
 
     Outside of a graph, each clone calls the Python function itself, so that
-    it can be debugged.
+    it can be debugged. So does a function that calls Python code with a
+    gradient: all its calls would share what that keeps.
 
     Args:
         tower: `CallableTower`.
-        layout: `Layout` of the global batch.
+        layout: `Layout` of the rows.
         synchronized: Sequence of layers that share sums over the clones.
-        runs_back: Boolean, whether the function is to run backward later.
-            What a loop keeps for that cannot leave a function that XLA
-            compiles, so such a function is not compiled. Defaults to
-            `False`.
+        in_graph: Boolean, whether to trace outside of a graph, too. Defaults
+            to `False`.
     """
-    function, returned = tower
-    inline = tf.executing_eagerly() or synchronized
-    if inline and not _has_sparse(layout.inputs[0].x):
-        call = function.python_function
-        if synchronized:
-            return TracedTower(call, None, frozenset(), synchronized)
-        with tf.device(layout.clones[0].device):
-            call(layout.inputs[0])
-        return TracedTower(call, returned[0], frozenset())
+    function, returned, python = tower
+    if synchronized:
+        return TracedTower(python, synchronized=synchronized)
+    if tf.executing_eagerly() and not in_graph:
+        return TracedTower(python)
+    concrete = concrete_tower(tower, layout)
+    output, notes = returned
+    if traced.calls_python(concrete):
+        return TracedTower(python)
+    warn_of_outside_variables(concrete)
+    call: Callable[[TowerInput], Any] = concrete
+    if not in_graph and traced.has_state_of_no_variable(concrete):
+        types = _common_types(layout)
+        place = tf.TensorSpec([], tf.resource)
+        concrete = function.get_concrete_function(types._replace(place=place))
+        output, notes = returned
+        call = apart(concrete)
+    return TracedTower(call, output, notes, (), concrete)
+
+
+def concrete_tower(tower: CallableTower, layout: Layout) -> Any:
+    """Return the function that all clones call, for shards of any size.
+
+    What a layer assigns can look alike in all clones only because all shards
+    have as many rows, as a count of them does. So it is looked at once more
+    with that number unknown.
+    """
+    types = _common_types(layout)
+    concrete = tower.function.get_concrete_function(types)
+    assigned = tower.returned[1].assigned
+    fixed = all(isinstance(size, int) for size in layout.shards.sizes)
+    if assigned and fixed and len(layout.clones) > 1:
+        relaxed = _common_types(layout, any_rows=True)
+        kept = list(tower.returned)
+        unknown = list(kept[1].unknown)
+        try:
+            found = tower.function.get_concrete_function(relaxed)
+        except Exception:
+            tower.returned[:] = kept
+        else:
+            if len(tower.returned[1].unknown) > len(unknown):
+                return found
+            tower.returned[:] = kept
+    return concrete
+
+
+def _common_types(layout: Layout, any_rows: bool = False) -> TowerInput:
     types = [
         tf.nest.map_structure(tf.type_spec_from_value, inputs)
         for inputs in layout.inputs
@@ -220,59 +262,42 @@ def trace(
     common = tf.nest.map_structure(
         lambda one, *more: one.most_specific_common_supertype(more), *types
     )
-    concrete = function.get_concrete_function(common)
-    if runs_back and _is_compiled(concrete) and _loops(concrete):
-        function = tf.function(
-            function.python_function,
-            autograph=False,
-            experimental_attributes={"_noinline": True},
+    if not any_rows:
+        return common
+
+    def relax(spec: Any) -> Any:
+        if not isinstance(spec, tf.TensorSpec) or not spec.shape.rank:
+            return spec
+        return tf.TensorSpec([None, *spec.shape[1:]], spec.dtype)
+
+    return common._replace(data=tf.nest.map_structure(relax, common.data))
+
+
+def types_of(layout: Layout) -> tuple[Any, ...]:
+    """Return the types of what clones get, to tell layouts apart by."""
+    return tuple(tf.nest.flatten(_common_types(layout)))
+
+
+def warn_of_outside_variables(concrete: Any) -> None:
+    """Warn of variables that each clone assigns by itself."""
+    names = traced.outside_variables(concrete)
+    if names:
+        warnings.warn(
+            f"A layer assigns {names}, made by `tf.Variable`, in `call`: every "
+            "clone assigns it, once for its own shard. Make such variables "
+            "with `self.add_weight(..., trainable=False, aggregation=...)`, "
+            "which clones merge as `aggregation` says.",
+            stacklevel=1,
         )
-        concrete = function.get_concrete_function(common)
-    call = concrete
-    if not inline and _has_state_of_no_variable(concrete):
-        place = tf.TensorSpec([], tf.resource)
-        concrete = function.get_concrete_function(common._replace(place=place))
-        call = _apart(concrete)
-    return TracedTower(
-        function.python_function if inline else call,
-        returned[0],
-        looked_up_once(concrete, layout.inputs[0].mirrors, layout.stay),
-        synchronized,
-    )
 
 
-def _is_compiled(concrete: Any) -> bool:
-    attributes = concrete.function_def.attr
-    # Reading a key that is not there would add it.
-    return "_XlaMustCompile" in attributes and attributes["_XlaMustCompile"].b
-
-
-def _loops(concrete: Any) -> bool:
-    return any("While" in op.type for op in concrete.graph.get_operations())
-
-
-def _has_state_of_no_variable(concrete: Any) -> bool:
-    """Say whether a function draws from `tf.random`, prints or calls Python.
-
-    Within a `tf.function`, TensorFlow runs calls of such functions one after
-    the other, unless each works on resources of its own. XLA takes none that
-    nothing is kept in.
-    """
-    if _is_compiled(concrete):
-        return False
-    return not any(t.dtype == tf.resource for t in concrete.inputs) and any(
-        op.op_def.is_stateful and op.type != "Placeholder"
-        for op in concrete.graph.get_operations()
-    )
-
-
-def _apart(concrete: Any) -> Callable[[TowerInput], TowerOutput]:
+def apart(concrete: Any) -> Callable[[TowerInput], Any]:
     """Return a function whose calls do not wait for each other.
 
     Each gets a resource of its own, which nothing is ever kept in.
     """
 
-    def call(inputs: TowerInput) -> TowerOutput:
+    def call(inputs: TowerInput) -> Any:
         place = tf.raw_ops.VarHandleOp(
             dtype=tf.float32,
             shape=[],
@@ -283,80 +308,47 @@ def _apart(concrete: Any) -> Callable[[TowerInput], TowerOutput]:
     return call
 
 
-def _has_sparse(x: Any) -> bool:
-    """Say whether gradients have unique rows, which only a graph tells of."""
-    return any(isinstance(leaf, tf.SparseTensor) for leaf in tf.nest.flatten(x))
-
-
-def call(tower: TracedTower, layout: Layout) -> list[TowerOutput]:
-    """Run a tower on every clone, each on its device."""
-    return _each(tower, layout, lambda i: tower.call(layout.inputs[i]))
-
-
-def _each(
-    tower: TracedTower, layout: Layout, function: Callable[[int], Any]
+def each(
+    layout: Layout,
+    function: Callable[[int], Any],
+    synchronized: Sequence[keras.layers.BatchNormalization] = (),
 ) -> list[Any]:
-    """Call a function once a clone, in its scope and on its device."""
-    if tower.synchronized:
-        with over_clones(tower.synchronized):
+    """Call a function once a clone, in its scope and on its device.
+
+    Args:
+        layout: `Layout` of the rows.
+        function: Function of the index of the clone.
+        synchronized: Sequence of layers that share sums over the clones.
+            Defaults to none: the calls do not know of each other.
+    """
+    if synchronized:
+        live = None
+        if layout.shards.may_be_idle:
+            live = [inputs.numbers[0] for inputs in layout.inputs]
+        with over_clones(synchronized, live):
             return run_side_by_side(layout.clones, function)
     results = []
     for i, clone in enumerate(layout.clones):
         with tf.device(clone.device), tf.name_scope(clone.scope or "clone"):
-            results.append(function(i))
+            with running(layout, i):
+                results.append(function(i))
     return results
 
 
-def call_with_pullback(
-    tower: TracedTower, layout: Layout, watched: Sequence[Sequence[Any]]
-) -> tuple[list[TowerOutput], Callable[[list[list[Any]]], list[list[Any]]]]:
-    """Run a tower on every clone, ready to run backward later.
-
-    Args:
-        tower: `TracedTower` without a loss of its own.
-        layout: `Layout` of the global batch.
-        watched: Sequence of what gradients are wanted for, one a clone.
-
-    Returns:
-        The results, and a function that takes the gradients of the loss with
-        respect to each clone's `targets` and returns those with respect to
-        what is watched.
-    """
-
-    def forward(i: int) -> tuple[TowerOutput, tf.GradientTape]:
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(watched[i])
-            return tower.call(layout.inputs[i]), tape
-
-    results, tapes = zip(*_each(tower, layout, forward), strict=True)
-
-    def pullback(cotangents: list[list[Any]]) -> list[list[Any]]:
-        def backward(i: int) -> list[Any]:
-            pairs = zip(targets(results[i]), cotangents[i], strict=True)
-            known = [(t, c) for t, c in pairs if c is not None]
-            if not known:
-                return [None] * len(watched[i])
-            wanted, upstream = zip(*known, strict=True)
-            return tapes[i].gradient(
-                wanted, list(watched[i]), output_gradients=upstream
-            )
-
-        return _each(tower, layout, backward)
-
-    return list(results), pullback
-
-
-def targets(result: TowerOutput) -> list[tf.Tensor]:
-    """Return what a loss over the global batch can depend on in a clone."""
-    leaves = tf.nest.flatten(
-        (result.outputs, result.layer_losses), expand_composites=True
-    )
-    return [leaf for leaf in leaves if leaf.dtype.is_floating]
+@contextlib.contextmanager
+def running(layout: Layout, i: int) -> Iterator[None]:
+    """Say in what is raised which clone ran, and on how many rows."""
+    try:
+        yield
+    except Exception as error:
+        if len(layout.clones) > 1:
+            errors.add_note(error, i, layout.shards)
+        raise
 
 
 def bring_home(layout: Layout, values: list[Any]) -> list[Any]:
     """Send one nest of results a clone to the variables device."""
-    sources = [clone.device for clone in layout.clones]
+    sources = [clone.device for clone in layout.clones][: len(values)]
     with tf.name_scope("bring_home"):
         return gradients.collect(values, sources, layout.home)
 
@@ -368,8 +360,78 @@ def add_up(layout: Layout, values: list[Any]) -> Any:
         return gradients.add_up(values, sources, layout.home)
 
 
-def first_home(layout: Layout, value: Any) -> Any:
-    """Send a nest of results of the first clone to the variables device."""
-    sources = [layout.clones[0].device]
-    with tf.name_scope("bring_home"):
-        return gradients.collect([value], sources, layout.home)[0]
+def merge_changes(
+    layout: Layout, changes: list[state.Changes], averaged: Any, added: Any
+) -> dict[int, Any]:
+    """Return the new values of assigned variables, at home, by position.
+
+    Args:
+        layout: `Layout` of the rows.
+        changes: List of the `Changes` of the clones.
+        averaged: Dict of the averages, at home.
+        added: Dict of what is to be added to the old values, at home.
+    """
+    firsts = bring_home(layout, [changes[0].first])[0]
+    merged = {**firsts, **averaged}
+    for reduce, kind in ((tf.reduce_max, "largest"), (tf.reduce_min, "smallest")):
+        columns = bring_home(layout, [getattr(c, kind) for c in changes])
+        for i in columns[0]:
+            merged[i] = reduce(tf.stack([c[i] for c in columns]), axis=0)
+    return {**merged, **added}
+
+
+def assign(
+    variables: Sequence[keras.Variable],
+    merged: dict[int, Any],
+    added: Sequence[int],
+) -> None:
+    """Give the variables that the clones assigned their merged values."""
+    for i, value in merged.items():
+        if i in added:
+            variables[i].assign_add(value)
+        else:
+            variables[i].assign(value)
+
+
+class Merged(NamedTuple):
+    """What clones come to at home: one gradient a variable, and the rest."""
+
+    gradients: list[Any]
+    parts: Any
+
+
+def merge_gradients(
+    layout: Layout,
+    results: list[list[Any]],
+    variables: Sequence[keras.Variable],
+    parts: list[Any] | None = None,
+) -> Merged:
+    """Add up the clones' gradients at home, as one device would have them.
+
+    Args:
+        layout: `Layout` of the rows.
+        results: List with one list of gradients a clone.
+        variables: Sequence of the variables they are of.
+        parts: List with one nest of dense tensors a clone, which add up, too.
+            Defaults to `None`: there are none.
+    """
+    apart = [
+        i
+        for i, column in enumerate(zip(*results, strict=True))
+        if any(isinstance(g, traced.RowGradient) for g in column)
+        or _keras.overwrites_with_gradient(variables[i])
+    ]
+    dense = [
+        {i: g for i, g in enumerate(result) if i not in apart and g is not None}
+        for result in results
+    ]
+    rest, merged = add_up(
+        layout, list(zip(parts or [()] * len(dense), dense, strict=True))
+    )
+    kept = bring_home(layout, [[r[i] for i in apart] for r in results])
+    with tf.name_scope("merge_gradients"):
+        for i, column in zip(apart, zip(*kept, strict=True), strict=True):
+            overwrites = _keras.overwrites_with_gradient(variables[i])
+            merge = gradients.largest if overwrites else gradients.merge
+            merged[i] = merge(column)
+    return Merged([merged.get(i) for i in range(len(variables))], rest)

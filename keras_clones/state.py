@@ -1,12 +1,15 @@
 """What becomes of BatchNormalization statistics, seeds and counters."""
 
-from collections.abc import Sequence
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import keras
 import tensorflow as tf
 
 from keras_clones import _keras
+
+POLICIES = ("mean", "sum", "first", "max", "min")
 
 
 class Variables(NamedTuple):
@@ -21,8 +24,42 @@ class Variables(NamedTuple):
     seeds: list[keras.Variable]
 
 
-def model_variables(model: keras.Model) -> Variables:
-    """Return every variable that a model's forward pass may touch."""
+class Policies(NamedTuple):
+    """What a deployment says of variables that layers assign.
+
+    `batch_norm` is `"mean"`, `"first"` or `"sync"`. `named` maps patterns of
+    variables' paths to one of `POLICIES`. `alone` says that there is one clone.
+    """
+
+    batch_norm: str = "mean"
+    named: Mapping[str, str] = {}
+    alone: bool = False
+
+
+class Policy(NamedTuple):
+    """How a variable's new values merge, and whether that is known to be so."""
+
+    name: str
+    known: bool
+
+
+class Changes(NamedTuple):
+    """New values that a clone gave variables, by how they merge.
+
+    Each is a dict by position among the assigned variables: parts of an
+    average by rows, parts to add to the old value, values of which the
+    largest, the smallest or the first clone's counts.
+    """
+
+    averaged: dict[int, tf.Tensor]
+    added: dict[int, tf.Tensor]
+    largest: dict[int, tf.Tensor]
+    smallest: dict[int, tf.Tensor]
+    first: dict[int, tf.Tensor]
+
+
+def model_variables(model: keras.Layer) -> Variables:
+    """Return every variable that a forward pass may touch."""
     seen: set[int] = set()
 
     def unseen(variables: Sequence[keras.Variable]) -> list[keras.Variable]:
@@ -40,19 +77,24 @@ def model_variables(model: keras.Model) -> Variables:
 
 
 def merge_policies(
-    model: keras.Model, variables: Sequence[keras.Variable], batch_norm: str
-) -> list[str]:
-    """Return how each variable's new values merge: a policy of `merge`.
+    model: keras.Layer,
+    variables: Sequence[keras.Variable],
+    policies: Policies,
+    alike: Sequence[bool],
+) -> list[Policy]:
+    """Return how each variable's new values merge.
 
-    A variable's own `aggregation` is honoured. Without one, floating point
-    values are averaged by rows, and whole numbers (counters, which every
-    clone advances alike) come from the first clone.
+    What the user says of a variable counts first, then what its layer is
+    known to need, then its own `aggregation`. What every clone assigns alike
+    comes from the first. Of the rest, floating point values are averaged by
+    rows and whole numbers come from the first clone, and neither is known to
+    be right.
 
     Args:
-        model: The `keras.Model` the variables belong to.
+        model: The `keras.Layer` the variables belong to.
         variables: Sequence of `keras.Variable`s.
-        batch_norm: String, `"mean"`, `"first"` or `"sync"`: what becomes of
-            the moving statistics of `BatchNormalization` layers.
+        policies: `Policies` of the deployment.
+        alike: Sequence of booleans, whether every clone assigns the same.
     """
     statistics = {
         id(variable)
@@ -61,17 +103,60 @@ def merge_policies(
         for variable in layer.non_trainable_variables
     }
 
-    def policy(variable: keras.Variable) -> str:
+    def policy(variable: keras.Variable, is_alike: bool) -> Policy:
+        if policies.alone:
+            return Policy("first", True)
+        for pattern, name in policies.named.items():
+            if fnmatch.fnmatchcase(variable.path, pattern):
+                return Policy(name, True)
         if id(variable) in statistics:
             # Synchronized layers come to the same statistics in every clone.
-            return "mean" if batch_norm == "mean" else "first"
+            mean = policies.batch_norm == "mean"
+            return Policy("mean" if mean else "first", True)
         if variable.aggregation == "only_first_replica":
-            return "first"
+            return Policy("first", True)
         if variable.aggregation in ("sum", "mean"):
-            return variable.aggregation
-        return "mean" if tf.as_dtype(variable.dtype).is_floating else "first"
+            return Policy(variable.aggregation, True)
+        floating = tf.as_dtype(variable.dtype).is_floating
+        if is_alike:
+            return Policy("first", True)
+        return Policy("mean" if floating else "first", False)
 
-    return [policy(variable) for variable in variables]
+    return [policy(v, a) for v, a in zip(variables, alike, strict=True)]
+
+
+def clone_changes(
+    names: Sequence[str],
+    old: Sequence[tf.Tensor],
+    new: Sequence[tf.Tensor],
+    weigh: Callable[[tf.Tensor], tf.Tensor],
+    if_live: Callable[[tf.Tensor], tf.Tensor],
+) -> Changes:
+    """Return a clone's part of what becomes of variables.
+
+    Args:
+        names: Sequence of strings, the policies of the variables.
+        old: Sequence of their values before.
+        new: Sequence of their values after.
+        weigh: Function that multiplies a value by the clone's share.
+        if_live: Function that makes zeros of a value of a clone without rows.
+    """
+    changes = Changes({}, {}, {}, {}, {})
+    for i, (name, before, after) in enumerate(
+        zip(names, old, new, strict=True)
+    ):
+        if name == "mean":
+            changes.averaged[i] = weigh(after)
+        elif name == "sum":
+            changes.added[i] = if_live(after - before)
+        else:
+            kept = {
+                "max": changes.largest,
+                "min": changes.smallest,
+                "first": changes.first,
+            }
+            kept[name][i] = after
+    return changes
 
 
 def merge(

@@ -1,8 +1,12 @@
-"""The train, test and predict step on clones, composed of the pure parts."""
+"""The train, test and predict step on clones, composed of the pure parts.
 
-import functools
+A step flows one of two ways. By towers, each clone computes its own loss and
+gradients, where the loss is an exact mean over the shards. By calls, the step
+runs once, on the global batch, and only its calls of layers run on clones.
+"""
+
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -10,16 +14,14 @@ import tensorflow as tf
 
 from keras_clones import (
     _keras,
+    calls,
     combine,
-    custom,
     exactness,
     exchange,
     sharding,
-    state,
 )
-from keras_clones.begin import Step, StepOptions, as_tensor, begin, build
-from keras_clones.placement import Clone
-from keras_clones.state import Variables
+from keras_clones.begin import Step, as_tensors, begin, unpack
+from keras_clones.options import StepOptions
 from keras_clones.synchronize import synchronized_layers
 from keras_clones.tables import looked_up_at_home
 from keras_clones.tower import make_tower
@@ -27,202 +29,264 @@ from keras_clones.tower import make_tower
 
 def train_step(model: keras.Model, options: StepOptions, data: Any) -> dict:
     """Train on one global batch, as `keras.Model.train_step` does."""
-    with tf.device(options.home):
-        if exactness.overrides(model, "train_step"):
-            return run_own_step(model, options, "train_step", data)
-        step = begin(model, options, data, training=True)
-        result = run(step)
-        if options.watch is not None:
-            options.watch.record(
-                result.clone_losses,
-                result.gradients,
-                step.variables.trainable,
-                model.optimizer.scale_loss(1.0),
-            )
-        assign_state(step.variables, result)
-        if step.variables.trainable:
-            model.optimizer.apply_gradients(
-                zip(result.gradients, step.variables.trainable, strict=True)
-            )
-        else:
-            warnings.warn(
-                "The model does not have any trainable weights.", stacklevel=1
-            )
-        with tf.name_scope("update_metrics"):
-            return update_metrics(step, result)
+    if exactness.overrides(model, "train_step"):
+        return run_own_step(model, options, "train_step", data)
+    return run_step(model, options, data, training=True)
 
 
 def test_step(model: keras.Model, options: StepOptions, data: Any) -> dict:
     """Evaluate one global batch, as `keras.Model.test_step` does."""
-    with tf.device(options.home):
-        if exactness.overrides(model, "test_step"):
-            return run_own_step(model, options, "test_step", data)
-        step = begin(model, options, data, training=False)
-        result = run(step)
-        assign_state(step.variables, result)
-        return update_metrics(step, result)
+    if exactness.overrides(model, "test_step"):
+        return run_own_step(model, options, "test_step", data)
+    return run_step(model, options, data, training=False)
 
 
 def predict_step(model: keras.Model, options: StepOptions, data: Any) -> Any:
     """Predict one global batch, as `keras.Model.predict_step` does."""
+    if exactness.overrides(model, "predict_step"):
+        return run_own_step(model, options, "predict_step", data)
     with tf.device(options.home):
-        if exactness.overrides(model, "predict_step"):
-            return run_own_step(model, options, "predict_step", data)
-        step = begin(model, options, data, training=None)
-        result = run(step)
-        assign_state(step.variables, result)
-        return result.outputs
+        batch = unpack(data, with_targets=False)
+        sharding.count_rows({"x": batch[0]})
+        step = keras.Model.predict_step
+        return calls.run(model, options, False, lambda: step(model, batch[:1]))
 
 
 def run_own_step(
     model: keras.Model, options: StepOptions, name: str, data: Any
 ) -> Any:
-    """Run a step that the model's class overrides in every clone."""
-    data = keras.tree.map_structure(as_tensor, data)
-    rows = sharding.count_rows({"data": data})
-    batch = keras.utils.unpack_x_y_sample_weight(data)
-    build(model, batch, options.home, training=False, own_step=True)
-    if len(options.clones) > 1:
-        exactness.check_layers(model)
-
-    def run_on(clones: Sequence[Clone]) -> Any:
-        return custom.run(
-            model,
-            name,
-            data,
-            rows,
-            clones,
-            options.home,
-            options.batch_norm,
-            options.shares,
+    """Run a step that the model's class overrides, once."""
+    with tf.device(options.home):
+        data = as_tensors(data)
+        own_step = getattr(type(model), name)
+        training = name == "train_step"
+        return calls.run(
+            model, options, training, lambda: own_step(model, data)
         )
 
-    return on_enough_clones(options.clones, rows, run_on)
+
+def run_step(
+    model: keras.Model, options: StepOptions, data: Any, training: bool
+) -> dict:
+    """Run Keras's own train or test step on one global batch."""
+    with tf.device(options.home):
+        x, y, sample_weight = batch = unpack(data, with_targets=True)
+        rows = sharding.count_rows(
+            {"x": x, "y": y, "sample_weight": sample_weight}
+        )
+        step = begin(model, options, batch, rows, training)
+
+        def run() -> dict:
+            towers = trace_towers(step)
+            if towers is None:
+                return run_by_calls(step)
+            return run_by_towers(step, *towers)
+
+        return unless_empty(rows, run, model.get_metrics_result)
 
 
-def on_enough_clones(
-    clones: Sequence[Clone],
+def unless_empty(
     rows: sharding.Rows,
-    run_on: Callable[[Sequence[Clone]], Any],
-) -> Any:
-    """Run on every clone, or on the first if there are more than rows.
-
-    So no clone ever runs on an empty shard.
-    """
-    if len(clones) == 1:
-        return run_on(clones)
+    run: Callable[[], dict],
+    skip: Callable[[], dict],
+) -> dict:
+    """Run a step if its batch has rows, else leave everything as it is."""
     if isinstance(rows, int):
-        return run_on(clones if rows >= len(clones) else clones[:1])
-    return tf.cond(
-        rows >= len(clones), lambda: run_on(clones), lambda: run_on(clones[:1])
-    )
+        return run() if rows else skip()
+    return tf.cond(rows > 0, run, skip)
 
 
-def run(step: Step) -> combine.StepResult:
-    """Run the clones on their shards of a batch, and bring the results home."""
-    run_on = functools.partial(_run_on, step, functools.cache(_towers(step)))
-    with looked_up_at_home(step.tables, step.options.home):
-        return on_enough_clones(step.options.clones, step.rows, run_on)
-
-
-def _towers(step: Step) -> Callable[[bool], exchange.CallableTower]:
-    """Return what makes a step's tower function, with or without its loss."""
-
-    def make(with_loss: bool) -> exchange.CallableTower:
-        with_metrics = with_loss and exactness.metrics_add_up(step.model)
-        tower = make_tower(
-            step.model,
-            step.variables,
-            training=bool(step.training),
-            layer_losses=(
-                step.options.layer_losses
-                if len(step.options.clones) > 1
-                else "mean"
-            ),
-            policies=functools.partial(_policies, step),
-            with_loss=with_loss,
-            with_metrics=with_metrics,
-            with_gradients=with_loss and bool(step.training),
-        )
-        devices = [clone.device for clone in step.options.clones]
-        outputs = not with_loss or _leave(step.model, with_metrics)
-        inline = exchange.inlines(devices, len(step.variables.trainable))
-        return exchange.callable_tower(tower, inline, step.jit_compile, outputs)
-
-    return make
-
-
-def _leave(model: keras.Model, with_metrics: bool) -> bool:
-    """Say whether outputs leave the clones that compute their own loss."""
-    return not with_metrics and combine.needs_outputs(model)
-
-
-def _policies(step: Step, variables: Sequence[keras.Variable]) -> list[str]:
-    if len(step.options.clones) == 1:
-        return ["first"] * len(variables)
-    return state.merge_policies(step.model, variables, step.options.batch_norm)
-
-
-def _run_on(
+def trace_towers(
     step: Step,
-    towers: Callable[[bool], exchange.CallableTower],
-    clones: Sequence[Clone],
-) -> combine.StepResult:
+) -> tuple[exchange.Layout, exchange.TracedTower] | None:
+    """Trace the towers of a step, if the clones can compute its loss.
+
+    Returns:
+        The `Layout` of the batch and the `TracedTower`, or `None` if the loss
+        has to see the outputs of all clones.
+    """
     model, options = step.model, step.options
-    layout = exchange.lay_out(
-        step.batch,
-        step.rows,
-        step.variables,
-        step.tables,
-        model.optimizer.scale_loss(1.0) if step.training else 1.0,
-        clones,
-        options.home,
-        options.shares if clones == options.clones else None,
-        options.balance.clocks[0]
-        if options.balance and step.training
-        else None,
-    )
-    if step.training is None:
-        results = exchange.call(exchange.trace(towers(False), layout), layout)
-        return combine.collect_results(step, layout, results, with_outputs=True)
-    synchronized = (
-        synchronized_layers(model, options.batch_norm)
-        if step.training and len(clones) > 1
-        else []
-    )
+    if options.loss == "gather":
+        return None
     reason = exactness.why_not_by_clone(model)
+    if reason and options.loss == "auto":
+        return None
+    layout = _lay_out(step)
+    synchronized = []
+    if step.training and len(layout.clones) > 1:
+        synchronized = synchronized_layers(model, options.batch_norm)
     if synchronized and options.loss == "auto":
-        reason = "layers share sums over the clones"
-    if options.loss == "clones" or (options.loss == "auto" and not reason):
-        tower = exchange.trace(towers(True), layout, synchronized)
-        if tower.returns is not None:
-            reason = reason or exactness.why_not_on(
-                step.batch[1], tower.returns.outputs, tower.returns.masks
-            )
-        if options.loss == "clones" and reason:
-            warnings.warn(
-                "The losses of the clones do not average to the loss of the "
-                f"global batch: {reason}. With loss='clones' the model trains "
-                "on their average all the same; loss='auto' computes the loss "
-                "of the global batch.",
-                stacklevel=1,
-            )
-        if options.loss == "clones" or not reason:
-            outputs = _leave(model, exactness.metrics_add_up(model))
-            return combine.combine_losses(step, layout, tower, outputs)
-    tower = exchange.trace(
-        towers(False), layout, synchronized, runs_back=bool(step.training)
+        return None
+    with looked_up_at_home(step.tables, options.home):
+        tower = exchange.trace(_towers(step), layout, synchronized)
+    if tower.returns is not None:
+        reason = reason or exactness.why_not_on(
+            step.batch[1], tower.returns.outputs, tower.returns.masks
+        )
+        if tower.notes.keeps and exactness.overrides(model, "compute_metrics"):
+            reason = reason or "layers keep tensors for `compute_metrics`"
+    if reason and options.loss == "auto":
+        return None
+    if reason:
+        warnings.warn(
+            "The losses of the clones do not average to the loss of the "
+            f"global batch: {reason}. With loss='clones' the model trains "
+            "on their average all the same; loss='auto' computes the loss "
+            "of the global batch.",
+            stacklevel=1,
+        )
+    return layout, tower
+
+
+def _lay_out(step: Step) -> exchange.Layout:
+    options, variables = step.options, step.variables
+    num = sharding.enough(step.rows, len(options.clones))
+    clones = options.clones[:num]
+    even = num == 1 or num < len(options.clones)
+    shards = sharding.divide(step.rows, num, None if even else options.shares)
+    clock = None
+    if options.balance and step.training:
+        clock = options.balance.clocks[0]
+    with tf.name_scope("split_batch"):
+        data = sharding.split_rows(step.batch, shards)
+    mirrors = exchange.send_mirrors(
+        exchange.read_variables(variables, step.tables), options.home, clones
     )
-    return combine.gather_outputs(step, layout, tower)
+    scale = step.model.optimizer.scale_loss(1.0) if step.training else 1.0
+    return exchange.lay_out(
+        shards, data, mirrors, variables, scale, clones, options.home, clock
+    )
 
 
-def assign_state(variables: Variables, result: combine.StepResult) -> None:
-    """Give the variables that the clones assigned their merged values."""
-    mirrored = [*variables.trainable, *variables.others]
-    for position, value in result.assigned.items():
-        mirrored[position].assign(value)
-    for position, value in result.seeds.items():
-        variables.seeds[position].assign(value)
+def _towers(step: Step) -> exchange.CallableTower:
+    """Return the tower function of a step, callable from any place."""
+    model, options = step.model, step.options
+    with_metrics = exactness.metrics_add_up(model)
+    num = sharding.enough(step.rows, len(options.clones))
+    tower = make_tower(
+        model,
+        step.variables,
+        training=step.training,
+        scalar_losses=options.scalar_losses,
+        policies=options.policies,
+        with_metrics=with_metrics,
+        may_be_idle=num > 1 and not isinstance(step.rows, int),
+    )
+    needed = not with_metrics and combine.needs_outputs(model)
+    devices = [clone.device for clone in options.clones]
+    return exchange.callable_tower(
+        tower,
+        exchange.inlines(devices, len(step.variables.trainable)),
+        step.jit_compile,
+        lambda output: (
+            output if needed else output._replace(outputs=None, masks=[])
+        ),
+    )
+
+
+def run_by_towers(
+    step: Step, layout: exchange.Layout, tower: exchange.TracedTower
+) -> dict:
+    """Run a step whose clones compute their own losses and gradients."""
+    model, variables = step.model, step.variables.trainable
+    with looked_up_at_home(step.tables, step.options.home):
+        result = combine.run(
+            step,
+            layout,
+            tower,
+            lambda: exchange.trace(_towers(step), layout, in_graph=True),
+        )
+    if step.options.watch is not None and step.training:
+        _record(step, result.clone_losses, result.gradients)
+    exchange.assign(result.variables, result.assigned, result.added)
+    if step.training and variables:
+        model.optimizer.apply_gradients(
+            zip(result.gradients, variables, strict=True)
+        )
+    elif step.training:
+        _warn_of_no_weights()
+    with tf.name_scope("update_metrics"):
+        return update_metrics(step, result)
+
+
+def run_by_calls(step: Step) -> dict:
+    """Run Keras's own step once, on the global batch."""
+    model, batch = step.model, step.batch
+
+    def run() -> dict:
+        if step.training:
+            return _train_once(step)
+        return keras.Model.test_step(model, batch)
+
+    return calls.run(model, step.options, step.training, run)
+
+
+def _train_once(step: Step) -> dict:
+    """Train as `keras.Model.train_step` does, and let a watch know."""
+    model = step.model
+    x, y, sample_weight = step.batch
+    variables = model.trainable_weights
+    with tf.GradientTape() as tape:
+        outputs = _keras.call(model, x, training=True)
+        loss = _keras.compute_loss(model, x, y, outputs, sample_weight, True)
+        _keras.loss_tracker(model).update_state(loss, sample_weight=step.rows)
+        scaled = model.optimizer.scale_loss(loss)
+    if variables:
+        gradients = tape.gradient(scaled, variables)
+        if step.options.watch is not None:
+            _record(step, _clone_losses(step, outputs), gradients)
+        model.optimizer.apply_gradients(zip(gradients, variables, strict=True))
+    else:
+        _warn_of_no_weights()
+    with tf.name_scope("update_metrics"):
+        return model.compute_metrics(x, y, outputs, sample_weight)
+
+
+def _clone_losses(step: Step, outputs: Any) -> tf.Tensor:
+    """Return the loss of each clone's rows by itself, if it is wanted."""
+    model, options = step.model, step.options
+    num = sharding.enough(step.rows, len(options.clones))
+    shards = sharding.divide(step.rows, num)
+    x, y, sample_weight = step.batch
+    masks = [_keras.get_mask(t) for t in keras.tree.flatten(outputs)]
+    losses = list(model.losses)
+
+    def loss(shard: Any) -> tf.Tensor:
+        x, y, outputs, sample_weight, masks = shard
+        for output, mask in zip(
+            keras.tree.flatten(outputs), masks, strict=True
+        ):
+            _keras.set_mask(output, mask)
+        # The scope keeps what this adds to the metrics of single outputs.
+        with keras.StatelessScope(), _keras.overriding_losses(model, losses):
+            found = _keras.compute_loss(
+                model, x, y, outputs, sample_weight, True
+            )
+        return tf.cast(found, tf.float64)
+
+    def wanted() -> tf.Tensor:
+        nest = (x, y, outputs, sample_weight, masks)
+        return tf.stack([loss(s) for s in sharding.split_rows(nest, shards)])
+
+    def unwanted() -> tf.Tensor:
+        return tf.zeros([num], tf.float64)
+
+    return tf.cond(options.watch.wanted, wanted, unwanted)
+
+
+def _record(step: Step, losses: Any, gradients: Any) -> None:
+    step.options.watch.record(
+        losses,
+        gradients,
+        step.variables.trainable,
+        step.model.optimizer.scale_loss(1.0),
+    )
+
+
+def _warn_of_no_weights() -> None:
+    warnings.warn(
+        "The model does not have any trainable weights.", stacklevel=1
+    )
 
 
 def update_metrics(step: Step, result: combine.StepResult) -> dict:

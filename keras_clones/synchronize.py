@@ -1,15 +1,13 @@
 """BatchNormalization over the global batch: sums that all clones share."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 from keras_clones import _keras, rendezvous
-
-Sum = Callable[[tf.Tensor], tf.Tensor]
 
 
 def synchronized_layers(
@@ -39,13 +37,11 @@ def over_clones(
 
     Args:
         layers: Sequence of `BatchNormalization` layers.
-        shares: Sequence of scalar tensors, one a clone, that the gradients
-            of the clones will be multiplied by. Defaults to `None`: they are
-            gradients of one global loss already.
+        shares: Sequence of scalar tensors, one a clone: nothing counts of a
+            clone whose share is 0. Defaults to `None`: all have rows.
     """
-    sum_over_clones = _make_sum(shares)
     for layer in layers:
-        _keras.set_moments(layer, _moments(layer, sum_over_clones))
+        _keras.set_moments(layer, _moments(layer, shares))
     try:
         yield
     finally:
@@ -53,8 +49,9 @@ def over_clones(
             _keras.unset_moments(layer)
 
 
-def _make_sum(shares: Sequence[tf.Tensor] | None) -> Sum:
-    """Return what adds a tensor up over all clones, and its gradient too.
+@tf.custom_gradient
+def _sum_over_clones(value: tf.Tensor) -> Any:
+    """Add a tensor up over all clones, and its gradient too.
 
     Reference:
 
@@ -65,28 +62,15 @@ def _make_sum(shares: Sequence[tf.Tensor] | None) -> Sum:
     def add_up(values: list[tf.Tensor]) -> list[tf.Tensor]:
         return [tf.add_n(values)] * len(values)
 
-    def add_up_gradients(values: list[tf.Tensor]) -> list[tf.Tensor]:
-        if shares is None:
-            return add_up(values)
-        factors = [tf.cast(share, values[0].dtype) for share in shares]
-        pairs = zip(values, factors, strict=True)
-        total = tf.add_n([value * factor for value, factor in pairs])
-        return [total / factor for factor in factors]
+    def gradient(upstream: tf.Tensor) -> tf.Tensor:
+        return rendezvous.meet("a sum of gradients", upstream, add_up)
 
-    @tf.custom_gradient
-    def sum_over_clones(value: tf.Tensor) -> Any:
-        def gradient(upstream: tf.Tensor) -> tf.Tensor:
-            return rendezvous.meet(
-                "a sum of gradients", upstream, add_up_gradients
-            )
-
-        return rendezvous.meet("a sum over clones", value, add_up), gradient
-
-    return sum_over_clones
+    return rendezvous.meet("a sum over clones", value, add_up), gradient
 
 
 def _moments(
-    layer: keras.layers.BatchNormalization, sum_over_clones: Sum
+    layer: keras.layers.BatchNormalization,
+    shares: Sequence[tf.Tensor] | None,
 ) -> Any:
     def moments(inputs: tf.Tensor, mask: Any) -> tuple[tf.Tensor, tf.Tensor]:
         rank = inputs.shape.rank
@@ -96,7 +80,11 @@ def _moments(
         def total(values: tf.Tensor) -> tf.Tensor:
             if mask is not None:
                 values = tf.where(mask[..., None], values, 0)
-            return sum_over_clones(tf.reduce_sum(values, axes))
+            part = tf.reduce_sum(values, axes)
+            if shares is not None:
+                share = shares[rendezvous.current_clone() or 0]
+                part *= tf.cast(share > 0, part.dtype)
+            return _sum_over_clones(part)
 
         count = total(tf.ones_like(inputs))
         if mask is not None:

@@ -1,33 +1,35 @@
 """The tower function: the pure function that a clone runs on its shard."""
 
+import contextlib
 import functools
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
-from keras_clones import _keras
-from keras_clones.state import Variables
+from keras_clones import _keras, layer_losses, sharding, state
+from keras_clones.scopes import CloneScope
+from keras_clones.state import Changes, Policies, Variables
+from keras_clones.traced import RowGradient, dependence, row_gradient
 
 
 class TowerInput(NamedTuple):
-    """What a clone gets for one step.
+    """What a clone gets.
 
     `mirrors` holds the values of `Variables.trainable`, then of
-    `Variables.others`, and `None` for a table that stays home.
-    `share` holds two float64 numbers: the rows of the shard over the rows of
-    the global batch, and the optimizer's loss scale. `place` is a resource
-    that keeps clones with a state of their own from waiting for each other.
+    `Variables.others`, and `None` for a table that stays home. `data` is a
+    nest with the clone's rows: a batch `(x, y, sample_weight)`, or what a
+    layer is called with. `numbers` holds three float64 numbers: the rows of
+    the shard over those of the whole, the optimizer's loss scale, and the
+    index of the clone. `place` is a resource that keeps clones with a state
+    of their own from waiting for each other.
     """
 
     mirrors: list[tf.Tensor | None]
     seeds: list[tf.Tensor]
-    x: Any
-    y: Any
-    sample_weight: Any
-    share: tf.Tensor
+    data: Any
+    numbers: tf.Tensor
     place: tf.Tensor | None = None
 
 
@@ -35,31 +37,79 @@ class TowerOutput(NamedTuple):
     """What a clone gives back.
 
     Losses, metrics and gradients are the clone's parts: their sums over the
-    clones are those of the global batch. `layer_losses` are the parts of
-    `model.losses` where they are not in the loss, `loss_values` of the losses
-    of single outputs that Keras logs, `metrics` of what the batch adds to the
-    compiled metrics' variables, `gradients` of those of the scaled loss.
-
-    What the forward pass assigned is by position among the mirrors: in
-    `averaged` and `added` the clone's parts of an average by rows and of what
-    to add to the old value, in `assigned` new values, alike or to be taken
-    from the first clone. `seeds` holds new values of the seeds.
+    clones are those of the global batch. `loss_values` are the losses of
+    single outputs that Keras logs, `metrics` what the batch adds to the
+    compiled metrics' variables, `gradients` those of the scaled loss.
+    `changes` are new values of the variables in `Notes.assigned`.
     """
 
     outputs: Any
     masks: list[Any]
     loss: Any
     loss_values: list[tf.Tensor]
-    layer_losses: list[tf.Tensor]
-    averaged: dict[int, tf.Tensor]
-    added: dict[int, tf.Tensor]
-    assigned: dict[int, tf.Tensor]
-    seeds: dict[int, tf.Tensor]
+    changes: Changes
     metrics: list[tf.Tensor]
     gradients: list[Any]
 
 
-Tower = Callable[[TowerInput], TowerOutput]
+class Notes(NamedTuple):
+    """What is found out about a tower while it is traced.
+
+    `assigned` has the variables that it assigns, and `unknown` those among
+    them of which nothing says how their values merge. `keeps` says whether
+    layers keep tensors on themselves.
+    """
+
+    assigned: list[keras.Variable]
+    unknown: list[keras.Variable]
+    keeps: bool = False
+
+
+Tower = Callable[[TowerInput], tuple[TowerOutput, Notes]]
+
+
+class Weights:
+    """What a clone's values are multiplied by.
+
+    Args:
+        inputs: `TowerInput` of the clone.
+        may_be_idle: Boolean, whether the clone may have got no row of its
+            own. It then runs on another's, and nothing of that counts.
+    """
+
+    def __init__(self, inputs: TowerInput, may_be_idle: bool) -> None:
+        self._share = inputs.numbers[0]
+        self._idle = may_be_idle
+        self.share = functools.cache(lambda t: tf.cast(self._share, t))
+
+    def weigh(self, value: tf.Tensor) -> tf.Tensor:
+        """Multiply a value by the clone's share of the rows."""
+        return value * self.share(value.dtype)
+
+    def if_live(self, value: tf.Tensor) -> tf.Tensor:
+        """Return zeros in place of a value of a clone without rows."""
+        if not self._idle:
+            return value
+        return value * tf.cast(self._share > 0, value.dtype)
+
+    def own_rows(self, value: Any) -> Any:
+        """Return a tensor without the rows of a clone that has none."""
+        if not self._idle or not sharding.has_rows(value):
+            return value
+        if isinstance(value, tf.SparseTensor):
+            shape = tf.where(
+                tf.one_hot(0, value.shape.rank, True, False),
+                tf.cast(self._share > 0, tf.int64) * value.dense_shape,
+                value.dense_shape,
+            )
+            return tf.sparse.slice(value, tf.zeros_like(shape), shape)
+        rows = tf.cast(
+            value.nrows()
+            if isinstance(value, tf.RaggedTensor)
+            else tf.shape(value)[0],
+            tf.int32,
+        )
+        return value[: rows * tf.cast(self._share > 0, tf.int32)]
 
 
 def make_tower(
@@ -67,13 +117,12 @@ def make_tower(
     variables: Variables,
     *,
     training: bool,
-    layer_losses: str | None,
-    policies: Callable[[Sequence[keras.Variable]], Sequence[str]],
-    with_loss: bool,
+    scalar_losses: layer_losses.Kinds,
+    policies: Policies,
     with_metrics: bool,
-    with_gradients: bool,
+    may_be_idle: bool,
 ) -> Tower:
-    """Return the tower function of a model.
+    """Return the tower function of a model that computes its own loss.
 
     The forward pass and the loss run inside one scope that maps every
     variable to its mirror: apart, the gradients of weight regularizers would
@@ -82,97 +131,91 @@ def make_tower(
     Args:
         model: A built `keras.Model`.
         variables: `Variables` of the model.
-        training: Boolean, what the model is called with.
-        layer_losses: String, `"mean"` or `"sum"`: what a scalar that a layer
-            passes to `add_loss` is of the rows. `None` takes it for a mean,
-            with a warning.
-        policies: Function that returns how each of some variables merges, as
-            `state.merge_policies` does.
-        with_loss: Boolean, whether the clone computes its own loss.
-        with_metrics: Boolean, whether it also updates the compiled metrics,
-            from zero, by its own shard.
-        with_gradients: Boolean, whether it also computes the gradients.
+        training: Boolean, what the model is called with. Gradients are
+            computed if so.
+        scalar_losses: What a scalar that a layer passes to `add_loss` is of
+            the rows, as `layer_losses.kind` takes it.
+        policies: `Policies` by which variables that are assigned merge.
+        with_metrics: Boolean, whether the clone also updates the compiled
+            metrics, from zero, by its own shard.
+        may_be_idle: Boolean, whether a clone may have no row of its own.
 
     Returns:
-        A function from `TowerInput` to `TowerOutput`, with no side effects.
+        A function from `TowerInput` to `TowerOutput` and `Notes`, with no
+        side effects.
     """
-    mirrored = [*variables.trainable, *variables.others]
 
-    def tower(inputs: TowerInput) -> TowerOutput:
+    def tower(inputs: TowerInput) -> tuple[TowerOutput, Notes]:
+        x, y, sample_weight = inputs.data
         trained = sources(variables, inputs)
-        share = functools.cache(lambda t: tf.cast(inputs.share[0], t))
-
-        def weigh(value: tf.Tensor) -> tf.Tensor:
-            return value * share(value.dtype)
-
-        trackers = _keras.loss_trackers(model) if with_loss else []
+        weights = Weights(inputs, may_be_idle)
+        trackers = _keras.loss_trackers(model)
         metrics = _keras.metric_variables(model) if with_metrics else []
         from_zero = [*(v for m in trackers for v in m.variables), *metrics]
-        mapping = [
-            *(
-                (variable, mirror)
-                for variable, mirror in zip(
-                    mirrored, inputs.mirrors, strict=True
-                )
-                if mirror is not None
-            ),
-            *zip(variables.seeds, inputs.seeds, strict=True),
-            *((v, tf.zeros(v.shape, v.dtype)) for v in from_zero),
-        ]
-        loss, loss_values, gradients = None, [], []
+        scope = CloneScope(
+            [
+                *mapping(variables, inputs),
+                *((v, tf.zeros(v.shape, v.dtype)) for v in from_zero),
+            ]
+        )
+        before = kept_tensors(model)
         with tf.GradientTape(watch_accessed_variables=False) as tape:
-            if with_gradients:
+            if training:
                 tape.watch(trained)
-            with _TowerScope(mapping, trained) as scope:
-                outputs = _keras.call(model, inputs.x, training)
-                losses = _layer_losses(model, inputs.share[0], layer_losses)
-                if with_loss:
-                    local = [l / share(l.dtype) for l in losses]
-                    with _keras.overriding_losses(model, local):
-                        loss = _keras.compute_loss(
-                            model,
-                            inputs.x,
-                            inputs.y,
-                            outputs,
-                            inputs.sample_weight,
-                            training,
-                        )
+            with scope, first_writes(inputs):
+                with layer_losses.marking(model) as marks:
+                    outputs = _keras.call(model, x, training)
+                local = layer_losses.local(model, marks, scalar_losses, weights)
+                with _keras.overriding_losses(model, local):
+                    loss = _keras.compute_loss(
+                        model, x, y, outputs, sample_weight, training
+                    )
                 if with_metrics:
                     with tf.name_scope("update_metrics"):
                         _keras.update_compiled_metrics(
-                            model, inputs.y, outputs, inputs.sample_weight
+                            model, y, outputs, sample_weight
                         )
-        if with_gradients and loss is not None:
-            seed = tf.cast(tf.reduce_prod(inputs.share), loss.dtype)
+        is_alike = alike_in_all(inputs)
+        gradients = []
+        if training:
+            seed = tf.cast(tf.reduce_prod(inputs.numbers[:2]), loss.dtype)
             with tf.name_scope("backward_pass"):
-                gradients = tape.gradient(loss, trained, output_gradients=seed)
-        if with_loss:
-            values = [_tracked_value(scope, m) for m in trackers]
-            loss, *loss_values = map(weigh, [loss, *values])
-        new = _assigned(scope, mirrored, inputs.mirrors)
-        merged: dict[str, dict] = {"mean": {}, "sum": {}, "first": {}}
-        for position, policy in zip(
-            new, policies([mirrored[i] for i in new]), strict=True
-        ):
-            merged[policy][position] = new[position]
-        return TowerOutput(
-            outputs=outputs,
-            masks=[_keras.get_mask(t) for t in keras.tree.flatten(outputs)],
-            loss=loss,
-            loss_values=loss_values,
-            layer_losses=[] if with_loss else losses,
-            averaged={i: weigh(value) for i, value in merged["mean"].items()},
-            added={
-                i: value - inputs.mirrors[i]
-                for i, value in merged["sum"].items()
-            },
-            assigned=merged["first"],
-            seeds=_assigned(scope, variables.seeds, inputs.seeds),
-            metrics=[scope.get_current_value(v) for v in metrics],
+                gradients = by_rows(
+                    tape.gradient(loss, trained, output_gradients=seed),
+                    is_alike,
+                )
+        changes, notes = find_changes(
+            model, variables, inputs, scope, policies, weights, from_zero
+        )
+        values = [_tracked_value(scope, m) for m in trackers]
+        output = TowerOutput(
+            outputs=keras.tree.map_structure(weights.own_rows, outputs),
+            masks=[
+                None if mask is None else weights.own_rows(mask)
+                for mask in map(_keras.get_mask, keras.tree.flatten(outputs))
+            ],
+            loss=weights.weigh(loss),
+            loss_values=[weights.weigh(value) for value in values],
+            changes=changes,
+            metrics=[
+                weights.if_live(scope.get_current_value(v)) for v in metrics
+            ],
             gradients=gradients,
         )
+        return output, notes._replace(keeps=kept_tensors(model) != before)
 
     return tower
+
+
+def mapping(
+    variables: Variables, inputs: TowerInput
+) -> list[tuple[keras.Variable, tf.Tensor]]:
+    """Return which value stands for which variable in a clone."""
+    mirrored = zip(
+        [*variables.trainable, *variables.others], inputs.mirrors, strict=True
+    )
+    seeds = zip(variables.seeds, inputs.seeds, strict=True)
+    return [*((v, m) for v, m in mirrored if m is not None), *seeds]
 
 
 def sources(variables: Variables, inputs: TowerInput) -> list[Any]:
@@ -183,74 +226,114 @@ def sources(variables: Variables, inputs: TowerInput) -> list[Any]:
     """
     mirrors = inputs.mirrors[: len(variables.trainable)]
     return [
-        variable.value if mirror is None else mirror
+        _keras.tf_variable(variable) if mirror is None else mirror
         for variable, mirror in zip(variables.trainable, mirrors, strict=True)
     ]
 
 
-class _TowerScope(keras.StatelessScope):
-    """A scope whose assignments stop gradients, as assigning variables does.
+def alike_in_all(inputs: TowerInput) -> Callable[[tf.Tensor], bool]:
+    """Return what says whether a tensor is alike in all clones.
 
-    What reads a variable after an assignment has a gradient with respect to
-    the variable, and none with respect to what the new value came from.
+    It is if it depends neither on the rows nor on random numbers.
     """
-
-    def __init__(
-        self,
-        mapping: list[tuple[keras.Variable, tf.Tensor]],
-        trained: list[tf.Tensor],
-    ) -> None:
-        super().__init__(mapping, collect_losses=True)
-        trained_ids = {id(mirror) for mirror in trained}
-        self._trained = {
-            id(variable): mirror
-            for variable, mirror in mapping
-            if id(mirror) in trained_ids
-        }
-
-    def add_update(self, update: tuple[keras.Variable, Any]) -> None:
-        variable, value = update
-        value = tf.stop_gradient(value)
-        mirror = self._trained.get(id(variable))
-        if mirror is not None:
-            value += mirror - tf.stop_gradient(mirror)
-        super().add_update((variable, value))
+    if tf.executing_eagerly():
+        return lambda tensor: False
+    leaves = tf.nest.flatten(inputs.data, expand_composites=True)
+    rows = [leaf for leaf in leaves if leaf is not None and leaf.shape.rank != 0]
+    depends = dependence([*rows, *inputs.seeds])
+    return lambda tensor: not depends(tensor)
 
 
-def _layer_losses(
-    model: keras.Model, share: tf.Tensor, scalars: str | None
-) -> list[tf.Tensor]:
-    """Return the clone's parts of `model.losses`.
+def by_rows(
+    gradients: list[Any], is_alike: Callable[[tf.Tensor], bool]
+) -> list[Any]:
+    """Take gradients by rows apart, where a graph tells of them."""
 
-    The entries of a loss that is no scalar are added up, as Keras does. A
-    scalar is a mean over the rows (Keras divides activity regularizers by
-    them) or a sum, as the user says. A weight regularizer is the same in
-    every clone, so its share of the rows counts it once.
+    def one(gradient: Any) -> Any:
+        if not isinstance(gradient, tf.IndexedSlices):
+            return gradient
+        if tf.executing_eagerly():
+            return RowGradient([gradient], [], [])
+        return row_gradient(gradient, is_alike)
+
+    return [one(gradient) for gradient in gradients]
+
+
+def find_changes(
+    layer: keras.Layer,
+    variables: Variables,
+    inputs: TowerInput,
+    scope: CloneScope,
+    policies: Policies,
+    weights: Weights,
+    besides: Sequence[keras.Variable] = (),
+) -> tuple[Changes, Notes]:
+    """Return what a clone assigned, and how that is to merge."""
+    known = {id(v) for v in besides}
+    assigned = [v for v in scope.assigned() if id(v) not in known]
+    seeds = {id(v) for v in variables.seeds}
+    values = {id(v): m for v, m in mapping(variables, inputs)}
+    old = [values.get(id(v), _keras.tf_variable(v)) for v in assigned]
+    new = [scope.get_current_value(v) for v in assigned]
+    is_alike = alike_in_all(inputs)
+    found = state.merge_policies(
+        layer,
+        assigned,
+        policies,
+        [id(v) in seeds or is_alike(value) for v, value in zip(assigned, new)],
+    )
+    pairs = zip(assigned, found, strict=True)
+    changes = state.clone_changes(
+        [policy.name for policy in found],
+        old,
+        new,
+        weights.weigh,
+        weights.if_live,
+    )
+    return changes, Notes(assigned, [v for v, p in pairs if not p.known])
+
+
+# What Keras itself keeps on a layer.
+_NOT_KEPT = ("_losses", "_losses_override")
+
+
+def kept_tensors(layer: keras.Layer) -> dict[tuple[int, str], Any]:
+    """Return the tensors that layers keep on themselves, by their place.
+
+    The values of the dict are lists of the ids of tensors.
     """
-    losses = [_keras.as_loss(loss) for loss in model.losses]
-    num_own = len(losses) - _keras.num_weight_regularizers(model)
-    parts = []
-    if scalars is None and any(l.shape.rank == 0 for l in losses[:num_own]):
-        _warn_of_scalar_losses(model)
-    for position, loss in enumerate(losses):
-        is_mean = position >= num_own or scalars != "sum"
-        if loss.shape.rank == 0 and is_mean:
-            loss = loss * tf.cast(share, loss.dtype)
-        parts.append(tf.reduce_sum(loss))
-    return parts
+    return {
+        (id(one), name): [id(leaf) for leaf in leaves]
+        for one in _keras.layers(layer)
+        for name, value in list(vars(one).items())
+        if name not in _NOT_KEPT and (leaves := tensors_in(value))
+    }
 
 
-def _warn_of_scalar_losses(model: keras.Model) -> None:
-    """Warn of scalars passed to `add_loss` that are taken for means."""
-    names = _keras.layers_with_scalar_losses(model)
-    if names:
-        warnings.warn(
-            f"Layers {names} pass scalars to `add_loss`, which are taken for "
-            "means over the rows of the batch. Say "
-            "`clone_model(..., layer_losses='mean')` if they are, or 'sum' if "
-            "they are sums.",
-            stacklevel=1,
-        )
+def tensors_in(value: Any) -> list[Any]:
+    """Return the tensors in lists, tuples and dicts, without variables."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return [tensor for entry in value for tensor in tensors_in(entry)]
+    known = tf.is_tensor(value) and not isinstance(
+        value, (keras.Variable, tf.Variable)
+    )
+    return [value] if known else []
+
+
+def first_writes(inputs: TowerInput) -> contextlib.AbstractContextManager[Any]:
+    """Let the first clone alone write summaries, if anything writes any."""
+    # Without TensorBoard installed there is nothing to write with.
+    if not hasattr(tf.summary, "should_record_summaries"):
+        return contextlib.nullcontext()
+    wanted = tf.summary.should_record_summaries()
+    if tf.get_static_value(wanted) is not None and not tf.get_static_value(
+        wanted
+    ):
+        return contextlib.nullcontext()
+    is_first = tf.equal(inputs.numbers[2], 0)
+    return tf.summary.record_if(tf.logical_and(is_first, wanted))
 
 
 def _tracked_value(
@@ -259,17 +342,3 @@ def _tracked_value(
     """Return what a tracker, zero at first, was updated with."""
     total, count = (scope.get_current_value(v) for v in tracker.variables)
     return tf.math.divide_no_nan(total, tf.cast(count, total.dtype))
-
-
-def _assigned(
-    scope: keras.StatelessScope,
-    variables: list[keras.Variable],
-    before: list[tf.Tensor],
-) -> dict[int, tf.Tensor]:
-    """Return the new values of the variables that were assigned."""
-    after = [scope.get_current_value(variable) for variable in variables]
-    return {
-        position: new
-        for position, (old, new) in enumerate(zip(before, after, strict=True))
-        if new is not old
-    }

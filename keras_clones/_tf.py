@@ -1,0 +1,73 @@
+"""Every private name of TensorFlow that this package reaches, with its why.
+
+`tests/test_keras_private.py` fails when one of them moves.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import tensorflow as tf
+from tensorflow.python import pywrap_tfe
+from tensorflow.python.eager import record
+from tensorflow.python.ops import resource_variable_ops
+
+# What a function, a branch or a loop says it only reads.
+_READS = "_read_only_resource_inputs"
+_READING_OPS = ("ReadVariableOp", "ResourceGather", "VariableShape")
+
+
+def stop_recording() -> AbstractContextManager[None]:
+    """Stop every tape of this thread: `tape.stop_recording` stops one."""
+    return record.stop_recording()
+
+
+def record_operation(
+    name: str,
+    outputs: Sequence[tf.Tensor],
+    inputs: Sequence[tf.Tensor],
+    backward: Callable[..., Sequence[Any]],
+) -> None:
+    """Tell every tape how outputs came from inputs.
+
+    `tf.custom_gradient` does so too, but gives zeros for variables that a
+    function reads, and copies every input.
+    """
+    record.record_operation(name, list(outputs), list(inputs), backward)
+
+
+def num_watching(tensors: Sequence[tf.Tensor]) -> int:
+    """Return how many tapes watch any of some tensors: 0, 1, or 2 for more.
+
+    A persistent tape counts as 2.
+    """
+    return pywrap_tfe.TFE_Py_TapeSetPossibleGradientTypes(list(tensors))
+
+
+def variable_accessed(variable: tf.Variable) -> None:
+    """Tell every tape that a variable is used, as reading it does."""
+    resource_variable_ops.variable_accessed(variable)
+
+
+def num_writes(value: tf.Tensor) -> int:
+    """Return how often a graph has written to the variable of a value so far.
+
+    Args:
+        value: Tensor that was read from a variable in this graph.
+    """
+    operation = value.op
+    while operation.type != "ReadVariableOp":
+        operation = operation.inputs[0].op
+    handle = operation.inputs[0]
+    return sum(not _only_reads(op, handle) for op in handle.consumers())
+
+
+def _only_reads(operation: Any, handle: tf.Tensor) -> bool:
+    if operation.type in _READING_OPS:
+        return True
+    try:
+        read = operation.get_attr(_READS)
+    except ValueError:
+        return False
+    inputs = list(operation.inputs)
+    return all(i in read for i, t in enumerate(inputs) if t is handle)

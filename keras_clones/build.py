@@ -1,0 +1,99 @@
+"""Build what a model lacks before its clones run: they make no variables."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_clones import _keras, exactness, placement
+from keras_clones.options import StepOptions
+
+
+def build(model: keras.Model, batch: Any, home: str, training: bool) -> None:
+    """Create at home what the first step of Keras would create.
+
+    Args:
+        model: A `keras.Model`.
+        batch: Tuple `(x, y, sample_weight)` of a global batch.
+        home: Device string, where variables live.
+        training: Boolean, whether the optimizer is needed, too.
+    """
+    with tf.init_scope(), tf.device(home):
+        if not _keras.is_built(model):
+            _look_at(functools.partial(_rehearse, model), *batch)
+        if training:
+            build_optimizer(model)
+
+
+def build_by_call(
+    layer: keras.Layer,
+    method: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    home: str,
+) -> None:
+    """Create at home what the first call of a layer would create.
+
+    Keras has called `build` by now. What it left out is built by a call that
+    computes nothing.
+    """
+    if not all(one.built for one in _keras.layers(layer)):
+
+        def rehearse(args: Any, kwargs: Any) -> None:
+            with keras.StatelessScope(), keras.SymbolicScope():
+                method(*args, **kwargs)
+
+        with tf.init_scope(), tf.device(home):
+            _look_at(rehearse, args, kwargs)
+    placement.move_variables(layer.variables, home)
+
+
+def _look_at(function: Callable[..., None], *args: Any) -> None:
+    """Trace a function for arguments of some types, and run nothing."""
+    types = tf.nest.map_structure(
+        lambda x: tf.type_spec_from_value(x) if tf.is_tensor(x) else x, args
+    )
+    rehearsal = tf.function(function, autograph=False)
+    rehearsal.get_concrete_function(*types)
+
+
+def build_ahead(model: keras.Model, home: str) -> None:
+    """Create at home the optimizer's variables, if the model has its own.
+
+    TensorFlow traces a function twice that creates variables, and most of the
+    time of a first step goes into its trace. So what can be built is built
+    before. A step of the user's own says itself what its optimizer updates.
+    """
+    known = all(layer.built for layer in _keras.layers(model))
+    if known and not exactness.overrides(model, "train_step"):
+        with tf.device(home):
+            build_optimizer(model)
+
+
+def build_optimizer(model: keras.Model) -> None:
+    """Create the variables of a model's optimizer, if it has not."""
+    optimizer = model.optimizer
+    if optimizer is not None and not optimizer.built:
+        with keras.name_scope(optimizer.name, caller=optimizer):
+            optimizer.build(model.trainable_variables)
+
+
+def _rehearse(model: keras.Model, x: Any, y: Any, sample_weight: Any) -> None:
+    with keras.StatelessScope(collect_losses=True), keras.SymbolicScope():
+        y_pred = _keras.call(model, x, training=False)
+        if model.compiled and y is not None:
+            _keras.compute_loss(model, x, y, y_pred, sample_weight, False)
+            model.compute_metrics(x, y, y_pred, sample_weight)
+
+
+def resolve_jit_compile(model: keras.Model, options: StepOptions) -> bool:
+    """Say whether XLA compiles what each clone of a compiled model runs."""
+    if options.jit_compile != "auto":
+        return bool(options.jit_compile)
+    # Keras settles its own "auto" by whether the machine has a GPU. Without
+    # one, a true value is what the user asked `compile` for.
+    on_gpu = all("GPU" in clone.device for clone in options.clones)
+    no_gpu = not placement.logical_devices("GPU")
+    return bool(model.jit_compile and (on_gpu or no_gpu))

@@ -1,0 +1,148 @@
+"""A step that runs once, on the global batch: its layer calls run on clones.
+
+While a step runs, the `call` of the model's own layers is swapped on each
+layer. The outermost calls split what they get by rows, run once a clone on
+its device, and join what they return. Everything inside of a call, and
+everything else that the step does, is as on one device.
+"""
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_clones import _keras, sharded_call
+from keras_clones.options import StepOptions
+
+_METHODS = ("call", "quantized_call")
+_lock = threading.Lock()
+
+
+class _Active(threading.local):
+    """The calls of the step that this thread makes, if it makes one."""
+
+    calls: "sharded_call.Calls | None" = None
+
+
+_active = _Active()
+
+
+def run(
+    model: keras.Model,
+    options: StepOptions,
+    training: bool,
+    step: Callable[[], Any],
+) -> Any:
+    """Run a step whose calls of the model's layers run on the clones.
+
+    Args:
+        model: The cloned `keras.Model`.
+        options: `StepOptions`.
+        training: Boolean, whether it is a training step.
+        step: Function without arguments that makes the step.
+
+    Returns:
+        What the step returns.
+    """
+    device = sharded_call.device_of_step(options)
+    held = _active.calls
+    layers = _keras.layers(model)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(tf.device(device))
+        stack.enter_context(_swapped(layers))
+        if device != options.home:
+            optimizers = _keras.optimizers(model)
+            stack.enter_context(_at_home(optimizers, options.home))
+        _active.calls = sharded_call.Calls(model, options, training)
+        stack.callback(setattr, _active, "calls", held)
+        return step()
+
+
+@contextlib.contextmanager
+def _swapped(layers: Sequence[keras.Layer]) -> Iterator[None]:
+    """Let the calls of layers be seen, on these layers and no others.
+
+    Two threads may do so at once with layers that they share.
+    """
+    with _lock:
+        for layer in layers:
+            for name in _METHODS:
+                _swap(layer, name)
+    try:
+        yield
+    finally:
+        with _lock:
+            for layer in layers:
+                for name in _METHODS:
+                    _swap_back(layer, name)
+
+
+def _swap(layer: keras.Layer, name: str) -> None:
+    current = vars(layer).get(name)
+    if isinstance(current, _Seen):
+        current.count += 1
+    elif hasattr(layer, name):
+        # `vars` passes by the layer's own tracking of what it is given.
+        vars(layer)[name] = _Seen(layer, getattr(layer, name), current)
+
+
+def _swap_back(layer: keras.Layer, name: str) -> None:
+    current = vars(layer).get(name)
+    if not isinstance(current, _Seen):
+        return
+    current.count -= 1
+    if current.count == 0:
+        del vars(layer)[name]
+        if current.own is not None:
+            vars(layer)[name] = current.own
+
+
+class _Seen:
+    """A method of a layer, which runs on the clones where a step calls it.
+
+    Attributes:
+        own: What the layer had under this name itself, or `None`.
+        count: Integer, how many steps have it at this time.
+    """
+
+    def __init__(self, layer: keras.Layer, method: Any, own: Any) -> None:
+        self._layer = layer
+        self._method = method
+        self.own = own
+        self.count = 1
+        functools.update_wrapper(self, method)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        calls = _active.calls
+        if calls is None or calls.busy or _keras.in_scope_without_state():
+            return self._method(*args, **kwargs)
+        return sharded_call.call(calls, self._layer, self._method, args, kwargs)
+
+
+@contextlib.contextmanager
+def _at_home(optimizers: Sequence[Any], home: str) -> Iterator[None]:
+    """Let optimizers apply gradients where the variables are."""
+
+    def wrap(apply: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(apply)
+        def at_home(*args: Any, **kwargs: Any) -> Any:
+            with tf.device(home):
+                return apply(*args, **kwargs)
+
+        return at_home
+
+    found = {id(optimizer): optimizer for optimizer in optimizers}.values()
+    held = [(one, vars(one).get("apply")) for one in found]
+    for optimizer in found:
+        vars(optimizer)["apply"] = wrap(optimizer.apply)
+    try:
+        yield
+    finally:
+        for optimizer, own in held:
+            del vars(optimizer)["apply"]
+            if own is not None:
+                vars(optimizer)["apply"] = own

@@ -1,0 +1,41 @@
+"""What the steps of one deployment go by."""
+
+from typing import Any, NamedTuple
+
+from keras_clones import layer_losses
+from keras_clones.balance import Balance
+from keras_clones.placement import Clone
+from keras_clones.state import Policies
+from keras_clones.watch import Watch
+
+
+class StepOptions(NamedTuple):
+    """What the steps of one deployment go by.
+
+    `state` maps patterns of variables' paths to how their values merge.
+    `shares` are the fractions of the rows that the clones get, `None` for
+    even ones. `balance` measures them while the model trains. `watch` gets
+    what training steps come to, if anything wants to know.
+    """
+
+    clones: tuple[Clone, ...]
+    home: str
+    loss: str
+    batch_norm: str
+    layer_losses: layer_losses.Kinds
+    jit_compile: bool | str
+    state: tuple[tuple[str, str], ...] = ()
+    shares: Any = None
+    balance: Balance | None = None
+    watch: Watch | None = None
+
+    @property
+    def policies(self) -> Policies:
+        """How variables that layers assign merge."""
+        alone = len(self.clones) == 1
+        return Policies(self.batch_norm, dict(self.state), alone)
+
+    @property
+    def scalar_losses(self) -> layer_losses.Kinds:
+        """What scalars that layers pass to `add_loss` are of the rows."""
+        return self.layer_losses if len(self.clones) > 1 else "mean"

@@ -1,0 +1,187 @@
+"""What a traced function tells of itself: by its graph, before it runs."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+_SAME_VALUES = ("Identity", "Cast", "Reshape")
+_UNIQUE = ("Unique", "UniqueV2")
+# What passes no gradient on, whatever its inputs are.
+_STOPS = ("StopGradient", "PreventGradient")
+
+
+class RowGradient(NamedTuple):
+    """A gradient of a table by rows, part by part as they were looked up.
+
+    A plain look-up gives a row for every id, repeated as often as it was
+    looked up. A look-up by ids that do not depend on the batch has the same
+    ids in every clone, and one by a sparse tensor has each id once. Keras's
+    optimizers square row by row, so merging has to tell them apart.
+    """
+
+    repeated: list[tf.IndexedSlices]
+    constant: list[tf.IndexedSlices]
+    unique: list[tf.IndexedSlices]
+
+
+def row_gradient(
+    gradient: tf.IndexedSlices, is_alike: Callable[[tf.Tensor], bool]
+) -> RowGradient:
+    """Take a gradient by rows apart, one part a look-up.
+
+    Args:
+        gradient: `tf.IndexedSlices` in a graph.
+        is_alike: Function that says whether a tensor is alike in all clones.
+    """
+    parts = RowGradient([], [], [])
+    for values, indices in _parts(gradient.values, gradient.indices):
+        part = tf.IndexedSlices(values, indices, gradient.dense_shape)
+        if is_alike(indices):
+            parts.constant.append(part)
+        elif _is_unique(indices):
+            parts.unique.append(part)
+        else:
+            parts.repeated.append(part)
+    return parts
+
+
+def _parts(
+    values: tf.Tensor, indices: tf.Tensor
+) -> list[tuple[tf.Tensor, tf.Tensor]]:
+    """Undo the joining of gradients that come from several look-ups."""
+    joined = indices
+    while joined.op.type in ("Identity", "Cast"):
+        joined = joined.op.inputs[0]
+    both = values.op, joined.op
+    if any(op.type != "ConcatV2" for op in both) or len(
+        {len(op.inputs) for op in both}
+    ) > 1:
+        return [(values, indices)]
+    return [
+        part
+        for one, other in zip(
+            list(both[0].inputs)[:-1], list(both[1].inputs)[:-1], strict=True
+        )
+        for part in _parts(one, tf.cast(other, indices.dtype))
+    ]
+
+
+def _is_unique(ids: tf.Tensor) -> bool:
+    """Say whether ids have each row once."""
+    while ids.op.type in _SAME_VALUES:
+        ids = ids.op.inputs[0]
+    # Gradients of rows that were added up by segments list each row once.
+    by_segments = ids.op.type.startswith("SparseSegment")
+    return by_segments or ids.op.type in _UNIQUE
+
+
+def dependence(sources: Iterable[tf.Tensor]) -> Callable[[tf.Tensor], bool]:
+    """Return what says whether a tensor depends on any of some others.
+
+    It looks into the graph that a function is traced in from inside of that
+    graph's own functions, such as the one that runs it backward.
+    """
+    found = {id(source) for source in sources}
+    independent: set[int] = set()
+
+    def depends(tensor: tf.Tensor) -> bool:
+        seen = _ancestors([tensor], until=found, known=independent)
+        if seen & found:
+            return True
+        independent.update(seen)
+        return False
+
+    return depends
+
+
+def reaching(targets: Sequence[tf.Tensor]) -> set[int]:
+    """Return the ids of what targets can have a gradient with respect to."""
+    return _ancestors(targets, barriers=_STOPS)
+
+
+def _ancestors(
+    tensors: Sequence[tf.Tensor],
+    until: Iterable[int] = (),
+    known: Iterable[int] = (),
+    barriers: Sequence[str] = (),
+) -> set[int]:
+    """Return the ids of tensors and all they come from, in outer graphs too.
+
+    Args:
+        tensors: Sequence of tensors in graphs.
+        until: Set of ids: the search ends where it meets one of these.
+        known: Set of ids: what is before these is not looked at.
+        barriers: Sequence of types of operations that are not passed.
+    """
+    stack, seen = list(tensors), set()
+    outer: dict[int, dict[int, tf.Tensor]] = {}
+    while stack:
+        tensor = stack.pop()
+        if id(tensor) in seen or id(tensor) in known:
+            continue
+        if not hasattr(tensor, "graph"):
+            continue
+        seen.add(id(tensor))
+        if id(tensor) in until:
+            break
+        graph = tensor.graph
+        if id(graph) not in outer:
+            captures = getattr(graph, "captures", ())
+            outer[id(graph)] = {id(inner): out for out, inner in captures}
+        if id(tensor) in outer[id(graph)]:
+            stack.append(outer[id(graph)][id(tensor)])
+        if tensor.op.type not in barriers:
+            stack += tensor.op.inputs
+    return seen
+
+
+def is_compiled(concrete: Any) -> bool:
+    """Say whether XLA compiles a function."""
+    attributes = concrete.function_def.attr
+    # Reading a key that is not there would add it.
+    return "_XlaMustCompile" in attributes and attributes["_XlaMustCompile"].b
+
+
+def has_loops(concrete: Any) -> bool:
+    """Say whether a function has loops."""
+    return any("While" in op.type for op in concrete.graph.get_operations())
+
+
+def calls_python(concrete: Any) -> bool:
+    """Say whether a function calls Python code that has a gradient.
+
+    What it keeps for that has the name of the operation, not of the call.
+    """
+    return any(
+        op.type == "EagerPyFunc" for op in concrete.graph.get_operations()
+    )
+
+
+def has_state_of_no_variable(concrete: Any) -> bool:
+    """Say whether a function draws from `tf.random`, prints or calls Python.
+
+    Within a `tf.function`, TensorFlow runs calls of such functions one after
+    the other, unless each works on resources of its own. XLA takes none that
+    nothing is kept in.
+    """
+    if is_compiled(concrete):
+        return False
+    return not any(t.dtype == tf.resource for t in concrete.inputs) and any(
+        op.op_def.is_stateful and op.type != "Placeholder"
+        for op in concrete.graph.get_operations()
+    )
+
+
+def outside_variables(concrete: Any) -> list[str]:
+    """Return the names of the variables that a function assigns itself."""
+    inner = {id(i): o for o, i in concrete.graph.captures}
+    assigned = [
+        inner[id(op.inputs[0])]
+        for op in concrete.graph.get_operations()
+        if op.type.startswith(("Assign", "ResourceScatter"))
+        and op.inputs
+        and id(op.inputs[0]) in inner
+    ]
+    by_handle = {id(v.handle): v.name for v in concrete.graph.variables}
+    return sorted({by_handle.get(id(h), "a tf.Variable") for h in assigned})
