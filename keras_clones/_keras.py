@@ -367,3 +367,13 @@ def set_logits(tensor: Any, logits: Any) -> None:
 
 # What Keras itself sets on a layer as it is called.
 CHANGING = ("_called", "built")
+
+
+def iterations(
+    optimizer: keras.optimizers.Optimizer | None,
+) -> keras.Variable | None:
+    """Return what counts an optimizer's steps, if it counts all of them."""
+    kinds = (keras.optimizers.LossScaleOptimizer,)
+    if isinstance(optimizer, kinds) or hasattr(optimizer, "optimizers"):
+        return None
+    return getattr(optimizer, "_iterations", None)

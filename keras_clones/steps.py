@@ -82,18 +82,39 @@ def run_step(
                 return run_by_calls(step)
             return run_by_towers(step, *towers)
 
-        return unless_empty(rows, run, model.get_metrics_result)
+        counted = _keras.iterations(model.optimizer) if training else None
+        return unless_empty(rows, run, model.get_metrics_result, counted)
 
 
 def unless_empty(
     rows: sharding.Rows,
     run: Callable[[], dict],
     skip: Callable[[], dict],
+    iterations: Any,
 ) -> dict:
-    """Run a step if its batch has rows, else leave everything as it is."""
+    """Run a step if its batch has rows, else leave everything as it is.
+
+    Args:
+        rows: Integer or scalar int32 tensor, the rows of the batch.
+        run: Function that runs the step.
+        skip: Function that returns what there is without it.
+        iterations: Variable that counts the steps, or `None`. Keras counts a
+            step that finds the data at its end, too, since counting does not
+            wait for data. So do clones, to train on with the same count.
+    """
     if isinstance(rows, int):
         return run() if rows else skip()
-    return tf.cond(rows > 0, run, skip)
+    if iterations is not None:
+        iterations.assign_add(1)
+
+    def uncounted(function: Callable[[], dict]) -> dict:
+        if iterations is not None:
+            iterations.assign_sub(1)
+        return function()
+
+    return tf.cond(
+        rows > 0, lambda: uncounted(run), lambda: uncounted(skip)
+    )
 
 
 def trace_towers(
