@@ -1,9 +1,10 @@
 """What trains in plain Keras trains the same on clones: case by case.
 
-Each case trains one model plain and on 2, 3 and 4 clones, from the same
-weights on the same batches of ten rows (so evenly and unevenly), and compares
-every variable, every optimizer variable and every log. The table of largest
-differences goes into the README by
+Each case trains one model plain and on three clones as a user does: traced,
+by `fit`, from the same weights, for two epochs of batches of 10, 10, 7 and 2
+rows, whose number the trace does not know. So shards are uneven, and one of
+the last batch's is empty. Every variable, every optimizer variable and every
+log is compared. The table of largest differences goes into the README by
 
     python -m pytest tests/test_equivalence.py --write-table
 """
@@ -21,28 +22,47 @@ from keras import layers, losses, metrics, ops, optimizers
 
 from keras_clones import clone_model
 
-ROWS, STEPS = 10, 4
+SIZES, EPOCHS = (10, 10, 7, 2), 2
+ROWS = sum(SIZES)
 CASES: dict[str, Callable[[], "Case"]] = {}
+# A test and a predict step take longer than all else, so only cases where they
+# do what a train step does not run them, and only in float64.
+EVALUATED = (
+    "input_",
+    "layer_batch_norm_sync_with_metrics",
+    "loss_masked_by_time_step",
+    "metrics_of_classes",
+    "metrics_overridden",
+)
+# One case for each way that a step can go. Two clones leave no shard empty,
+# and their last shards have one row; four leave two empty.
+ALSO_ON_2_AND_4 = (
+    "layer_batch_norm_sync",
+    "loss_masked_and_weighted_by_time_step",
+    "loss_outputs_with_weights",
+    "step_shifts_weights_and_back",
+    "table_of_constant_ids",
+)
 
 
 class Case(NamedTuple):
-    """A model, what it is compiled with, and the batches it trains on.
+    """A model, what it is compiled with, and the rows it trains on.
 
-    `float32` is the tolerance in float32, with the reason in `why` where it
-    is not 1e-5. `build_optimizer` builds it before the first step: plain
-    Keras builds ScheduleFreeAdamW wrongly in one (its averages start at zero).
-    `runs_eagerly` is false where plain Keras fails eagerly.
+    `data` is what `fit` takes, `(x, y)` or `(x, y, sample_weight)`, with all
+    rows; `fit` holds further arguments. `float64` and `float32` are the
+    tolerances, with the reason in `why` where they are not 1e-10 and 1e-5.
+    `more` reads what else to compare from a trained model.
     """
 
     model: Callable[[], keras.Model]
     compiled: dict[str, Any]
-    batches: list[dict[str, Any]]
+    data: Any
     clone: dict[str, Any] = {}  # noqa: RUF012
     float32: float = 1e-5
-    why: str = ""
-    build_optimizer: bool = False
-    runs_eagerly: bool = True
     float64: float = 1e-10
+    why: str = ""
+    fit: dict[str, Any] = {}  # noqa: RUF012
+    more: Callable[[keras.Model], list[Any]] = lambda model: []
 
 
 def case(function):
@@ -54,26 +74,20 @@ def rng():
     return np.random.default_rng(0)
 
 
+def floats(array):
+    return np.asarray(array, keras.config.floatx())
+
+
 def normal(*shape):
-    return rng().normal(size=shape).astype(keras.config.floatx())
+    return floats(rng().normal(size=shape))
 
 
-def batches(x, y, **more):
-    """Cut arrays into the batches of a case."""
-
-    def cut(array, step):
-        return array[ROWS * step : ROWS * (step + 1)]
-
-    return [
-        tf.nest.map_structure(
-            lambda array, step=step: cut(array, step), {"x": x, "y": y, **more}
-        )
-        for step in range(STEPS)
-    ]
+def uniform(*shape):
+    return floats(rng().uniform(0.1, 0.9, size=shape))
 
 
 def labelled(classes=3, features=6):
-    x = normal(ROWS * STEPS, features)
+    x = normal(ROWS, features)
     return x, rng().integers(0, classes, size=len(x))
 
 
@@ -90,96 +104,135 @@ def dense(units=3, activation="softmax", features=6, **kwargs):
 def classify(compiled=None, model=None, **kwargs):
     """Return a case of a small classifier."""
     options = {"loss": "sparse_categorical_crossentropy", **(compiled or {})}
-    return Case(model or dense(), options, batches(*labelled()), **kwargs)
+    return Case(model or dense(), options, labelled(), **kwargs)
 
 
 def regress(compiled, y=None, units=3, activation=None, **kwargs):
     """Return a case of a small regression, on targets between 0 and 1."""
-    x = normal(ROWS * STEPS, 6)
-    if y is None:
-        y = rng().uniform(0.1, 0.9, (len(x), units)).astype(x.dtype)
-    return Case(dense(units, activation), compiled, batches(x, y), **kwargs)
+    y = uniform(ROWS, units) if y is None else y
+    data = normal(ROWS, 6), y
+    return Case(dense(units, activation), compiled, data, **kwargs)
 
 
 def _add_reductions():
-    for reduction in (
-        "sum_over_batch_size",
-        "mean",
-        "sum",
-        "mean_with_sample_weight",
-        "none",
-    ):
+    for reduction in ("mean", "sum", "mean_with_sample_weight", "none"):
 
         def make(reduction=reduction):
             loss = losses.MeanSquaredError(reduction=reduction)
             made = regress({"loss": loss})
-            weight = rng().uniform(0, 2, ROWS).astype(keras.config.floatx())
             if reduction == "none":
                 return made
-            return made._replace(
-                batches=[{**b, "sample_weight": weight} for b in made.batches]
-            )
+            weight = floats(rng().uniform(0, 2, ROWS))
+            return made._replace(data=(*made.data, weight))
 
         CASES[f"loss_reduction_{reduction}"] = make
 
 
+ACTIVATIONS = {
+    losses.BinaryCrossentropy: "sigmoid",
+    losses.BinaryFocalCrossentropy: "sigmoid",
+    losses.CategoricalCrossentropy: "softmax",
+    losses.CategoricalFocalCrossentropy: "softmax",
+    losses.CategoricalGeneralizedCrossEntropy: "softmax",
+    losses.SparseCategoricalCrossentropy: "softmax",
+    losses.KLDivergence: "softmax",
+    losses.Poisson: "softplus",
+    losses.MeanSquaredLogarithmicError: "softplus",
+    losses.Dice: "sigmoid",
+    losses.Tversky: "sigmoid",
+    losses.Circle: ops.normalize,
+}
+OF_LABELS = (
+    losses.CategoricalGeneralizedCrossEntropy,
+    losses.Circle,
+    losses.SparseCategoricalCrossentropy,
+)
+OF_ONE_HOT = (
+    losses.CategoricalCrossentropy,
+    losses.CategoricalFocalCrossentropy,
+    losses.CategoricalHinge,
+)
+# These look at all rows at once: at their sums, at their pairs, or at whether
+# any target of the batch is not 0 or 1.
+OF_THE_BATCH = (
+    losses.CategoricalHinge,
+    losses.Circle,
+    losses.Dice,
+    losses.Hinge,
+    losses.SquaredHinge,
+    losses.Tversky,
+)
+
+
+def many_losses(classes):
+    """Return a case of one model with an output for each class of loss."""
+
+    def model():
+        inputs = keras.Input((6,))
+        hidden = layers.Dense(8, "tanh")(inputs)
+        # One layer for all heads: each variable takes time to trace.
+        heads = ops.split(
+            layers.Dense(3 * len(classes))(hidden), len(classes), -1
+        )
+        outputs = {
+            cls.__name__: layers.Activation(ACTIVATIONS.get(cls))(head)
+            for cls, head in zip(classes, heads, strict=True)
+        }
+        return keras.Model(inputs, outputs)
+
+    def targets(cls):
+        if cls in OF_LABELS:
+            return labelled()[1]
+        if cls in OF_ONE_HOT:
+            return floats(np.eye(3)[labelled()[1]])
+        return uniform(ROWS, 3)
+
+    return Case(
+        model,
+        {
+            "loss": {cls.__name__: cls() for cls in classes},
+            # Its gradient is a hundred times that of the others.
+            "loss_weights": {
+                cls.__name__: 0.01
+                if cls is losses.MeanAbsolutePercentageError
+                else 1.0
+                for cls in classes
+            },
+        },
+        (normal(ROWS, 6), {cls.__name__: targets(cls) for cls in classes}),
+    )
+
+
 def _add_losses():
-    probabilities = {
-        losses.BinaryCrossentropy: "sigmoid",
-        losses.BinaryFocalCrossentropy: "sigmoid",
-        losses.CategoricalCrossentropy: "softmax",
-        losses.CategoricalFocalCrossentropy: "softmax",
-        losses.CategoricalGeneralizedCrossEntropy: "softmax",
-        losses.SparseCategoricalCrossentropy: "softmax",
-        losses.KLDivergence: "softmax",
-        losses.Poisson: "softplus",
-        losses.MeanSquaredLogarithmicError: "softplus",
-        losses.Dice: "sigmoid",
-        losses.Tversky: "sigmoid",
+    every = {
+        cls
+        for _, cls in inspect.getmembers(losses, inspect.isclass)
+        if cls not in (losses.Loss, losses.CTC)
     }
-    labels = (
-        losses.SparseCategoricalCrossentropy,
-        losses.CategoricalGeneralizedCrossEntropy,
-        losses.Circle,
+    by_row = sorted(
+        every.difference(OF_THE_BATCH), key=lambda cls: cls.__name__
     )
-    one_hot = (
-        losses.CategoricalCrossentropy,
-        losses.CategoricalFocalCrossentropy,
-        losses.CategoricalHinge,
-    )
-    for name, cls in inspect.getmembers(losses, inspect.isclass):
-        if cls in (losses.Loss, losses.CTC):
-            continue
-
-        def make(cls=cls):
-            activation = probabilities.get(cls)
-            if cls in labels:
-                return regress({"loss": cls()}, labelled()[1], 3, activation)
-            if cls in one_hot:
-                y = np.eye(3)[labelled()[1]].astype(keras.config.floatx())
-                return regress({"loss": cls()}, y, 3, activation)
-            return regress({"loss": cls()}, None, 3, activation)
-
-        CASES[f"loss_{name}"] = make
+    CASES["losses_by_row"] = lambda: many_losses(by_row)
+    CASES["losses_over_the_batch"] = lambda: many_losses(OF_THE_BATCH)
 
 
 _add_reductions()
 _add_losses()
 
 
-def recurrent(**kwargs):
-    return lambda: keras.Sequential(
+def masked():
+    return keras.Sequential(
         [
+            keras.Input((6,), dtype="int32"),
             layers.Embedding(12, 4, mask_zero=True),
-            layers.LSTM(5, return_sequences=True),
-            layers.Dense(2, **kwargs),
+            layers.Dense(2),
         ]
     )
 
 
 def tokens(steps=6):
     """Return token ids whose rows are padded with zeros to one length."""
-    count = ROWS * STEPS
+    count = ROWS
     lengths = rng().integers(1, steps + 1, size=(count, 1))
     ids = rng().integers(1, 12, size=(count, steps))
     return np.where(np.arange(steps) < lengths, ids, 0)
@@ -188,7 +241,7 @@ def tokens(steps=6):
 @case
 def loss_masked_by_time_step():
     x = tokens()
-    return Case(recurrent(), {"loss": "mse"}, batches(x, normal(*x.shape, 2)))
+    return Case(masked, {"loss": "mse"}, (x, normal(*x.shape, 2)))
 
 
 @case
@@ -196,24 +249,22 @@ def loss_masked_and_weighted_by_time_step():
     x = tokens()
     weight = np.abs(normal(*x.shape))
     weight[:5] = 0
-    data = batches(x, normal(*x.shape, 2), sample_weight=weight)
-    return Case(recurrent(), {"loss": "mse", "weighted_metrics": ["mae"]}, data)
+    data = x, normal(*x.shape, 2), weight
+    return Case(masked, {"loss": "mse", "weighted_metrics": ["mae"]}, data)
 
 
 @case
 def loss_masked_mean_with_sample_weight():
     x = tokens()
     loss = losses.MeanSquaredError(reduction="mean_with_sample_weight")
-    data = batches(
-        x, normal(*x.shape, 2), sample_weight=np.abs(normal(*x.shape))
-    )
-    return Case(recurrent(), {"loss": loss}, data)
+    data = x, normal(*x.shape, 2), np.abs(normal(*x.shape))
+    return Case(masked, {"loss": loss}, data)
 
 
 @case
 def loss_weighted_by_row_with_zeros_in_one_shard():
-    weight = np.ones(ROWS * STEPS)
-    weight.reshape(STEPS, ROWS)[:, :5] = 0
+    weight = floats(np.ones(ROWS))
+    weight[:4] = weight[20:23] = 0
     x, y = labelled()
     return Case(
         dense(),
@@ -222,17 +273,13 @@ def loss_weighted_by_row_with_zeros_in_one_shard():
             "metrics": ["accuracy"],
             "weighted_metrics": ["accuracy"],
         },
-        batches(x, y, sample_weight=weight),
+        (x, y, weight),
     )
 
 
 @case
 def loss_class_weight():
-    made = classify()
-    weight = {0: 0.1, 1: 1.0, 2: 3.0}
-    return made._replace(
-        batches=[{**b, "class_weight": weight} for b in made.batches]
-    )
+    return classify(fit={"class_weight": {0: 0.1, 1: 1.0, 2: 3.0}})
 
 
 @case
@@ -255,11 +302,11 @@ def loss_outputs_with_weights():
     return Case(
         two_outputs,
         {
-            "loss": {"kind": "sparse_categorical_crossentropy", "size": "mae"},
+            "loss": {"kind": "sparse_categorical_crossentropy", "size": "mse"},
             "loss_weights": {"kind": 0.3, "size": 2.0},
-            "metrics": {"kind": ["accuracy"], "size": ["mse"]},
+            "metrics": {"kind": ["accuracy"], "size": ["mae"]},
         },
-        batches(x, {"kind": y, "size": normal(len(x), 1)}),
+        (x, {"kind": y, "size": normal(len(x), 1)}),
     )
 
 
@@ -273,7 +320,7 @@ def loss_outputs_in_a_list():
     return Case(
         model,
         {"loss": ["sparse_categorical_crossentropy", "mse"]},
-        batches(x, [y, normal(len(x), 1)]),
+        (x, (y, normal(len(x), 1))),
     )
 
 
@@ -283,7 +330,7 @@ def loss_output_without_a_loss():
     return Case(
         two_outputs,
         {"loss": {"kind": "sparse_categorical_crossentropy", "size": None}},
-        batches(x, {"kind": y, "size": normal(len(x), 1)}),
+        (x, {"kind": y, "size": normal(len(x), 1)}),
     )
 
 
@@ -394,9 +441,9 @@ def loss_ctc():
             [keras.Input((7, 3)), layers.Dense(5, "tanh"), layers.Dense(4)]
         )
 
-    x = normal(ROWS * STEPS, 7, 3)
+    x = normal(ROWS, 7, 3)
     y = rng().integers(1, 4, size=(len(x), 3))
-    return Case(model, {"loss": losses.CTC()}, batches(x, y))
+    return Case(model, {"loss": losses.CTC()}, (x, y))
 
 
 class Tokens(keras.Model):
@@ -421,16 +468,16 @@ class Tokens(keras.Model):
 
 @case
 def loss_of_ragged_targets():
-    ragged = tf.RaggedTensor.from_row_lengths(
-        tf.range(20.0), [2, 1, 3, 0, 4, 2, 1, 3, 0, 4]
-    )
-    return Case(Tokens, {}, [{"x": normal(ROWS, 6), "y": ragged}] * STEPS)
+    lengths = rng().integers(0, 5, size=ROWS)
+    values = tf.range(float(lengths.sum()))
+    ragged = tf.RaggedTensor.from_row_lengths(values, lengths)
+    return Case(Tokens, {}, (normal(ROWS, 6), ragged))
 
 
 @case
 def loss_of_sparse_targets():
     sparse = tf.sparse.from_dense(np.eye(ROWS, 4))
-    return Case(Tokens, {}, [{"x": normal(ROWS, 6), "y": sparse}] * STEPS)
+    return Case(Tokens, {}, (normal(ROWS, 6), sparse))
 
 
 @case
@@ -474,7 +521,7 @@ def metrics_of_classes():
 
 @case
 def metrics_of_probabilities():
-    y = rng().integers(0, 2, (ROWS * STEPS, 1)).astype(keras.config.floatx())
+    y = floats(rng().integers(0, 2, (ROWS, 1)))
     return regress(
         {
             "loss": "binary_crossentropy",
@@ -495,7 +542,7 @@ def metrics_of_probabilities():
 
 @case
 def metrics_of_one_hot_classes():
-    y = np.eye(3)[labelled()[1]].astype(keras.config.floatx())
+    y = floats(np.eye(3)[labelled()[1]])
     return regress(
         {
             "loss": "categorical_crossentropy",
@@ -580,26 +627,34 @@ def _add_optimizers():
                 ADAM_AND_SGD["adam"] = optimizers.Adam(0.01)
                 ADAM_AND_SGD["sgd"] = optimizers.SGD(0.1)
                 return classify({"optimizer": cls(_optimizer_of)})
-            if name == "ScheduleFreeAdamW":
-                return classify({"optimizer": cls(0.01)}, build_optimizer=True)
             return classify({"optimizer": cls(0.01)})
 
         CASES[f"optimizer_{name}"] = make
-    for label, options in {
-        "clipnorm": {"clipnorm": 0.05},
-        "global_clipnorm": {"global_clipnorm": 0.05},
-        "clipvalue": {"clipvalue": 0.01},
-        "weight_decay": {"weight_decay": 0.1},
-        "ema": {"use_ema": True, "ema_overwrite_frequency": 2},
-        "accumulation": {"gradient_accumulation_steps": 2},
-        "loss_scale": {"loss_scale_factor": 1024.0},
-        "schedule": {},
-    }.items():
+    decay = optimizers.schedules.CosineDecay(0.1, EPOCHS * len(SIZES))
+    for label, rate, options in (
+        (
+            "clipnorm_weight_decay_and_ema",
+            0.01,
+            {
+                "clipnorm": 0.05,
+                "weight_decay": 0.1,
+                "use_ema": True,
+                "ema_overwrite_frequency": 3,
+            },
+        ),
+        (
+            "global_clipnorm_and_accumulation",
+            0.01,
+            {"global_clipnorm": 0.05, "gradient_accumulation_steps": 2},
+        ),
+        (
+            "clipvalue_schedule_and_loss_scale",
+            decay,
+            {"clipvalue": 0.01, "loss_scale_factor": 1024.0},
+        ),
+    ):
 
-        def make(label=label, options=options):
-            rate = 0.01
-            if label == "schedule":
-                rate = optimizers.schedules.CosineDecay(0.1, STEPS)
+        def make(rate=rate, options=options):
             return classify({"optimizer": optimizers.Adam(rate, **options)})
 
         CASES[f"optimizer_with_{label}"] = make
@@ -617,12 +672,8 @@ def optimizer_loss_scale_with_an_infinite_gradient_in_one_clone():
             )
         }
     )
-    broken = {**made.batches[1], "x": made.batches[1]["x"].copy()}
-    broken["x"][-1] = np.inf
-    return made._replace(
-        batches=[made.batches[0], broken, *made.batches[2:]],
-        compiled={**made.compiled, "metrics": None},
-    )
+    made.data[0][sum(SIZES[:2]) - 1] = np.inf
+    return made
 
 
 def constrained():
@@ -696,7 +747,7 @@ def _add_embeddings():
                 "optimizer": optimizer,
                 "loss": "sparse_categorical_crossentropy",
             }
-            return Case(pooled, compiled, batches(tokens(), labelled()[1]))
+            return Case(pooled, compiled, (tokens(), labelled()[1]))
 
         CASES[f"optimizer_{name}_with_repeated_embedding_rows"] = make
 
@@ -707,8 +758,7 @@ _add_embeddings()
 @case
 def optimizer_embedding_gathered():
     loss = losses.SparseCategoricalCrossentropy(reduction="sum")
-    data = batches(tokens(), labelled()[1])
-    return Case(pooled, {"loss": loss}, data)
+    return Case(pooled, {"loss": loss}, (tokens(), labelled()[1]))
 
 
 class Tied(keras.Model):
@@ -726,7 +776,7 @@ class Tied(keras.Model):
 @case
 def optimizer_tied_embedding():
     loss = losses.SparseCategoricalCrossentropy(from_logits=True)
-    return Case(Tied, {"loss": loss}, batches(tokens(), labelled()[1]))
+    return Case(Tied, {"loss": loss}, (tokens(), labelled()[1]))
 
 
 class Overwritten(layers.Layer):
@@ -829,9 +879,10 @@ def layer_batch_norm_sync_masked():
     def model():
         return keras.Sequential(
             [
+                keras.Input((6,), dtype="int32"),
                 layers.Embedding(12, 4, mask_zero=True),
                 layers.BatchNormalization(),
-                layers.LSTM(5),
+                layers.GlobalAveragePooling1D(),
                 layers.Dense(3, "softmax"),
             ]
         )
@@ -839,7 +890,7 @@ def layer_batch_norm_sync_masked():
     return Case(
         model,
         {"loss": "sparse_categorical_crossentropy"},
-        batches(tokens(), labelled()[1]),
+        (tokens(), labelled()[1]),
         clone={"batch_norm": "sync"},
     )
 
@@ -866,7 +917,7 @@ def layer_batch_norm_sync_subclassed():
     return Case(
         Convolved,
         {"loss": "sparse_categorical_crossentropy"},
-        batches(normal(ROWS * STEPS, 8, 8, 1), labelled()[1]),
+        (normal(ROWS, 8, 8, 1), labelled()[1]),
         clone={"batch_norm": "sync"},
     )
 
@@ -941,7 +992,7 @@ def layer_shared():
     return Case(
         model,
         {"loss": "sparse_categorical_crossentropy"},
-        batches([x, x[::-1].copy()], y),
+        ((x, x[::-1].copy()), y),
     )
 
 
@@ -968,7 +1019,7 @@ def layer_attention():
     return Case(
         model,
         {"loss": "sparse_categorical_crossentropy"},
-        batches(normal(ROWS * STEPS, 5, 8), labelled()[1]),
+        (normal(ROWS, 5, 8), labelled()[1]),
     )
 
 
@@ -977,9 +1028,9 @@ def layer_recurrent():
     def model():
         return keras.Sequential(
             [
-                keras.Input((5, 3)),
-                layers.Bidirectional(layers.GRU(4, return_sequences=True)),
-                layers.SimpleRNN(4),
+                keras.Input((3,), dtype="int32"),
+                layers.Embedding(12, 4, mask_zero=True),
+                layers.LSTM(4),
                 layers.Dense(3, "softmax"),
             ]
         )
@@ -987,7 +1038,7 @@ def layer_recurrent():
     return Case(
         model,
         {"loss": "sparse_categorical_crossentropy"},
-        batches(normal(ROWS * STEPS, 5, 3), labelled()[1]),
+        (tokens(3), labelled()[1]),
     )
 
 
@@ -1045,19 +1096,22 @@ def layer_float8():
         float64=1e-6,
         float32=1e-2,
         why="a sum in another order can round to another float8 value",
-        runs_eagerly=False,
     )
+
+
+def linear():
+    return keras.Sequential([keras.Input((6,)), layers.Dense(3, "softmax")])
 
 
 @case
 def layer_xla():
-    return classify({"jit_compile": True})
+    return classify({"jit_compile": True}, model=linear)
 
 
 @case
 def layer_xla_gathered():
     loss = losses.SparseCategoricalCrossentropy(reduction="sum")
-    return classify({"jit_compile": True, "loss": loss})
+    return classify({"jit_compile": True, "loss": loss}, model=linear)
 
 
 class Nested(keras.Model):
@@ -1076,10 +1130,11 @@ class Nested(keras.Model):
 @case
 def input_nested_with_none():
     x, y = labelled()
-    made = batches({"pair": (x, x**2)}, y)
-    for batch in made:
-        batch["x"]["none"] = None
-    return Case(Nested, {"loss": "sparse_categorical_crossentropy"}, made)
+    return Case(
+        Nested,
+        {"loss": "sparse_categorical_crossentropy"},
+        ({"pair": (x, x**2), "none": None}, y),
+    )
 
 
 class Worded(keras.Model):
@@ -1097,21 +1152,12 @@ class Worded(keras.Model):
 
 @case
 def input_strings():
-    words = rng().choice(["a", "b", "c", "e"], size=(ROWS * STEPS, 5))
+    words = rng().choice(["a", "b", "c", "e"], size=(ROWS, 5))
     return Case(
         Worded,
         {"loss": "sparse_categorical_crossentropy"},
-        [
-            {"x": tf.constant(b["x"]), "y": b["y"]}
-            for b in batches(words, labelled()[1])
-        ],
+        (words, labelled()[1]),
     )
-
-
-def sparse_batches(x, y):
-    return [
-        {"x": tf.sparse.from_dense(b["x"]), "y": b["y"]} for b in batches(x, y)
-    ]
 
 
 @case
@@ -1125,7 +1171,7 @@ def input_sparse_ids():
     return Case(
         model,
         {"loss": "sparse_categorical_crossentropy"},
-        sparse_batches(tokens(), labelled()[1]),
+        (tf.sparse.from_dense(tokens()), labelled()[1]),
     )
 
 
@@ -1135,11 +1181,11 @@ def input_sparse_bags():
         inputs = keras.Input((12,), sparse=True)
         return keras.Model(inputs, layers.Dense(3, "softmax")(inputs))
 
-    bags = normal(ROWS * STEPS, 12)
+    bags = normal(ROWS, 12)
     return Case(
         model,
         {"loss": "sparse_categorical_crossentropy"},
-        sparse_batches(bags * (bags > 1), labelled()[1]),
+        (tf.sparse.from_dense(bags * (bags > 1)), labelled()[1]),
     )
 
 
@@ -1160,14 +1206,11 @@ class Texts(keras.Model):
 
 @case
 def input_texts_of_rank_1():
-    texts = np.array(["a b", "c", "a a c b", "d a"] * ROWS)
+    texts = np.array(["a b", "c", "a a c b", "d a"] * ROWS)[:ROWS]
     return Case(
         Texts,
         {"loss": "sparse_categorical_crossentropy"},
-        [
-            {"x": tf.constant(b["x"]), "y": b["y"]}
-            for b in batches(texts, labelled()[1])
-        ],
+        (texts, labelled()[1]),
     )
 
 
@@ -1182,42 +1225,73 @@ class Rank1(keras.Model):
 
 @case
 def input_and_output_of_rank_1():
-    x = normal(ROWS * STEPS)
-    return Case(Rank1, {"loss": "mse", "metrics": ["mae"]}, batches(x, x**2))
+    x = normal(ROWS)
+    return Case(Rank1, {"loss": "mse", "metrics": ["mae"]}, (x, x**2))
 
 
-def train(made, num_clones, eagerly=False, seed=11, jit_compile=False):
-    keras.utils.set_random_seed(seed)
+def build_optimizer(model):
+    """Build a plain model's optimizer before its first step, where it can be.
+
+    Keras traces a step twice that makes variables, which takes most of the
+    time; and ScheduleFreeAdamW is wrong if its first step builds it (its
+    averages start at zero).
+    """
+    if model.built and type(model).train_step is keras.Model.train_step:
+        model.optimizer.build(model.trainable_variables)
+
+
+def train(made, num_clones, evaluated=False, jit_compile=False):
+    """Return all that training a case comes to, by name."""
+    keras.utils.set_random_seed(11)
     model = made.model()
     if num_clones:
         clone_model(model, num_clones, **made.clone)
-    options = {"optimizer": optimizers.Adam(), **made.compiled}
-    if eagerly and made.runs_eagerly:
-        options |= {"run_eagerly": True, "jit_compile": False}
+    options = {"optimizer": optimizers.SGD(0.1), **made.compiled}
     if jit_compile:
         options |= {"jit_compile": True}
     model.compile(**options)
-    if made.build_optimizer:
-        model.optimizer.build(model.trainable_variables)
-    logs = []
-    for batch in made.batches:
-        logs.append(model.train_on_batch(**batch, return_dict=True))
-        if not all(np.isfinite(v).all() for v in logs[-1].values()):
-            logs.pop()
-    return {
-        "variables": [
-            np.asarray(v) for v in model.variables if v.dtype != "uint32"
-        ],
-        "optimizer": [np.asarray(v) for v in model.optimizer.variables],
-        "logs": logs,
+    if not num_clones:
+        build_optimizer(model)
+    data = cases.dataset(made.data, SIZES)
+    arguments = {"epochs": EPOCHS, "shuffle": False, "verbose": 0, **made.fit}
+    logs = model.fit(data, **arguments).history
+    found = {f"logs {key}": value for key, value in logs.items()}
+    if evaluated:
+        logs = model.evaluate(data, verbose=0, return_dict=True)
+        found |= {f"evaluated {key}": value for key, value in logs.items()}
+        predicted = tf.nest.flatten(model.predict(data, verbose=0))
+        found |= {f"predicted {i}": value for i, value in enumerate(predicted)}
+    values = [*model.variables, *model.optimizer.variables, *made.more(model)]
+    for i, value in enumerate(values):
+        name = getattr(value, "path", getattr(value, "name", ""))
+        found[f"{i} {name}"] = np.array(value)
+    return found
+
+
+def compare(expected, received, tolerance):
+    """Return the largest difference, and name those beyond the tolerance."""
+    assert len(expected) == len(received), (list(expected), list(received))
+    found = {}
+    for name, other in zip(expected, received.values(), strict=True):
+        value = expected[name]
+        if name.startswith("logs") and np.isnan(value).any():
+            # As the loss of a batch with an infinite entry is in plain Keras.
+            assert np.array_equal(np.isnan(value), np.isnan(other)), name
+            value, other = np.nan_to_num(value), np.nan_to_num(other)
+        found[name] = float(cases.difference(value, other))
+    beyond = {
+        name: f"{worst:.1e}"
+        for name, worst in found.items()
+        if not worst < tolerance
     }
+    assert not beyond, beyond
+    return max(found.values())
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_case_by_xla(name, float64):
     """Run with `--xla`: every clone is compiled, and trains the same."""
-    tolerance = CASES[name]().float64
-    expected = train(CASES[name](), None, eagerly=True)
+    expected = train(CASES[name](), None)
     try:
         received = train(CASES[name](), 3, jit_compile=True)
     except Exception as error:
@@ -1226,32 +1300,17 @@ def test_case_by_xla(name, float64):
         except Exception:
             pytest.skip(f"XLA does not compile the plain model: {error!r}")
         raise
-    for part, value in expected.items():
-        assert cases.difference(value, received[part]) < tolerance, part
+    compare(expected, received, CASES[name]().float64)
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("precision", ["float64", "float32"])
-def test_case(name, precision, record_property):
-    keras.config.set_floatx(precision)
-    try:
-        worst = 0.0
-        tolerance = getattr(CASES[name](), precision)
-        # Tracing takes most of the time. So only three clones in float64 run
-        # as a graph; plain Keras, which comes to the same numbers eagerly,
-        # and the other clones do not.
-        runs = [(3, False), (2, True), (4, True)]
-        if precision == "float32":
-            runs = [(3, True)]
-        expected = train(CASES[name](), None, eagerly=True)
-        for num_clones, eagerly in runs:
-            received = train(CASES[name](), num_clones, eagerly)
-            assert expected.keys() == received.keys()
-            for part, value in expected.items():
-                found = cases.difference(value, received[part])
-                worst = max(worst, found)
-                assert found < tolerance, (part, num_clones, found)
-        record_property("case", [name, precision, float(worst)])
-        assert len(expected["logs"]) > 0
-    finally:
-        keras.config.set_floatx("float32")
+def test_case(name, floatx, record_property):
+    tolerance = getattr(CASES[name](), floatx)
+    evaluated = floatx == "float64" and name.startswith(EVALUATED)
+    other = floatx == "float64" and name in ALSO_ON_2_AND_4
+    expected = train(CASES[name](), None, evaluated)
+    worst = [
+        compare(expected, train(CASES[name](), n, evaluated), tolerance)
+        for n in ((3, 2, 4) if other else (3,))
+    ]
+    record_property("case", [name, floatx, max(worst)])
