@@ -779,6 +779,102 @@ def optimizer_tied_embedding():
     return Case(Tied, {"loss": loss}, (tokens(), labelled()[1]))
 
 
+class Positions(layers.Layer):
+    """Adds a row of a table to each position, by ids made once."""
+
+    def build(self, shape):
+        self.table = layers.Embedding(*shape[1:])
+        self.table.build((1, shape[1]))
+        self.ids = ops.expand_dims(ops.arange(shape[1]), 0)
+
+    def call(self, x):
+        return x + self.table(self.ids)
+
+
+class TakenPositions(layers.Layer):
+    """Takes the rows of a weight, by ids made in the call."""
+
+    def build(self, shape):
+        self.table = self.add_weight(shape=(9, shape[2]), name="table")
+
+    def call(self, x):
+        return x + ops.take(self.table, ops.arange(ops.shape(x)[1]), axis=0)
+
+
+class RelativePositions(layers.Layer):
+    """Attends with a bias for each distance of two positions, as T5 does."""
+
+    def build(self, shape):
+        self.bias = layers.Embedding(5, 1)
+        self.bias.build((shape[1], shape[1]))
+
+    def call(self, x):
+        at = np.arange(x.shape[1])
+        bias = self.bias(ops.clip(at[None] - at[:, None], -2, 2) + 2)
+        scores = ops.matmul(x, ops.transpose(x, (0, 2, 1)))
+        return ops.matmul(ops.softmax(scores + bias[..., 0]), x)
+
+
+class TokensAndPositions(layers.Layer):
+    """Looks one table up by the batch's ids and by constant ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = layers.Embedding(12, 4)
+
+    def call(self, x):
+        return self.table(x) + self.table(ops.arange(ops.shape(x)[1]) + 3)
+
+
+def tables(*kinds):
+    """Return a case of tables one after the other, of tokens at the end."""
+    takes_tokens = kinds[0] is TokensAndPositions
+
+    def model():
+        if takes_tokens:
+            inputs = keras.Input((6,), dtype="int32")
+        else:
+            inputs = keras.Input((6, 4))
+        x = inputs
+        for kind in kinds:
+            x = kind()(x)
+        return keras.Model(inputs, layers.Dense(1)(x))
+
+    x = tokens() if takes_tokens else normal(ROWS, 6, 4)
+    options = {"loss": "mse", "optimizer": optimizers.Adam(0.01)}
+    return Case(model, options, (x, normal(ROWS, 6, 1)))
+
+
+def _add_tables():
+    kinds = {
+        "": Positions,
+        "_by_take": TakenPositions,
+        "_of_relative_positions": RelativePositions,
+        "_and_of_tokens": TokensAndPositions,
+    }
+    for label, kind in kinds.items():
+        CASES[f"table_of_constant_ids{label}"] = lambda kind=kind: tables(kind)
+    for name in (
+        "Adam",
+        "AdamW",
+        "Nadam",
+        "RMSprop",
+        "Adagrad",
+        "Muon",
+        "Adafactor",
+    ):
+
+        def make(name=name):
+            made = tables(Positions, TakenPositions)
+            made.compiled["optimizer"] = getattr(optimizers, name)(0.01)
+            return made
+
+        CASES[f"tables_of_constant_ids_with_{name}"] = make
+
+
+_add_tables()
+
+
 class Overwritten(layers.Layer):
     """Gives a variable its next value as the gradient, as float8 layers do."""
 
