@@ -334,6 +334,49 @@ def loss_output_without_a_loss():
     )
 
 
+def saturated():
+    """Return a model whose outputs lose what its logits still tell."""
+    inputs = keras.Input((6,))
+    x = layers.Rescaling(40)(inputs)
+    kind = layers.Dense(3, "softmax", name="kind")(x)
+    yes = layers.Dense(1, "sigmoid", name="yes")(x)
+    return keras.Model(inputs, {"kind": kind, "yes": yes})
+
+
+def _add_saturated():
+    def summed():
+        return {
+            "kind": losses.SparseCategoricalCrossentropy(reduction="sum"),
+            "yes": losses.BinaryCrossentropy(reduction="sum"),
+        }
+
+    def averaged():
+        kind, yes = (
+            losses.SparseCategoricalCrossentropy(reduction=None),
+            losses.BinaryCrossentropy(reduction=None),
+        )
+        return {
+            "kind": lambda y, p: ops.mean(kind(y, p)),
+            "yes": lambda y, p: ops.mean(yes(y, p)),
+        }
+
+    for label, loss in (
+        ("summed", summed),
+        ("averaged_by_a_function_of_ones_own", averaged),
+    ):
+
+        def make(loss=loss):
+            x, y = labelled()
+            targets = {"kind": y, "yes": floats(y[:, None] > 0)}
+            options = {"loss": loss(), "optimizer": optimizers.SGD(0.01)}
+            return Case(saturated, options, (x, targets))
+
+        CASES[f"loss_saturated_{label}"] = make
+
+
+_add_saturated()
+
+
 @case
 def loss_function_of_a_scalar():
     return regress({"loss": lambda y, p: ops.max(ops.abs(y - p))})
@@ -953,6 +996,15 @@ def normalized(layer):
 def layer_batch_norm_sync():
     model = normalized(layers.BatchNormalization)
     return classify(model=model, clone={"batch_norm": "sync"})
+
+
+@case
+def layer_batch_norm_sync_with_metrics():
+    return classify(
+        {"metrics": ["accuracy"], "optimizer": optimizers.Adam()},
+        model=normalized(layers.BatchNormalization),
+        clone={"batch_norm": "sync"},
+    )
 
 
 @case
