@@ -1377,6 +1377,459 @@ def input_and_output_of_rank_1():
     return Case(Rank1, {"loss": "mse", "metrics": ["mae"]}, (x, x**2))
 
 
+def net(units=1):
+    return keras.Sequential(
+        [keras.Input((6,)), layers.Dense(8, "tanh"), layers.Dense(units)]
+    )
+
+
+def step(model, data=None, rate=0.1, **options):
+    """Return a case of a model with a step of its own.
+
+    Such steps log no "loss": for it `fit` would show Keras's own metric, which
+    they do not update.
+    """
+    fields = {"clone", "fit", "more"} & options.keys()
+    fields = {field: options.pop(field) for field in fields}
+    compiled = {"optimizer": optimizers.SGD(rate), **options}
+    if data is None:
+        data = normal(ROWS, 6), uniform(ROWS, 1)
+    return Case(model, compiled, data, **fields)
+
+
+def functional(kind, layer):
+    """Return what makes a model of a class, of one layer and a Dense one."""
+
+    def model():
+        inputs = keras.Input((6,))
+        return kind(inputs, layers.Dense(1)(layer()(inputs)))
+
+    return model
+
+
+class WarmsUp(keras.Model):
+    """Counts its steps in a `tf.Variable`, and weighs the loss by them."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.steps = tf.Variable(0, dtype="int64")
+
+    def train_step(self, data):
+        x, y = data
+        self.steps.assign_add(1)
+        variables = self.trainable_variables
+        with tf.GradientTape() as tape:
+            loss = ops.mean(ops.square(self(x) - y))
+            loss *= ops.minimum(ops.cast(self.steps, loss.dtype) / 9, 1)
+        self.optimizer.apply(tape.gradient(loss, variables), variables)
+        return {"own": loss}
+
+
+@case
+def step_assigns_a_raw_variable():
+    return step(
+        functional(WarmsUp, lambda: layers.Dense(8, "tanh")),
+        more=lambda model: [model.steps],
+    )
+
+
+class Own(keras.Model):
+    """A net, for steps that say what they do with it."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = net()
+
+    def call(self, x):
+        return self.net(x)
+
+
+class Decays(Own):
+    def train_step(self, data):
+        x, y = data
+        variables = self.trainable_variables
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(y=y, y_pred=self(x))
+        gradients = tape.gradient(loss, variables)
+        for variable in variables:
+            variable.assign(0.99 * variable)
+        self.optimizer.apply_gradients(zip(gradients, variables, strict=True))
+        return {"own": loss}
+
+
+@case
+def step_assigns_weights_before_apply():
+    return step(Decays, loss="mse")
+
+
+class Shifts(Own):
+    """Differentiates at other weights, as sharpness-aware training does."""
+
+    def train_step(self, data):
+        x, y = data
+        variables = self.trainable_variables
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(y=y, y_pred=self(x))
+        shifts = tape.gradient(loss, variables)
+        for variable, shift in zip(variables, shifts, strict=True):
+            variable.assign_add(0.05 * shift)
+        with tf.GradientTape() as tape:
+            shifted = self.compute_loss(y=y, y_pred=self(x))
+        gradients = tape.gradient(shifted, variables)
+        for variable, shift in zip(variables, shifts, strict=True):
+            variable.assign_sub(0.05 * shift)
+        self.optimizer.apply_gradients(zip(gradients, variables, strict=True))
+        return {"own": loss, "shifted": shifted}
+
+
+@case
+def step_shifts_weights_and_back():
+    return step(Shifts, loss="mse")
+
+
+class Projects(keras.Model):
+    """Calls parts of itself, one of which has no input shape before."""
+
+    def __init__(self):
+        super().__init__()
+        self.augment = keras.Sequential(
+            [layers.Rescaling(0.5), layers.Lambda(lambda x: x + 1)]
+        )
+        self.net = net(3)
+        self.head = keras.Sequential([keras.Input((3,)), layers.Dense(2)])
+
+    def train_step(self, x):
+        with tf.GradientTape() as tape:
+            outputs = self.head(self.net(self.augment(x)))
+            loss = ops.mean(ops.square(outputs - 1))
+        variables = [
+            *self.net.trainable_variables,
+            *self.head.trainable_variables,
+        ]
+        self.optimizer.apply(tape.gradient(loss, variables), variables)
+        return {"own": loss}
+
+
+@case
+def step_calls_an_unbuilt_layer():
+    return step(Projects, normal(ROWS, 6))
+
+
+class Logs(keras.Model):
+    """Overrides `train_step` to add an entry to the logs."""
+
+    def train_step(self, data):
+        logs = super().train_step(data)
+        return logs | {"rate": self.optimizer.learning_rate.value}
+
+
+@case
+def step_calls_super_with_a_mask():
+    def model():
+        inputs = keras.Input((6,), dtype="int32")
+        rows = layers.Embedding(12, 4, mask_zero=True)(inputs)
+        return Logs(inputs, layers.Dense(5, "softmax")(rows))
+
+    return step(
+        model,
+        (tokens(), rng().integers(0, 5, size=(ROWS, 6))),
+        loss="sparse_categorical_crossentropy",
+        metrics=["accuracy"],
+    )
+
+
+class DifferentiatesRows(Own):
+    """The gradient of losses by row is the gradient of their sum."""
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = ops.square(self(x) - y)[:, 0]
+        variables = self.trainable_variables
+        self.optimizer.apply(tape.gradient(loss, variables), variables)
+        return {"own": ops.mean(loss)}
+
+
+@case
+def step_differentiates_losses_by_row():
+    return step(DifferentiatesRows, rate=0.01)
+
+
+class TakesFour(Own):
+    def train_step(self, data):
+        x, y, weight, offset = data
+        with tf.GradientTape() as tape:
+            loss = ops.mean(weight * ops.square(self(x) - y - offset))
+        variables = self.trainable_variables
+        gradients = tape.gradient(loss, variables)
+        self.optimizer.apply_gradients(zip(gradients, variables, strict=True))
+        return {"own": loss}
+
+
+@case
+def step_gets_four_tensors():
+    rows = uniform(3, ROWS, 1)
+    return step(TakesFour, (normal(ROWS, 6), *rows))
+
+
+class Gan(keras.Model):
+    """Updates its critic twice a step; noise, and a penalty on a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.critic = keras.Sequential(
+            [
+                keras.Input((5, 5, 1)),
+                layers.Conv2D(3, 3, activation="tanh"),
+                layers.Flatten(),
+                layers.Dense(1),
+            ]
+        )
+        self.generator = keras.Sequential(
+            [
+                keras.Input((4,)),
+                layers.Dense(25),
+                layers.LayerNormalization(),
+                layers.Activation("tanh"),
+                layers.Reshape((5, 5, 1)),
+            ]
+        )
+        self.seed = keras.random.SeedGenerator(1)
+
+    def compile(self, **kwargs):
+        super().compile(**kwargs)
+        self.critics = optimizers.Adam(1e-3)
+        self.generators = optimizers.Adam(1e-3)
+
+    def call(self, x):
+        return self.critic(x)
+
+    def generate(self, rows):
+        noise = keras.random.normal((rows, 4), seed=self.seed)
+        return self.generator(noise, training=True)
+
+    def penalty(self, real, fake):
+        rows = ops.shape(real)[0]
+        share = keras.random.uniform((rows, 1, 1, 1), seed=self.seed)
+        mixed = real + share * (fake - real)
+        with tf.GradientTape() as tape:
+            tape.watch(mixed)
+            score = self.critic(mixed, training=True)
+        square = ops.sum(tape.gradient(score, mixed) ** 2, axis=[1, 2, 3])
+        return 10 * ops.mean((ops.sqrt(square + 1e-12) - 1) ** 2)
+
+    def update_critic(self, real):
+        with tf.GradientTape() as tape:
+            fake = self.generate(ops.shape(real)[0])
+            loss = self.penalty(real, fake)
+            loss += ops.mean(self.critic(fake, training=True))
+            loss -= ops.mean(self.critic(real, training=True))
+        variables = self.critic.trainable_variables
+        gradients = tape.gradient(loss, variables)
+        self.critics.apply_gradients(zip(gradients, variables, strict=True))
+        for variable in variables:
+            variable.assign(ops.clip(variable, -0.5, 0.5))
+        return loss
+
+    def train_step(self, real):
+        for _ in range(2):
+            loss = self.update_critic(real)
+        with tf.GradientTape() as tape:
+            fake = self.generate(ops.shape(real)[0])
+            generated = -ops.mean(self.critic(fake, training=True))
+        variables = self.generator.trainable_variables
+        gradients = tape.gradient(generated, variables)
+        self.generators.apply_gradients(zip(gradients, variables, strict=True))
+        return {"critic": loss, "generator": generated}
+
+
+@case
+def step_of_a_gan_with_noise_and_gradient_penalty():
+    data = normal(ROWS, 5, 5, 1)
+
+    def model():
+        made = Gan()
+        made(data[:2])
+        return made
+
+    return step(
+        model,
+        data,
+        jit_compile=False,
+        more=lambda made: [
+            *made.critics.variables,
+            *made.generators.variables,
+        ],
+    )
+
+
+class Headed(keras.Model):
+    """Has a head of three units."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = layers.Dense(3, name="head")
+
+    def call(self, x):
+        return self.head(x)
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = ops.mean(ops.square(self(x) - y))
+        variables = self.trainable_variables
+        self.optimizer.apply(tape.gradient(loss, variables), variables)
+        return {"own": loss}
+
+
+class Reheaded(Headed):
+    """Has another head; the first is never called, so never built."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = layers.Dense(1, name="head")
+
+
+@case
+def step_of_a_subclass_that_replaces_a_layer():
+    def model():
+        made = Reheaded()
+        made(normal(2, 6))
+        return made
+
+    return step(model)
+
+
+class Penalty(layers.Layer):
+    """Adds a loss: the mean or the sum of the squares of its inputs."""
+
+    def __init__(self, reduce):
+        super().__init__()
+        self.reduce = reduce
+
+    def call(self, x):
+        self.add_loss(0.1 * self.reduce(ops.square(x)))
+        return x
+
+
+class Penalized(keras.Model):
+    """Trains on the losses of its layers, and reads them again afterwards."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden = layers.Dense(2)
+        self.penalty = Penalty(ops.mean)
+        self.seen = metrics.Mean(name="penalty")
+
+    def call(self, x):
+        return self.penalty(self.hidden(x))
+
+    @property
+    def metrics(self):
+        return [self.seen]
+
+    def train_step(self, x):
+        with tf.GradientTape() as tape:
+            self(x)
+            loss = sum(self.losses)
+        variables = self.trainable_variables
+        self.optimizer.apply(tape.gradient(loss, variables), variables)
+        self.seen.update_state(sum(self.losses))
+        return {"penalty": self.seen.result()}
+
+
+@case
+def step_reads_layer_losses_after_apply():
+    return step(Penalized, normal(ROWS, 6), clone={"layer_losses": "mean"})
+
+
+class CallsSuper(keras.Model):
+    def train_step(self, data):
+        return super().train_step(data)
+
+
+@case
+def step_with_summed_layer_losses():
+    def model():
+        inputs = keras.Input((6,))
+        hidden = Penalty(ops.sum)(layers.Dense(8, "tanh")(inputs))
+        return CallsSuper(inputs, layers.Dense(1)(hidden))
+
+    return step(model, loss="mse", rate=0.01, clone={"layer_losses": "sum"})
+
+
+class Keeps(keras.Model):
+    """Keeps a tensor on itself in `call` and uses it in `compute_loss`."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = layers.Dense(8, "tanh"), layers.Dense(1)
+
+    def call(self, x):
+        self.hidden = self.first(x)
+        return self.head(self.hidden)
+
+    def compute_loss(
+        self, x=None, y=None, y_pred=None, sample_weight=None, training=True
+    ):
+        loss = ops.mean(ops.square(y - y_pred))
+        return loss + 0.1 * ops.mean(ops.abs(self.hidden))
+
+
+@case
+def step_keeps_a_tensor_on_self():
+    return step(Keeps)
+
+
+class Python(layers.Layer):
+    """A differentiable piece of eager Python."""
+
+    def call(self, x):
+        sine = tf.py_function(tf.sin, [x], x.dtype)
+        sine.set_shape(x.shape)
+        return sine
+
+
+@case
+def step_through_a_python_function():
+    def model():
+        inputs = keras.Input((6,))
+        hidden = Python()(layers.Dense(8)(inputs))
+        return keras.Model(inputs, layers.Dense(1)(hidden))
+
+    # Clones that got in each other's way did so in some steps of many.
+    return step(model, loss="mse", fit={"epochs": 10})
+
+
+class TwoHeads(keras.Model):
+    """Returns two outputs, of which its step's loss uses one."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden = layers.Dense(8, "tanh")
+        self.used, self.unused = layers.Dense(1), layers.Dense(2)
+
+    def call(self, x):
+        hidden = self.hidden(x)
+        return self.used(hidden), self.unused(hidden)
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(y=y, y_pred=self(x, training=True)[0])
+        variables = self.trainable_variables
+        gradients = tape.gradient(loss, variables)
+        self.optimizer.apply_gradients(zip(gradients, variables, strict=True))
+        return {"own": loss}
+
+
+@case
+def step_uses_one_of_two_outputs():
+    # Weights without a gradient do not decay; with one of zeros they do.
+    optimizer = optimizers.AdamW(0.01, weight_decay=0.1)
+    return step(TwoHeads, loss="mse", optimizer=optimizer)
+
+
 def build_optimizer(model):
     """Build a plain model's optimizer before its first step, where it can be.
 
