@@ -1,5 +1,7 @@
 """Models and data that tests train twice: plain, and on clones."""
 
+import functools
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -124,6 +126,32 @@ def batches(x, y, sizes):
     return tf.data.Dataset.from_generator(
         generate, output_signature=signature
     ).apply(tf.data.experimental.assert_cardinality(len(sizes)))
+
+
+def _rows(value, start, stop):
+    if isinstance(value, tf.SparseTensor):
+        begin = [start] + [0] * (len(value.shape) - 1)
+        return tf.sparse.slice(value, begin, [stop - start, *value.shape[1:]])
+    return None if value is None else value[start:stop]
+
+
+def dataset(data, sizes):
+    """Return a dataset of batches of the given, different sizes.
+
+    Args:
+        data: A nest of arrays, of ragged or sparse tensors, or of `None`s,
+            with tuples for lists: of a list a dataset makes one tensor.
+        sizes: Sequence of integers. Where they differ, the number of rows is
+            not known to what is traced.
+    """
+    parts, start = [], 0
+    for size in sizes:
+        part = tf.nest.map_structure(
+            lambda value, a=start, b=start + size: _rows(value, a, b), data
+        )
+        parts.append(tf.data.Dataset.from_tensors(part))
+        start += size
+    return functools.reduce(lambda all_, part: all_.concatenate(part), parts)
 
 
 def difference(expected, received):

@@ -1,9 +1,10 @@
 """What trains in plain Keras trains the same on clones: case by case.
 
-Each case trains one model plain and on 2, 3 and 4 clones, from the same
-weights on the same batches of ten rows (so evenly and unevenly), and compares
-every variable, every optimizer variable and every log. The table of largest
-differences goes into the README by
+Each case trains one model plain and on three clones as a user does: traced,
+by `fit`, from the same weights, for two epochs of batches of 10, 10, 7 and 2
+rows, whose number the trace does not know. So shards are uneven, and one of
+the last batch's is empty. Every variable, every optimizer variable and every
+log is compared. The table of largest differences goes into the README by
 
     python -m pytest tests/test_equivalence.py --write-table
 """
@@ -21,28 +22,47 @@ from keras import layers, losses, metrics, ops, optimizers
 
 from keras_clones import clone_model
 
-ROWS, STEPS = 10, 4
+SIZES, EPOCHS = (10, 10, 7, 2), 2
+ROWS = sum(SIZES)
 CASES: dict[str, Callable[[], "Case"]] = {}
+# A test and a predict step take longer than all else, so only cases where they
+# do what a train step does not run them, and only in float64.
+EVALUATED = (
+    "input_",
+    "layer_batch_norm_sync_with_metrics",
+    "loss_masked_by_time_step",
+    "metrics_of_classes",
+    "metrics_overridden",
+)
+# One case for each way that a step can go. Two clones leave no shard empty,
+# and their last shards have one row; four leave two empty.
+ALSO_ON_2_AND_4 = (
+    "layer_batch_norm_sync",
+    "loss_masked_and_weighted_by_time_step",
+    "loss_outputs_with_weights",
+    "step_shifts_weights_and_back",
+    "table_of_constant_ids",
+)
 
 
 class Case(NamedTuple):
-    """A model, what it is compiled with, and the batches it trains on.
+    """A model, what it is compiled with, and the rows it trains on.
 
-    `float32` is the tolerance in float32, with the reason in `why` where it
-    is not 1e-5. `build_optimizer` builds it before the first step: plain
-    Keras builds ScheduleFreeAdamW wrongly in one (its averages start at zero).
-    `runs_eagerly` is false where plain Keras fails eagerly.
+    `data` is what `fit` takes, `(x, y)` or `(x, y, sample_weight)`, with all
+    rows; `fit` holds further arguments. `float64` and `float32` are the
+    tolerances, with the reason in `why` where they are not 1e-10 and 1e-5.
+    `more` reads what else to compare from a trained model.
     """
 
     model: Callable[[], keras.Model]
     compiled: dict[str, Any]
-    batches: list[dict[str, Any]]
+    data: Any
     clone: dict[str, Any] = {}  # noqa: RUF012
     float32: float = 1e-5
-    why: str = ""
-    build_optimizer: bool = False
-    runs_eagerly: bool = True
     float64: float = 1e-10
+    why: str = ""
+    fit: dict[str, Any] = {}  # noqa: RUF012
+    more: Callable[[keras.Model], list[Any]] = lambda model: []
 
 
 def case(function):
@@ -54,26 +74,20 @@ def rng():
     return np.random.default_rng(0)
 
 
+def floats(array):
+    return np.asarray(array, keras.config.floatx())
+
+
 def normal(*shape):
-    return rng().normal(size=shape).astype(keras.config.floatx())
+    return floats(rng().normal(size=shape))
 
 
-def batches(x, y, **more):
-    """Cut arrays into the batches of a case."""
-
-    def cut(array, step):
-        return array[ROWS * step : ROWS * (step + 1)]
-
-    return [
-        tf.nest.map_structure(
-            lambda array, step=step: cut(array, step), {"x": x, "y": y, **more}
-        )
-        for step in range(STEPS)
-    ]
+def uniform(*shape):
+    return floats(rng().uniform(0.1, 0.9, size=shape))
 
 
 def labelled(classes=3, features=6):
-    x = normal(ROWS * STEPS, features)
+    x = normal(ROWS, features)
     return x, rng().integers(0, classes, size=len(x))
 
 
@@ -90,96 +104,135 @@ def dense(units=3, activation="softmax", features=6, **kwargs):
 def classify(compiled=None, model=None, **kwargs):
     """Return a case of a small classifier."""
     options = {"loss": "sparse_categorical_crossentropy", **(compiled or {})}
-    return Case(model or dense(), options, batches(*labelled()), **kwargs)
+    return Case(model or dense(), options, labelled(), **kwargs)
 
 
 def regress(compiled, y=None, units=3, activation=None, **kwargs):
     """Return a case of a small regression, on targets between 0 and 1."""
-    x = normal(ROWS * STEPS, 6)
-    if y is None:
-        y = rng().uniform(0.1, 0.9, (len(x), units)).astype(x.dtype)
-    return Case(dense(units, activation), compiled, batches(x, y), **kwargs)
+    y = uniform(ROWS, units) if y is None else y
+    data = normal(ROWS, 6), y
+    return Case(dense(units, activation), compiled, data, **kwargs)
 
 
 def _add_reductions():
-    for reduction in (
-        "sum_over_batch_size",
-        "mean",
-        "sum",
-        "mean_with_sample_weight",
-        "none",
-    ):
+    for reduction in ("mean", "sum", "mean_with_sample_weight", "none"):
 
         def make(reduction=reduction):
             loss = losses.MeanSquaredError(reduction=reduction)
             made = regress({"loss": loss})
-            weight = rng().uniform(0, 2, ROWS).astype(keras.config.floatx())
             if reduction == "none":
                 return made
-            return made._replace(
-                batches=[{**b, "sample_weight": weight} for b in made.batches]
-            )
+            weight = floats(rng().uniform(0, 2, ROWS))
+            return made._replace(data=(*made.data, weight))
 
         CASES[f"loss_reduction_{reduction}"] = make
 
 
+ACTIVATIONS = {
+    losses.BinaryCrossentropy: "sigmoid",
+    losses.BinaryFocalCrossentropy: "sigmoid",
+    losses.CategoricalCrossentropy: "softmax",
+    losses.CategoricalFocalCrossentropy: "softmax",
+    losses.CategoricalGeneralizedCrossEntropy: "softmax",
+    losses.SparseCategoricalCrossentropy: "softmax",
+    losses.KLDivergence: "softmax",
+    losses.Poisson: "softplus",
+    losses.MeanSquaredLogarithmicError: "softplus",
+    losses.Dice: "sigmoid",
+    losses.Tversky: "sigmoid",
+    losses.Circle: ops.normalize,
+}
+OF_LABELS = (
+    losses.CategoricalGeneralizedCrossEntropy,
+    losses.Circle,
+    losses.SparseCategoricalCrossentropy,
+)
+OF_ONE_HOT = (
+    losses.CategoricalCrossentropy,
+    losses.CategoricalFocalCrossentropy,
+    losses.CategoricalHinge,
+)
+# These look at all rows at once: at their sums, at their pairs, or at whether
+# any target of the batch is not 0 or 1.
+OF_THE_BATCH = (
+    losses.CategoricalHinge,
+    losses.Circle,
+    losses.Dice,
+    losses.Hinge,
+    losses.SquaredHinge,
+    losses.Tversky,
+)
+
+
+def many_losses(classes):
+    """Return a case of one model with an output for each class of loss."""
+
+    def model():
+        inputs = keras.Input((6,))
+        hidden = layers.Dense(8, "tanh")(inputs)
+        # One layer for all heads: each variable takes time to trace.
+        heads = ops.split(
+            layers.Dense(3 * len(classes))(hidden), len(classes), -1
+        )
+        outputs = {
+            cls.__name__: layers.Activation(ACTIVATIONS.get(cls))(head)
+            for cls, head in zip(classes, heads, strict=True)
+        }
+        return keras.Model(inputs, outputs)
+
+    def targets(cls):
+        if cls in OF_LABELS:
+            return labelled()[1]
+        if cls in OF_ONE_HOT:
+            return floats(np.eye(3)[labelled()[1]])
+        return uniform(ROWS, 3)
+
+    return Case(
+        model,
+        {
+            "loss": {cls.__name__: cls() for cls in classes},
+            # Its gradient is a hundred times that of the others.
+            "loss_weights": {
+                cls.__name__: 0.01
+                if cls is losses.MeanAbsolutePercentageError
+                else 1.0
+                for cls in classes
+            },
+        },
+        (normal(ROWS, 6), {cls.__name__: targets(cls) for cls in classes}),
+    )
+
+
 def _add_losses():
-    probabilities = {
-        losses.BinaryCrossentropy: "sigmoid",
-        losses.BinaryFocalCrossentropy: "sigmoid",
-        losses.CategoricalCrossentropy: "softmax",
-        losses.CategoricalFocalCrossentropy: "softmax",
-        losses.CategoricalGeneralizedCrossEntropy: "softmax",
-        losses.SparseCategoricalCrossentropy: "softmax",
-        losses.KLDivergence: "softmax",
-        losses.Poisson: "softplus",
-        losses.MeanSquaredLogarithmicError: "softplus",
-        losses.Dice: "sigmoid",
-        losses.Tversky: "sigmoid",
+    every = {
+        cls
+        for _, cls in inspect.getmembers(losses, inspect.isclass)
+        if cls not in (losses.Loss, losses.CTC)
     }
-    labels = (
-        losses.SparseCategoricalCrossentropy,
-        losses.CategoricalGeneralizedCrossEntropy,
-        losses.Circle,
+    by_row = sorted(
+        every.difference(OF_THE_BATCH), key=lambda cls: cls.__name__
     )
-    one_hot = (
-        losses.CategoricalCrossentropy,
-        losses.CategoricalFocalCrossentropy,
-        losses.CategoricalHinge,
-    )
-    for name, cls in inspect.getmembers(losses, inspect.isclass):
-        if cls in (losses.Loss, losses.CTC):
-            continue
-
-        def make(cls=cls):
-            activation = probabilities.get(cls)
-            if cls in labels:
-                return regress({"loss": cls()}, labelled()[1], 3, activation)
-            if cls in one_hot:
-                y = np.eye(3)[labelled()[1]].astype(keras.config.floatx())
-                return regress({"loss": cls()}, y, 3, activation)
-            return regress({"loss": cls()}, None, 3, activation)
-
-        CASES[f"loss_{name}"] = make
+    CASES["losses_by_row"] = lambda: many_losses(by_row)
+    CASES["losses_over_the_batch"] = lambda: many_losses(OF_THE_BATCH)
 
 
 _add_reductions()
 _add_losses()
 
 
-def recurrent(**kwargs):
-    return lambda: keras.Sequential(
+def masked():
+    return keras.Sequential(
         [
+            keras.Input((6,), dtype="int32"),
             layers.Embedding(12, 4, mask_zero=True),
-            layers.LSTM(5, return_sequences=True),
-            layers.Dense(2, **kwargs),
+            layers.Dense(2),
         ]
     )
 
 
 def tokens(steps=6):
     """Return token ids whose rows are padded with zeros to one length."""
-    count = ROWS * STEPS
+    count = ROWS
     lengths = rng().integers(1, steps + 1, size=(count, 1))
     ids = rng().integers(1, 12, size=(count, steps))
     return np.where(np.arange(steps) < lengths, ids, 0)
@@ -188,7 +241,7 @@ def tokens(steps=6):
 @case
 def loss_masked_by_time_step():
     x = tokens()
-    return Case(recurrent(), {"loss": "mse"}, batches(x, normal(*x.shape, 2)))
+    return Case(masked, {"loss": "mse"}, (x, normal(*x.shape, 2)))
 
 
 @case
@@ -196,24 +249,22 @@ def loss_masked_and_weighted_by_time_step():
     x = tokens()
     weight = np.abs(normal(*x.shape))
     weight[:5] = 0
-    data = batches(x, normal(*x.shape, 2), sample_weight=weight)
-    return Case(recurrent(), {"loss": "mse", "weighted_metrics": ["mae"]}, data)
+    data = x, normal(*x.shape, 2), weight
+    return Case(masked, {"loss": "mse", "weighted_metrics": ["mae"]}, data)
 
 
 @case
 def loss_masked_mean_with_sample_weight():
     x = tokens()
     loss = losses.MeanSquaredError(reduction="mean_with_sample_weight")
-    data = batches(
-        x, normal(*x.shape, 2), sample_weight=np.abs(normal(*x.shape))
-    )
-    return Case(recurrent(), {"loss": loss}, data)
+    data = x, normal(*x.shape, 2), np.abs(normal(*x.shape))
+    return Case(masked, {"loss": loss}, data)
 
 
 @case
 def loss_weighted_by_row_with_zeros_in_one_shard():
-    weight = np.ones(ROWS * STEPS)
-    weight.reshape(STEPS, ROWS)[:, :5] = 0
+    weight = floats(np.ones(ROWS))
+    weight[:4] = weight[20:23] = 0
     x, y = labelled()
     return Case(
         dense(),
@@ -222,17 +273,13 @@ def loss_weighted_by_row_with_zeros_in_one_shard():
             "metrics": ["accuracy"],
             "weighted_metrics": ["accuracy"],
         },
-        batches(x, y, sample_weight=weight),
+        (x, y, weight),
     )
 
 
 @case
 def loss_class_weight():
-    made = classify()
-    weight = {0: 0.1, 1: 1.0, 2: 3.0}
-    return made._replace(
-        batches=[{**b, "class_weight": weight} for b in made.batches]
-    )
+    return classify(fit={"class_weight": {0: 0.1, 1: 1.0, 2: 3.0}})
 
 
 @case
@@ -255,11 +302,11 @@ def loss_outputs_with_weights():
     return Case(
         two_outputs,
         {
-            "loss": {"kind": "sparse_categorical_crossentropy", "size": "mae"},
+            "loss": {"kind": "sparse_categorical_crossentropy", "size": "mse"},
             "loss_weights": {"kind": 0.3, "size": 2.0},
-            "metrics": {"kind": ["accuracy"], "size": ["mse"]},
+            "metrics": {"kind": ["accuracy"], "size": ["mae"]},
         },
-        batches(x, {"kind": y, "size": normal(len(x), 1)}),
+        (x, {"kind": y, "size": normal(len(x), 1)}),
     )
 
 
@@ -273,7 +320,7 @@ def loss_outputs_in_a_list():
     return Case(
         model,
         {"loss": ["sparse_categorical_crossentropy", "mse"]},
-        batches(x, [y, normal(len(x), 1)]),
+        (x, (y, normal(len(x), 1))),
     )
 
 
@@ -283,8 +330,51 @@ def loss_output_without_a_loss():
     return Case(
         two_outputs,
         {"loss": {"kind": "sparse_categorical_crossentropy", "size": None}},
-        batches(x, {"kind": y, "size": normal(len(x), 1)}),
+        (x, {"kind": y, "size": normal(len(x), 1)}),
     )
+
+
+def saturated():
+    """Return a model whose outputs lose what its logits still tell."""
+    inputs = keras.Input((6,))
+    x = layers.Rescaling(40)(inputs)
+    kind = layers.Dense(3, "softmax", name="kind")(x)
+    yes = layers.Dense(1, "sigmoid", name="yes")(x)
+    return keras.Model(inputs, {"kind": kind, "yes": yes})
+
+
+def _add_saturated():
+    def summed():
+        return {
+            "kind": losses.SparseCategoricalCrossentropy(reduction="sum"),
+            "yes": losses.BinaryCrossentropy(reduction="sum"),
+        }
+
+    def averaged():
+        kind, yes = (
+            losses.SparseCategoricalCrossentropy(reduction=None),
+            losses.BinaryCrossentropy(reduction=None),
+        )
+        return {
+            "kind": lambda y, p: ops.mean(kind(y, p)),
+            "yes": lambda y, p: ops.mean(yes(y, p)),
+        }
+
+    for label, loss in (
+        ("summed", summed),
+        ("averaged_by_a_function_of_ones_own", averaged),
+    ):
+
+        def make(loss=loss):
+            x, y = labelled()
+            targets = {"kind": y, "yes": floats(y[:, None] > 0)}
+            options = {"loss": loss(), "optimizer": optimizers.SGD(0.01)}
+            return Case(saturated, options, (x, targets))
+
+        CASES[f"loss_saturated_{label}"] = make
+
+
+_add_saturated()
 
 
 @case
@@ -394,9 +484,9 @@ def loss_ctc():
             [keras.Input((7, 3)), layers.Dense(5, "tanh"), layers.Dense(4)]
         )
 
-    x = normal(ROWS * STEPS, 7, 3)
+    x = normal(ROWS, 7, 3)
     y = rng().integers(1, 4, size=(len(x), 3))
-    return Case(model, {"loss": losses.CTC()}, batches(x, y))
+    return Case(model, {"loss": losses.CTC()}, (x, y))
 
 
 class Tokens(keras.Model):
@@ -421,16 +511,16 @@ class Tokens(keras.Model):
 
 @case
 def loss_of_ragged_targets():
-    ragged = tf.RaggedTensor.from_row_lengths(
-        tf.range(20.0), [2, 1, 3, 0, 4, 2, 1, 3, 0, 4]
-    )
-    return Case(Tokens, {}, [{"x": normal(ROWS, 6), "y": ragged}] * STEPS)
+    lengths = rng().integers(0, 5, size=ROWS)
+    values = tf.range(float(lengths.sum()))
+    ragged = tf.RaggedTensor.from_row_lengths(values, lengths)
+    return Case(Tokens, {}, (normal(ROWS, 6), ragged))
 
 
 @case
 def loss_of_sparse_targets():
     sparse = tf.sparse.from_dense(np.eye(ROWS, 4))
-    return Case(Tokens, {}, [{"x": normal(ROWS, 6), "y": sparse}] * STEPS)
+    return Case(Tokens, {}, (normal(ROWS, 6), sparse))
 
 
 @case
@@ -474,7 +564,7 @@ def metrics_of_classes():
 
 @case
 def metrics_of_probabilities():
-    y = rng().integers(0, 2, (ROWS * STEPS, 1)).astype(keras.config.floatx())
+    y = floats(rng().integers(0, 2, (ROWS, 1)))
     return regress(
         {
             "loss": "binary_crossentropy",
@@ -495,7 +585,7 @@ def metrics_of_probabilities():
 
 @case
 def metrics_of_one_hot_classes():
-    y = np.eye(3)[labelled()[1]].astype(keras.config.floatx())
+    y = floats(np.eye(3)[labelled()[1]])
     return regress(
         {
             "loss": "categorical_crossentropy",
@@ -580,26 +670,34 @@ def _add_optimizers():
                 ADAM_AND_SGD["adam"] = optimizers.Adam(0.01)
                 ADAM_AND_SGD["sgd"] = optimizers.SGD(0.1)
                 return classify({"optimizer": cls(_optimizer_of)})
-            if name == "ScheduleFreeAdamW":
-                return classify({"optimizer": cls(0.01)}, build_optimizer=True)
             return classify({"optimizer": cls(0.01)})
 
         CASES[f"optimizer_{name}"] = make
-    for label, options in {
-        "clipnorm": {"clipnorm": 0.05},
-        "global_clipnorm": {"global_clipnorm": 0.05},
-        "clipvalue": {"clipvalue": 0.01},
-        "weight_decay": {"weight_decay": 0.1},
-        "ema": {"use_ema": True, "ema_overwrite_frequency": 2},
-        "accumulation": {"gradient_accumulation_steps": 2},
-        "loss_scale": {"loss_scale_factor": 1024.0},
-        "schedule": {},
-    }.items():
+    decay = optimizers.schedules.CosineDecay(0.1, EPOCHS * len(SIZES))
+    for label, rate, options in (
+        (
+            "clipnorm_weight_decay_and_ema",
+            0.01,
+            {
+                "clipnorm": 0.05,
+                "weight_decay": 0.1,
+                "use_ema": True,
+                "ema_overwrite_frequency": 3,
+            },
+        ),
+        (
+            "global_clipnorm_and_accumulation",
+            0.01,
+            {"global_clipnorm": 0.05, "gradient_accumulation_steps": 2},
+        ),
+        (
+            "clipvalue_schedule_and_loss_scale",
+            decay,
+            {"clipvalue": 0.01, "loss_scale_factor": 1024.0},
+        ),
+    ):
 
-        def make(label=label, options=options):
-            rate = 0.01
-            if label == "schedule":
-                rate = optimizers.schedules.CosineDecay(0.1, STEPS)
+        def make(rate=rate, options=options):
             return classify({"optimizer": optimizers.Adam(rate, **options)})
 
         CASES[f"optimizer_with_{label}"] = make
@@ -617,12 +715,8 @@ def optimizer_loss_scale_with_an_infinite_gradient_in_one_clone():
             )
         }
     )
-    broken = {**made.batches[1], "x": made.batches[1]["x"].copy()}
-    broken["x"][-1] = np.inf
-    return made._replace(
-        batches=[made.batches[0], broken, *made.batches[2:]],
-        compiled={**made.compiled, "metrics": None},
-    )
+    made.data[0][sum(SIZES[:2]) - 1] = np.inf
+    return made
 
 
 def constrained():
@@ -696,7 +790,7 @@ def _add_embeddings():
                 "optimizer": optimizer,
                 "loss": "sparse_categorical_crossentropy",
             }
-            return Case(pooled, compiled, batches(tokens(), labelled()[1]))
+            return Case(pooled, compiled, (tokens(), labelled()[1]))
 
         CASES[f"optimizer_{name}_with_repeated_embedding_rows"] = make
 
@@ -707,8 +801,7 @@ _add_embeddings()
 @case
 def optimizer_embedding_gathered():
     loss = losses.SparseCategoricalCrossentropy(reduction="sum")
-    data = batches(tokens(), labelled()[1])
-    return Case(pooled, {"loss": loss}, data)
+    return Case(pooled, {"loss": loss}, (tokens(), labelled()[1]))
 
 
 class Tied(keras.Model):
@@ -726,7 +819,103 @@ class Tied(keras.Model):
 @case
 def optimizer_tied_embedding():
     loss = losses.SparseCategoricalCrossentropy(from_logits=True)
-    return Case(Tied, {"loss": loss}, batches(tokens(), labelled()[1]))
+    return Case(Tied, {"loss": loss}, (tokens(), labelled()[1]))
+
+
+class Positions(layers.Layer):
+    """Adds a row of a table to each position, by ids made once."""
+
+    def build(self, shape):
+        self.table = layers.Embedding(*shape[1:])
+        self.table.build((1, shape[1]))
+        self.ids = ops.expand_dims(ops.arange(shape[1]), 0)
+
+    def call(self, x):
+        return x + self.table(self.ids)
+
+
+class TakenPositions(layers.Layer):
+    """Takes the rows of a weight, by ids made in the call."""
+
+    def build(self, shape):
+        self.table = self.add_weight(shape=(9, shape[2]), name="table")
+
+    def call(self, x):
+        return x + ops.take(self.table, ops.arange(ops.shape(x)[1]), axis=0)
+
+
+class RelativePositions(layers.Layer):
+    """Attends with a bias for each distance of two positions, as T5 does."""
+
+    def build(self, shape):
+        self.bias = layers.Embedding(5, 1)
+        self.bias.build((shape[1], shape[1]))
+
+    def call(self, x):
+        at = np.arange(x.shape[1])
+        bias = self.bias(ops.clip(at[None] - at[:, None], -2, 2) + 2)
+        scores = ops.matmul(x, ops.transpose(x, (0, 2, 1)))
+        return ops.matmul(ops.softmax(scores + bias[..., 0]), x)
+
+
+class TokensAndPositions(layers.Layer):
+    """Looks one table up by the batch's ids and by constant ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = layers.Embedding(12, 4)
+
+    def call(self, x):
+        return self.table(x) + self.table(ops.arange(ops.shape(x)[1]) + 3)
+
+
+def tables(*kinds):
+    """Return a case of tables one after the other, of tokens at the end."""
+    takes_tokens = kinds[0] is TokensAndPositions
+
+    def model():
+        if takes_tokens:
+            inputs = keras.Input((6,), dtype="int32")
+        else:
+            inputs = keras.Input((6, 4))
+        x = inputs
+        for kind in kinds:
+            x = kind()(x)
+        return keras.Model(inputs, layers.Dense(1)(x))
+
+    x = tokens() if takes_tokens else normal(ROWS, 6, 4)
+    options = {"loss": "mse", "optimizer": optimizers.Adam(0.01)}
+    return Case(model, options, (x, normal(ROWS, 6, 1)))
+
+
+def _add_tables():
+    kinds = {
+        "": Positions,
+        "_by_take": TakenPositions,
+        "_of_relative_positions": RelativePositions,
+        "_and_of_tokens": TokensAndPositions,
+    }
+    for label, kind in kinds.items():
+        CASES[f"table_of_constant_ids{label}"] = lambda kind=kind: tables(kind)
+    for name in (
+        "Adam",
+        "AdamW",
+        "Nadam",
+        "RMSprop",
+        "Adagrad",
+        "Muon",
+        "Adafactor",
+    ):
+
+        def make(name=name):
+            made = tables(Positions, TakenPositions)
+            made.compiled["optimizer"] = getattr(optimizers, name)(0.01)
+            return made
+
+        CASES[f"tables_of_constant_ids_with_{name}"] = make
+
+
+_add_tables()
 
 
 class Overwritten(layers.Layer):
@@ -810,6 +999,15 @@ def layer_batch_norm_sync():
 
 
 @case
+def layer_batch_norm_sync_with_metrics():
+    return classify(
+        {"metrics": ["accuracy"], "optimizer": optimizers.Adam()},
+        model=normalized(layers.BatchNormalization),
+        clone={"batch_norm": "sync"},
+    )
+
+
+@case
 def layer_batch_norm_synchronized():
     return classify(
         model=normalized(lambda: layers.BatchNormalization(synchronized=True))
@@ -829,9 +1027,10 @@ def layer_batch_norm_sync_masked():
     def model():
         return keras.Sequential(
             [
+                keras.Input((6,), dtype="int32"),
                 layers.Embedding(12, 4, mask_zero=True),
                 layers.BatchNormalization(),
-                layers.LSTM(5),
+                layers.GlobalAveragePooling1D(),
                 layers.Dense(3, "softmax"),
             ]
         )
@@ -839,7 +1038,7 @@ def layer_batch_norm_sync_masked():
     return Case(
         model,
         {"loss": "sparse_categorical_crossentropy"},
-        batches(tokens(), labelled()[1]),
+        (tokens(), labelled()[1]),
         clone={"batch_norm": "sync"},
     )
 
@@ -866,7 +1065,7 @@ def layer_batch_norm_sync_subclassed():
     return Case(
         Convolved,
         {"loss": "sparse_categorical_crossentropy"},
-        batches(normal(ROWS * STEPS, 8, 8, 1), labelled()[1]),
+        (normal(ROWS, 8, 8, 1), labelled()[1]),
         clone={"batch_norm": "sync"},
     )
 
@@ -941,7 +1140,7 @@ def layer_shared():
     return Case(
         model,
         {"loss": "sparse_categorical_crossentropy"},
-        batches([x, x[::-1].copy()], y),
+        ((x, x[::-1].copy()), y),
     )
 
 
@@ -968,7 +1167,7 @@ def layer_attention():
     return Case(
         model,
         {"loss": "sparse_categorical_crossentropy"},
-        batches(normal(ROWS * STEPS, 5, 8), labelled()[1]),
+        (normal(ROWS, 5, 8), labelled()[1]),
     )
 
 
@@ -977,9 +1176,9 @@ def layer_recurrent():
     def model():
         return keras.Sequential(
             [
-                keras.Input((5, 3)),
-                layers.Bidirectional(layers.GRU(4, return_sequences=True)),
-                layers.SimpleRNN(4),
+                keras.Input((3,), dtype="int32"),
+                layers.Embedding(12, 4, mask_zero=True),
+                layers.LSTM(4),
                 layers.Dense(3, "softmax"),
             ]
         )
@@ -987,7 +1186,7 @@ def layer_recurrent():
     return Case(
         model,
         {"loss": "sparse_categorical_crossentropy"},
-        batches(normal(ROWS * STEPS, 5, 3), labelled()[1]),
+        (tokens(3), labelled()[1]),
     )
 
 
@@ -1045,19 +1244,22 @@ def layer_float8():
         float64=1e-6,
         float32=1e-2,
         why="a sum in another order can round to another float8 value",
-        runs_eagerly=False,
     )
+
+
+def linear():
+    return keras.Sequential([keras.Input((6,)), layers.Dense(3, "softmax")])
 
 
 @case
 def layer_xla():
-    return classify({"jit_compile": True})
+    return classify({"jit_compile": True}, model=linear)
 
 
 @case
 def layer_xla_gathered():
     loss = losses.SparseCategoricalCrossentropy(reduction="sum")
-    return classify({"jit_compile": True, "loss": loss})
+    return classify({"jit_compile": True, "loss": loss}, model=linear)
 
 
 class Nested(keras.Model):
@@ -1076,10 +1278,11 @@ class Nested(keras.Model):
 @case
 def input_nested_with_none():
     x, y = labelled()
-    made = batches({"pair": (x, x**2)}, y)
-    for batch in made:
-        batch["x"]["none"] = None
-    return Case(Nested, {"loss": "sparse_categorical_crossentropy"}, made)
+    return Case(
+        Nested,
+        {"loss": "sparse_categorical_crossentropy"},
+        ({"pair": (x, x**2), "none": None}, y),
+    )
 
 
 class Worded(keras.Model):
@@ -1097,21 +1300,12 @@ class Worded(keras.Model):
 
 @case
 def input_strings():
-    words = rng().choice(["a", "b", "c", "e"], size=(ROWS * STEPS, 5))
+    words = rng().choice(["a", "b", "c", "e"], size=(ROWS, 5))
     return Case(
         Worded,
         {"loss": "sparse_categorical_crossentropy"},
-        [
-            {"x": tf.constant(b["x"]), "y": b["y"]}
-            for b in batches(words, labelled()[1])
-        ],
+        (words, labelled()[1]),
     )
-
-
-def sparse_batches(x, y):
-    return [
-        {"x": tf.sparse.from_dense(b["x"]), "y": b["y"]} for b in batches(x, y)
-    ]
 
 
 @case
@@ -1125,7 +1319,7 @@ def input_sparse_ids():
     return Case(
         model,
         {"loss": "sparse_categorical_crossentropy"},
-        sparse_batches(tokens(), labelled()[1]),
+        (tf.sparse.from_dense(tokens()), labelled()[1]),
     )
 
 
@@ -1135,11 +1329,11 @@ def input_sparse_bags():
         inputs = keras.Input((12,), sparse=True)
         return keras.Model(inputs, layers.Dense(3, "softmax")(inputs))
 
-    bags = normal(ROWS * STEPS, 12)
+    bags = normal(ROWS, 12)
     return Case(
         model,
         {"loss": "sparse_categorical_crossentropy"},
-        sparse_batches(bags * (bags > 1), labelled()[1]),
+        (tf.sparse.from_dense(bags * (bags > 1)), labelled()[1]),
     )
 
 
@@ -1160,14 +1354,11 @@ class Texts(keras.Model):
 
 @case
 def input_texts_of_rank_1():
-    texts = np.array(["a b", "c", "a a c b", "d a"] * ROWS)
+    texts = np.array(["a b", "c", "a a c b", "d a"] * ROWS)[:ROWS]
     return Case(
         Texts,
         {"loss": "sparse_categorical_crossentropy"},
-        [
-            {"x": tf.constant(b["x"]), "y": b["y"]}
-            for b in batches(texts, labelled()[1])
-        ],
+        (texts, labelled()[1]),
     )
 
 
@@ -1182,42 +1373,526 @@ class Rank1(keras.Model):
 
 @case
 def input_and_output_of_rank_1():
-    x = normal(ROWS * STEPS)
-    return Case(Rank1, {"loss": "mse", "metrics": ["mae"]}, batches(x, x**2))
+    x = normal(ROWS)
+    return Case(Rank1, {"loss": "mse", "metrics": ["mae"]}, (x, x**2))
 
 
-def train(made, num_clones, eagerly=False, seed=11, jit_compile=False):
-    keras.utils.set_random_seed(seed)
+def net(units=1):
+    return keras.Sequential(
+        [keras.Input((6,)), layers.Dense(8, "tanh"), layers.Dense(units)]
+    )
+
+
+def step(model, data=None, rate=0.1, **options):
+    """Return a case of a model with a step of its own.
+
+    Such steps log no "loss": for it `fit` would show Keras's own metric, which
+    they do not update.
+    """
+    fields = {"clone", "fit", "more"} & options.keys()
+    fields = {field: options.pop(field) for field in fields}
+    compiled = {"optimizer": optimizers.SGD(rate), **options}
+    if data is None:
+        data = normal(ROWS, 6), uniform(ROWS, 1)
+    return Case(model, compiled, data, **fields)
+
+
+def functional(kind, layer):
+    """Return what makes a model of a class, of one layer and a Dense one."""
+
+    def model():
+        inputs = keras.Input((6,))
+        return kind(inputs, layers.Dense(1)(layer()(inputs)))
+
+    return model
+
+
+class WarmsUp(keras.Model):
+    """Counts its steps in a `tf.Variable`, and weighs the loss by them."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.steps = tf.Variable(0, dtype="int64")
+
+    def train_step(self, data):
+        x, y = data
+        self.steps.assign_add(1)
+        variables = self.trainable_variables
+        with tf.GradientTape() as tape:
+            loss = ops.mean(ops.square(self(x) - y))
+            loss *= ops.minimum(ops.cast(self.steps, loss.dtype) / 9, 1)
+        self.optimizer.apply(tape.gradient(loss, variables), variables)
+        return {"own": loss}
+
+
+@case
+def step_assigns_a_raw_variable():
+    return step(
+        functional(WarmsUp, lambda: layers.Dense(8, "tanh")),
+        more=lambda model: [model.steps],
+    )
+
+
+class Own(keras.Model):
+    """A net, for steps that say what they do with it."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = net()
+
+    def call(self, x):
+        return self.net(x)
+
+
+class Decays(Own):
+    def train_step(self, data):
+        x, y = data
+        variables = self.trainable_variables
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(y=y, y_pred=self(x))
+        gradients = tape.gradient(loss, variables)
+        for variable in variables:
+            variable.assign(0.99 * variable)
+        self.optimizer.apply_gradients(zip(gradients, variables, strict=True))
+        return {"own": loss}
+
+
+@case
+def step_assigns_weights_before_apply():
+    return step(Decays, loss="mse")
+
+
+class Shifts(Own):
+    """Differentiates at other weights, as sharpness-aware training does."""
+
+    def train_step(self, data):
+        x, y = data
+        variables = self.trainable_variables
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(y=y, y_pred=self(x))
+        shifts = tape.gradient(loss, variables)
+        for variable, shift in zip(variables, shifts, strict=True):
+            variable.assign_add(0.05 * shift)
+        with tf.GradientTape() as tape:
+            shifted = self.compute_loss(y=y, y_pred=self(x))
+        gradients = tape.gradient(shifted, variables)
+        for variable, shift in zip(variables, shifts, strict=True):
+            variable.assign_sub(0.05 * shift)
+        self.optimizer.apply_gradients(zip(gradients, variables, strict=True))
+        return {"own": loss, "shifted": shifted}
+
+
+@case
+def step_shifts_weights_and_back():
+    return step(Shifts, loss="mse")
+
+
+class Projects(keras.Model):
+    """Calls parts of itself, one of which has no input shape before."""
+
+    def __init__(self):
+        super().__init__()
+        self.augment = keras.Sequential(
+            [layers.Rescaling(0.5), layers.Lambda(lambda x: x + 1)]
+        )
+        self.net = net(3)
+        self.head = keras.Sequential([keras.Input((3,)), layers.Dense(2)])
+
+    def train_step(self, x):
+        with tf.GradientTape() as tape:
+            outputs = self.head(self.net(self.augment(x)))
+            loss = ops.mean(ops.square(outputs - 1))
+        variables = [
+            *self.net.trainable_variables,
+            *self.head.trainable_variables,
+        ]
+        self.optimizer.apply(tape.gradient(loss, variables), variables)
+        return {"own": loss}
+
+
+@case
+def step_calls_an_unbuilt_layer():
+    return step(Projects, normal(ROWS, 6))
+
+
+class Logs(keras.Model):
+    """Overrides `train_step` to add an entry to the logs."""
+
+    def train_step(self, data):
+        logs = super().train_step(data)
+        return logs | {"rate": self.optimizer.learning_rate.value}
+
+
+@case
+def step_calls_super_with_a_mask():
+    def model():
+        inputs = keras.Input((6,), dtype="int32")
+        rows = layers.Embedding(12, 4, mask_zero=True)(inputs)
+        return Logs(inputs, layers.Dense(5, "softmax")(rows))
+
+    return step(
+        model,
+        (tokens(), rng().integers(0, 5, size=(ROWS, 6))),
+        loss="sparse_categorical_crossentropy",
+        metrics=["accuracy"],
+    )
+
+
+class DifferentiatesRows(Own):
+    """The gradient of losses by row is the gradient of their sum."""
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = ops.square(self(x) - y)[:, 0]
+        variables = self.trainable_variables
+        self.optimizer.apply(tape.gradient(loss, variables), variables)
+        return {"own": ops.mean(loss)}
+
+
+@case
+def step_differentiates_losses_by_row():
+    return step(DifferentiatesRows, rate=0.01)
+
+
+class TakesFour(Own):
+    def train_step(self, data):
+        x, y, weight, offset = data
+        with tf.GradientTape() as tape:
+            loss = ops.mean(weight * ops.square(self(x) - y - offset))
+        variables = self.trainable_variables
+        gradients = tape.gradient(loss, variables)
+        self.optimizer.apply_gradients(zip(gradients, variables, strict=True))
+        return {"own": loss}
+
+
+@case
+def step_gets_four_tensors():
+    rows = uniform(3, ROWS, 1)
+    return step(TakesFour, (normal(ROWS, 6), *rows))
+
+
+class Gan(keras.Model):
+    """Updates its critic twice a step; noise, and a penalty on a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.critic = keras.Sequential(
+            [
+                keras.Input((5, 5, 1)),
+                layers.Conv2D(3, 3, activation="tanh"),
+                layers.Flatten(),
+                layers.Dense(1),
+            ]
+        )
+        self.generator = keras.Sequential(
+            [
+                keras.Input((4,)),
+                layers.Dense(25),
+                layers.LayerNormalization(),
+                layers.Activation("tanh"),
+                layers.Reshape((5, 5, 1)),
+            ]
+        )
+        self.seed = keras.random.SeedGenerator(1)
+
+    def compile(self, **kwargs):
+        super().compile(**kwargs)
+        self.critics = optimizers.Adam(1e-3)
+        self.generators = optimizers.Adam(1e-3)
+
+    def call(self, x):
+        return self.critic(x)
+
+    def generate(self, rows):
+        noise = keras.random.normal((rows, 4), seed=self.seed)
+        return self.generator(noise, training=True)
+
+    def penalty(self, real, fake):
+        rows = ops.shape(real)[0]
+        share = keras.random.uniform((rows, 1, 1, 1), seed=self.seed)
+        mixed = real + share * (fake - real)
+        with tf.GradientTape() as tape:
+            tape.watch(mixed)
+            score = self.critic(mixed, training=True)
+        square = ops.sum(tape.gradient(score, mixed) ** 2, axis=[1, 2, 3])
+        return 10 * ops.mean((ops.sqrt(square + 1e-12) - 1) ** 2)
+
+    def update_critic(self, real):
+        with tf.GradientTape() as tape:
+            fake = self.generate(ops.shape(real)[0])
+            loss = self.penalty(real, fake)
+            loss += ops.mean(self.critic(fake, training=True))
+            loss -= ops.mean(self.critic(real, training=True))
+        variables = self.critic.trainable_variables
+        gradients = tape.gradient(loss, variables)
+        self.critics.apply_gradients(zip(gradients, variables, strict=True))
+        for variable in variables:
+            variable.assign(ops.clip(variable, -0.5, 0.5))
+        return loss
+
+    def train_step(self, real):
+        for _ in range(2):
+            loss = self.update_critic(real)
+        with tf.GradientTape() as tape:
+            fake = self.generate(ops.shape(real)[0])
+            generated = -ops.mean(self.critic(fake, training=True))
+        variables = self.generator.trainable_variables
+        gradients = tape.gradient(generated, variables)
+        self.generators.apply_gradients(zip(gradients, variables, strict=True))
+        return {"critic": loss, "generator": generated}
+
+
+@case
+def step_of_a_gan_with_noise_and_gradient_penalty():
+    data = normal(ROWS, 5, 5, 1)
+
+    def model():
+        made = Gan()
+        made(data[:2])
+        return made
+
+    return step(
+        model,
+        data,
+        jit_compile=False,
+        more=lambda made: [
+            *made.critics.variables,
+            *made.generators.variables,
+        ],
+    )
+
+
+class Headed(keras.Model):
+    """Has a head of three units."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = layers.Dense(3, name="head")
+
+    def call(self, x):
+        return self.head(x)
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = ops.mean(ops.square(self(x) - y))
+        variables = self.trainable_variables
+        self.optimizer.apply(tape.gradient(loss, variables), variables)
+        return {"own": loss}
+
+
+class Reheaded(Headed):
+    """Has another head; the first is never called, so never built."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = layers.Dense(1, name="head")
+
+
+@case
+def step_of_a_subclass_that_replaces_a_layer():
+    def model():
+        made = Reheaded()
+        made(normal(2, 6))
+        return made
+
+    return step(model)
+
+
+class Penalty(layers.Layer):
+    """Adds a loss: the mean or the sum of the squares of its inputs."""
+
+    def __init__(self, reduce):
+        super().__init__()
+        self.reduce = reduce
+
+    def call(self, x):
+        self.add_loss(0.1 * self.reduce(ops.square(x)))
+        return x
+
+
+class Penalized(keras.Model):
+    """Trains on the losses of its layers, and reads them again afterwards."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden = layers.Dense(2)
+        self.penalty = Penalty(ops.mean)
+        self.seen = metrics.Mean(name="penalty")
+
+    def call(self, x):
+        return self.penalty(self.hidden(x))
+
+    @property
+    def metrics(self):
+        return [self.seen]
+
+    def train_step(self, x):
+        with tf.GradientTape() as tape:
+            self(x)
+            loss = sum(self.losses)
+        variables = self.trainable_variables
+        self.optimizer.apply(tape.gradient(loss, variables), variables)
+        self.seen.update_state(sum(self.losses))
+        return {"penalty": self.seen.result()}
+
+
+@case
+def step_reads_layer_losses_after_apply():
+    return step(Penalized, normal(ROWS, 6), clone={"layer_losses": "mean"})
+
+
+class CallsSuper(keras.Model):
+    def train_step(self, data):
+        return super().train_step(data)
+
+
+@case
+def step_with_summed_layer_losses():
+    def model():
+        inputs = keras.Input((6,))
+        hidden = Penalty(ops.sum)(layers.Dense(8, "tanh")(inputs))
+        return CallsSuper(inputs, layers.Dense(1)(hidden))
+
+    return step(model, loss="mse", rate=0.01, clone={"layer_losses": "sum"})
+
+
+class Keeps(keras.Model):
+    """Keeps a tensor on itself in `call` and uses it in `compute_loss`."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = layers.Dense(8, "tanh"), layers.Dense(1)
+
+    def call(self, x):
+        self.hidden = self.first(x)
+        return self.head(self.hidden)
+
+    def compute_loss(
+        self, x=None, y=None, y_pred=None, sample_weight=None, training=True
+    ):
+        loss = ops.mean(ops.square(y - y_pred))
+        return loss + 0.1 * ops.mean(ops.abs(self.hidden))
+
+
+@case
+def step_keeps_a_tensor_on_self():
+    return step(Keeps)
+
+
+class Python(layers.Layer):
+    """A differentiable piece of eager Python."""
+
+    def call(self, x):
+        sine = tf.py_function(tf.sin, [x], x.dtype)
+        sine.set_shape(x.shape)
+        return sine
+
+
+@case
+def step_through_a_python_function():
+    def model():
+        inputs = keras.Input((6,))
+        hidden = Python()(layers.Dense(8)(inputs))
+        return keras.Model(inputs, layers.Dense(1)(hidden))
+
+    # Clones that got in each other's way did so in some steps of many.
+    return step(model, loss="mse", fit={"epochs": 10})
+
+
+class TwoHeads(keras.Model):
+    """Returns two outputs, of which its step's loss uses one."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden = layers.Dense(8, "tanh")
+        self.used, self.unused = layers.Dense(1), layers.Dense(2)
+
+    def call(self, x):
+        hidden = self.hidden(x)
+        return self.used(hidden), self.unused(hidden)
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(y=y, y_pred=self(x, training=True)[0])
+        variables = self.trainable_variables
+        gradients = tape.gradient(loss, variables)
+        self.optimizer.apply_gradients(zip(gradients, variables, strict=True))
+        return {"own": loss}
+
+
+@case
+def step_uses_one_of_two_outputs():
+    # Weights without a gradient do not decay; with one of zeros they do.
+    optimizer = optimizers.AdamW(0.01, weight_decay=0.1)
+    return step(TwoHeads, loss="mse", optimizer=optimizer)
+
+
+def build_optimizer(model):
+    """Build a plain model's optimizer before its first step, where it can be.
+
+    Keras traces a step twice that makes variables, which takes most of the
+    time; and ScheduleFreeAdamW is wrong if its first step builds it (its
+    averages start at zero).
+    """
+    if model.built and type(model).train_step is keras.Model.train_step:
+        model.optimizer.build(model.trainable_variables)
+
+
+def train(made, num_clones, evaluated=False, jit_compile=False):
+    """Return all that training a case comes to, by name."""
+    keras.utils.set_random_seed(11)
     model = made.model()
     if num_clones:
         clone_model(model, num_clones, **made.clone)
-    options = {"optimizer": optimizers.Adam(), **made.compiled}
-    if eagerly and made.runs_eagerly:
-        options |= {"run_eagerly": True, "jit_compile": False}
+    options = {"optimizer": optimizers.SGD(0.1), **made.compiled}
     if jit_compile:
         options |= {"jit_compile": True}
     model.compile(**options)
-    if made.build_optimizer:
-        model.optimizer.build(model.trainable_variables)
-    logs = []
-    for batch in made.batches:
-        logs.append(model.train_on_batch(**batch, return_dict=True))
-        if not all(np.isfinite(v).all() for v in logs[-1].values()):
-            logs.pop()
-    return {
-        "variables": [
-            np.asarray(v) for v in model.variables if v.dtype != "uint32"
-        ],
-        "optimizer": [np.asarray(v) for v in model.optimizer.variables],
-        "logs": logs,
+    if not num_clones:
+        build_optimizer(model)
+    data = cases.dataset(made.data, SIZES)
+    arguments = {"epochs": EPOCHS, "shuffle": False, "verbose": 0, **made.fit}
+    logs = model.fit(data, **arguments).history
+    found = {f"logs {key}": value for key, value in logs.items()}
+    if evaluated:
+        logs = model.evaluate(data, verbose=0, return_dict=True)
+        found |= {f"evaluated {key}": value for key, value in logs.items()}
+        predicted = tf.nest.flatten(model.predict(data, verbose=0))
+        found |= {f"predicted {i}": value for i, value in enumerate(predicted)}
+    values = [*model.variables, *model.optimizer.variables, *made.more(model)]
+    for i, value in enumerate(values):
+        name = getattr(value, "path", getattr(value, "name", ""))
+        found[f"{i} {name}"] = np.array(value)
+    return found
+
+
+def compare(expected, received, tolerance):
+    """Return the largest difference, and name those beyond the tolerance."""
+    assert len(expected) == len(received), (list(expected), list(received))
+    found = {}
+    for name, other in zip(expected, received.values(), strict=True):
+        value = expected[name]
+        if name.startswith("logs") and np.isnan(value).any():
+            # As the loss of a batch with an infinite entry is in plain Keras.
+            assert np.array_equal(np.isnan(value), np.isnan(other)), name
+            value, other = np.nan_to_num(value), np.nan_to_num(other)
+        found[name] = float(cases.difference(value, other))
+    beyond = {
+        name: f"{worst:.1e}"
+        for name, worst in found.items()
+        if not worst < tolerance
     }
+    assert not beyond, beyond
+    return max(found.values())
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_case_by_xla(name, float64):
     """Run with `--xla`: every clone is compiled, and trains the same."""
-    tolerance = CASES[name]().float64
-    expected = train(CASES[name](), None, eagerly=True)
+    expected = train(CASES[name](), None)
     try:
         received = train(CASES[name](), 3, jit_compile=True)
     except Exception as error:
@@ -1226,32 +1901,17 @@ def test_case_by_xla(name, float64):
         except Exception:
             pytest.skip(f"XLA does not compile the plain model: {error!r}")
         raise
-    for part, value in expected.items():
-        assert cases.difference(value, received[part]) < tolerance, part
+    compare(expected, received, CASES[name]().float64)
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("precision", ["float64", "float32"])
-def test_case(name, precision, record_property):
-    keras.config.set_floatx(precision)
-    try:
-        worst = 0.0
-        tolerance = getattr(CASES[name](), precision)
-        # Tracing takes most of the time. So only three clones in float64 run
-        # as a graph; plain Keras, which comes to the same numbers eagerly,
-        # and the other clones do not.
-        runs = [(3, False), (2, True), (4, True)]
-        if precision == "float32":
-            runs = [(3, True)]
-        expected = train(CASES[name](), None, eagerly=True)
-        for num_clones, eagerly in runs:
-            received = train(CASES[name](), num_clones, eagerly)
-            assert expected.keys() == received.keys()
-            for part, value in expected.items():
-                found = cases.difference(value, received[part])
-                worst = max(worst, found)
-                assert found < tolerance, (part, num_clones, found)
-        record_property("case", [name, precision, float(worst)])
-        assert len(expected["logs"]) > 0
-    finally:
-        keras.config.set_floatx("float32")
+def test_case(name, floatx, record_property):
+    tolerance = getattr(CASES[name](), floatx)
+    evaluated = floatx == "float64" and name.startswith(EVALUATED)
+    other = floatx == "float64" and name in ALSO_ON_2_AND_4
+    expected = train(CASES[name](), None, evaluated)
+    worst = [
+        compare(expected, train(CASES[name](), n, evaluated), tolerance)
+        for n in ((3, 2, 4) if other else (3,))
+    ]
+    record_property("case", [name, floatx, max(worst)])
