@@ -234,6 +234,8 @@ def _maker(
         move_home(model, made.variables_device)
         if getattr(model, name) is not None and not force:
             return
+        # What was traced before may go by what has changed since.
+        made.towers.clear()
         jit_compile = model.jit_compile
         model.jit_compile = False
         try:

@@ -154,6 +154,7 @@ class CallNotes(NamedTuple):
 
     assigned: list[keras.Variable]
     unknown: list[keras.Variable]
+    seen: list[keras.Variable]
     kinds: list[str]
     finish: Callable[[list[Any]], Any]
 
@@ -228,7 +229,7 @@ class Body:
             return result
 
         return CallOutput(joining.values, changes), CallNotes(
-            notes.assigned, notes.unknown, joining.kinds, finish
+            *notes[:3], joining.kinds, finish
         )
 
 
@@ -434,6 +435,15 @@ class CallTower(NamedTuple):
     tower: exchange.TracedTower
     backward: Backward | None
     extra: list[tf.Variable]
+
+    @property
+    def is_closed(self) -> bool:
+        """Say whether it uses nothing of the graph that it was traced in."""
+        concrete = self.tower.concrete
+        return concrete is not None and not any(
+            hasattr(outer, "graph") and not hasattr(outer, "numpy")
+            for outer, _ in concrete.graph.captures
+        )
 
 
 def floating(nest: Any) -> list[tf.Tensor]:

@@ -53,13 +53,14 @@ class Deployment:
         self.balance = None
         if shares == "auto":
             self.balance = balance.start(len(clones), self.variables_device)
+        self.towers: dict[Any, Any] = {}
         self._reported = False
         # The model holds this, which must not keep the model alive.
         self._model = None if model is None else weakref.ref(model)
 
     def __getstate__(self) -> dict[str, Any]:
         # A weak reference cannot be pickled.
-        return {**vars(self), "_model": None}
+        return {**vars(self), "_model": None, "towers": {}}
 
     def step_options(self) -> StepOptions:
         """Return what the model's steps go by."""
@@ -72,6 +73,7 @@ class Deployment:
             jit_compile=self.jit_compile,
             shares=self.fractions,
             balance=self.balance,
+            towers=self.towers,
         )
 
     @property

@@ -237,7 +237,7 @@ def concrete_tower(tower: CallableTower, layout: Layout) -> Any:
     """
     types = _common_types(layout)
     concrete = tower.function.get_concrete_function(types)
-    assigned = tower.returned[1].assigned
+    assigned = tower.returned[1].seen
     fixed = all(isinstance(size, int) for size in layout.shards.sizes)
     if assigned and fixed and len(layout.clones) > 1:
         relaxed = _common_types(layout, any_rows=True)

@@ -15,7 +15,8 @@ class StepOptions(NamedTuple):
     `state` maps patterns of variables' paths to how their values merge.
     `shares` are the fractions of the rows that the clones get, `None` for
     even ones. `balance` measures them while the model trains. `watch` gets
-    what training steps come to, if anything wants to know.
+    what training steps come to, if anything wants to know. `towers` keeps
+    the traced towers of calls while a step function is traced again.
     """
 
     clones: tuple[Clone, ...]
@@ -28,6 +29,7 @@ class StepOptions(NamedTuple):
     shares: Any = None
     balance: Balance | None = None
     watch: Watch | None = None
+    towers: dict[Any, Any] = {}  # noqa: RUF012
 
     @property
     def policies(self) -> Policies:

@@ -35,6 +35,7 @@ class Sharded(NamedTuple):
     lay_out: Callable[[list[Any], list[Any]], exchange.Layout]
     trace: Callable[[exchange.Layout, bool, bool], CallTower]
     busy: Callable[[], AbstractContextManager[None]]
+    is_synchronized: bool
 
 
 class Run(NamedTuple):
@@ -347,6 +348,12 @@ def _pull_again(
     can run it backward in turn.
     """
     body, given = sharded.body, sharded.given
+    if sharded.is_synchronized:
+        raise NotImplementedError(
+            "Gradients of gradients through a `BatchNormalization` that is "
+            "synchronized are not there. Received: layer "
+            f"{body.layer.name!r}. Use `batch_norm='mean'`."
+        )
     num = len(floating(given.leaves))
     variables = len(_wanted_values(sharded))
     with tf.GradientTape(watch_accessed_variables=False) as tape:
@@ -361,19 +368,13 @@ def _pull_again(
         data = given._replace(leaves=leaves).split(sharded.shards)
         read = inputs[num : num + variables]
         layout = sharded.lay_out(data, _plain_mirrors(sharded, read))
+        # Python itself, not a function: a tape then runs back only what it is
+        # asked for, where it would run all of a function back.
         with sharded.busy():
-            made = sharded.trace(layout, False, False)
-            if made.tower.synchronized:
-                raise NotImplementedError(
-                    "Gradients of gradients through a `BatchNormalization` "
-                    "that is synchronized are not there. Received: layer "
-                    f"{body.layer.name!r}. Use `batch_norm='mean'`."
-                )
             outputs = exchange.each(
-                layout, lambda i: made.tower.call(layout.inputs[i])
+                layout, lambda i: body(layout.inputs[i])
             )
-        notes = made.tower.notes or outputs[0][1]
-        runs = [Run(output, notes) for output, _ in outputs]
+        runs = [Run(output, notes) for output, notes in outputs]
         values = _join(body.layer, runs)
     pairs = zip(floating(values), upstream, strict=True)
     return _gradient(tape, [p for p in pairs if p[1] is not None], inputs)

@@ -50,7 +50,7 @@ class Calls:
         self.options = options
         self.training = training
         self.busy = False
-        self.towers: dict[Any, Any] = {}
+        self.towers: dict[Any, Any] = dict(options.towers)
         self.mirrors: dict[Any, _Mirrors] = {}
         self.jit_compile = resolve_jit_compile(model, options)
         if len(options.clones) > 1:
@@ -126,6 +126,7 @@ def _call(
         functools.partial(_lay_out, calls, shards, variables, clones),
         functools.partial(_trace, calls, body, tables),
         calls.while_busy,
+        bool(_synchronized(calls, layer, clones)),
     )
     watched = _is_watched([*read.values, *given.components()])
     joined = pullback.run(sharded, watched)
@@ -184,6 +185,9 @@ def _trace(
             in_graph,
         )
     calls.towers[key] = made
+    if known and made.is_closed:
+        # TensorFlow traces a step twice that makes variables.
+        calls.options.towers[key] = made
     return made
 
 

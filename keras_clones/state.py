@@ -37,10 +37,14 @@ class Policies(NamedTuple):
 
 
 class Policy(NamedTuple):
-    """How a variable's new values merge, and whether that is known to be so."""
+    """How a variable's new values merge, and whether that is known to be so.
+
+    `seen` says that it is known from the trace alone.
+    """
 
     name: str
     known: bool
+    seen: bool = False
 
 
 class Changes(NamedTuple):
@@ -119,7 +123,7 @@ def merge_policies(
             return Policy(variable.aggregation, True)
         floating = tf.as_dtype(variable.dtype).is_floating
         if is_alike:
-            return Policy("first", True)
+            return Policy("first", True, seen=True)
         return Policy("mean" if floating else "first", False)
 
     return [policy(v, a) for v, a in zip(variables, alike, strict=True)]

@@ -56,12 +56,14 @@ class Notes(NamedTuple):
     """What is found out about a tower while it is traced.
 
     `assigned` has the variables that it assigns, and `unknown` those among
-    them of which nothing says how their values merge. `keeps` says whether
-    layers keep tensors on themselves.
+    them of which nothing says how their values merge; `seen` those that only
+    the trace tells to be alike. `keeps` says whether layers keep tensors on
+    themselves.
     """
 
     assigned: list[keras.Variable]
     unknown: list[keras.Variable]
+    seen: list[keras.Variable]
     keeps: bool = False
 
 
@@ -282,7 +284,7 @@ def find_changes(
         policies,
         [id(v) in seeds or is_alike(value) for v, value in zip(assigned, new)],
     )
-    pairs = zip(assigned, found, strict=True)
+    pairs = list(zip(assigned, found, strict=True))
     changes = state.clone_changes(
         [policy.name for policy in found],
         old,
@@ -290,7 +292,11 @@ def find_changes(
         weights.weigh,
         weights.if_live,
     )
-    return changes, Notes(assigned, [v for v, p in pairs if not p.known])
+    return changes, Notes(
+        assigned,
+        unknown=[v for v, p in pairs if not p.known],
+        seen=[v for v, p in pairs if p.seen and id(v) not in seeds],
+    )
 
 
 # What Keras itself keeps on a layer.

@@ -114,6 +114,72 @@ def test_only_the_rows_of_a_large_embedding_travel(rows):
     assert needed <= moved.bytes_sent <= needed + rest
 
 
+class OwnStep(keras.Sequential):
+    """Keras's step, as users write it down."""
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            y_pred = self(x, training=True)
+            loss = self.compute_loss(x, y, y_pred)
+        variables = self.trainable_variables
+        self.optimizer.apply(tape.gradient(loss, variables), variables)
+        return {"loss": loss}
+
+
+def test_an_own_step_moves_what_the_gathered_step_moves():
+    def moved(make, **kwargs):
+        model = make(stack(300, 3).layers)
+        clone_model(model, 2, devices=["CPU:1", "CPU:2"], **kwargs)
+        model.compile("adam", cases.DEFAULT_COMPILE["loss"], jit_compile=False)
+        return traffic(count_transfers(step_of(model, (6,))))[CLONE]
+
+    own = moved(OwnStep)
+    assert own == moved(keras.Sequential, loss="gather")
+    parameters = bytes_of(stack(300, 3).trainable_variables)
+    assert own.bytes_received + own.bytes_sent <= 1.02 * 2 * parameters
+    assert own.sent + own.received <= 12
+
+
+def test_a_large_table_stays_home_in_an_own_step():
+    layers = [
+        keras.Input((5,), dtype="int32"),
+        keras.layers.Embedding(200_000, 64),
+        keras.layers.GlobalAveragePooling1D(),
+        keras.layers.Dense(3, "softmax"),
+    ]
+    model = compiled(OwnStep(layers), 2, metrics=None)
+    moved = traffic(count_transfers(step_of(model, (5,), dtype="int32")))
+    assert moved[CLONE].bytes_received + moved[CLONE].bytes_sent < 25_000
+
+
+def test_mirrors_are_sent_once_between_assignments():
+    class Calls(keras.Sequential):
+        """Calls its layers three times, and assigns in between if asked to."""
+
+        assigns = False
+
+        def train_step(self, data):
+            x, _ = data
+            variables = self.trainable_variables
+            with tf.GradientTape() as tape:
+                loss = keras.ops.mean(self(x)) + keras.ops.mean(self(2 * x))
+            if self.assigns:
+                self.optimizer.apply(tape.gradient(loss, variables), variables)
+            return {"loss": loss + keras.ops.mean(self(x))}
+
+    def received(assigns):
+        model = Calls(stack(300, 3).layers)
+        model.assigns = assigns
+        compiled(model, 2)
+        moved = traffic(count_transfers(step_of(model, (6,))))[CLONE]
+        return moved.bytes_received
+
+    parameters = bytes_of(stack(300, 3).trainable_variables)
+    assert parameters <= received(False) < 1.1 * parameters
+    assert 2 * parameters <= received(True) < 2.1 * parameters
+
+
 def test_a_mirror_of_the_next_step_waits_for_its_own_update_only():
     model = compiled(stack(300, 3), 2)
     batch = (tf.ones((4, 6)), tf.zeros((4,), tf.int32))

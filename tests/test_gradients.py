@@ -5,6 +5,7 @@ import pytest
 import tensorflow as tf
 
 from keras_clones import gradients
+from keras_clones.traced import RowGradient
 
 
 def test_dense_gradients_add_up():
@@ -34,13 +35,20 @@ def test_slices_keep_their_repeated_rows():
     np.testing.assert_array_equal(merged.values, [[1.0], [2.0], [5.0]])
 
 
-def test_slices_with_unique_rows_stay_unique():
-    merged = gradients.merge(
-        [slices([[1.0], [2.0]], [0, 3]), slices([[5.0]], [3])],
-        unique_rows=True,
+def test_rows_merge_by_how_they_were_looked_up():
+    def of_clone(offset):
+        return RowGradient(
+            repeated=[slices([[1.0 + offset]], [0])],
+            constant=[slices([[10.0], [20.0 + offset]], [1, 2])],
+            unique=[slices([[1.0], [2.0 + offset]], [0, 3 + offset])],
+        )
+
+    merged = gradients.merge([of_clone(0), of_clone(1)])
+    # The repeated rows, those at the same positions, those with the same id.
+    np.testing.assert_array_equal(merged.indices, [0, 0, 1, 2, 0, 3, 4])
+    np.testing.assert_array_equal(
+        merged.values[:, 0], [1.0, 2.0, 20.0, 41.0, 2.0, 2.0, 3.0]
     )
-    np.testing.assert_array_equal(merged.indices, [0, 3])
-    np.testing.assert_array_equal(merged.values, [[1.0], [7.0]])
 
 
 def test_slices_and_dense_gradients_of_one_variable_add_up():

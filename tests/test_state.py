@@ -32,16 +32,26 @@ def test_policies_honour_aggregation():
         variable(aggregation="sum"),
         variable(aggregation="only_first_replica"),
         variable(value=1, dtype="int32"),
+        variable(),
+        variable(name="of_a_library"),
         layer.moving_mean,
     ]
-    assert state.merge_policies(model, variables, "first") == [
-        "mean",
-        "sum",
-        "first",
-        "first",
-        "first",
+    alike = [False, False, False, False, True, False, False]
+    named = {"*library": "max"}
+    policies = state.Policies("first", named)
+    found = state.merge_policies(model, variables, policies, alike)
+    assert [(policy.name, policy.known) for policy in found] == [
+        ("mean", False),
+        ("sum", True),
+        ("first", True),
+        ("first", False),
+        ("first", True),
+        ("max", True),
+        ("first", True),
     ]
-    assert state.merge_policies(model, variables, "mean")[-1] == "mean"
+    policies = state.Policies("mean", named)
+    found = state.merge_policies(model, variables, policies, alike)
+    assert found[-1].name == "mean"
 
 
 def test_seeds_differ_by_clone_and_the_first_is_kept():
