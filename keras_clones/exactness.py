@@ -219,7 +219,8 @@ def why_not_by_clone(model: keras.Model) -> str | None:
         return "the model overrides `compute_loss`"
     for loss in _keras.compiled_losses(model):
         function = _keras.loss_function(loss)
-        if function is None or function[0] not in _BY_ROW:
+        # A function may be any object with `__call__`, also one with no hash.
+        if function is None or all(function[0] is not one for one in _BY_ROW):
             return f"loss {loss.name!r} may look at the whole batch"
         if loss.reduction not in _MEANS:
             return f"loss {loss.name!r} has reduction={loss.reduction!r}"
