@@ -33,7 +33,7 @@ def clone_model(
     model: keras.Model,
     num_clones: int | None = None,
     *,
-    devices: Sequence[str] | None = None,
+    devices: Sequence[str | tf.config.LogicalDevice] | None = None,
     clone_on_cpu: bool = False,
     config: DeploymentConfig | None = None,
     loss: str = "auto",
@@ -55,9 +55,10 @@ def clone_model(
             this deployment in place of the one it has.
         num_clones: Integer, how many clones to make. Defaults to `None`: one
             a GPU, or one a logical CPU device where there is no GPU.
-        devices: List of device strings such as `["GPU:0", "GPU:2"]`, one a
-            clone. Defaults to `None`: clone `i` runs on `GPU:i`, or on the
-            CPU devices in turn where there is no GPU.
+        devices: List of device strings such as `["GPU:0", "GPU:2"]`, or of
+            `tf.config.LogicalDevice`s, one a clone. Defaults to `None`: clone
+            `i` runs on `GPU:i`, or on the CPU devices in turn where there is
+            no GPU.
         clone_on_cpu: Boolean, whether every clone runs on `CPU:0`. Defaults
             to `False`.
         config: A `DeploymentConfig`, in place of the three arguments above.

@@ -82,7 +82,7 @@ def use_virtual_devices(
 
 def choose_config(
     num_clones: int | None,
-    devices: Sequence[str] | None,
+    devices: Sequence[str | tf.config.LogicalDevice] | None,
     clone_on_cpu: bool,
 ) -> DeploymentConfig:
     """Return a valid config, with `num_clones=None` settled.
@@ -182,6 +182,6 @@ def move_variables(
 def logical_devices(kind: str) -> list[str]:
     """Return the logical devices of a kind, such as `["/device:GPU:0"]`."""
     return [
-        canonical_device(device.name.removeprefix("/"))
+        canonical_device(device)
         for device in tf.config.list_logical_devices(kind)
     ]

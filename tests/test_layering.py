@@ -11,7 +11,7 @@ PACKAGE = pathlib.Path(keras_clones.__file__).parent
 # door to private names, open to all but the configuration.
 MAY_IMPORT = {
     "choosers": set(),
-    "config": {"choosers"},
+    "config": {"choosers", "tensorflow"},
     "_keras": {"keras", "tensorflow"},
     "placement": {"config", "_keras", "keras", "tensorflow"},
     "balance": {"tensorflow"},
