@@ -276,11 +276,22 @@ def _guarded(
     return step_function
 
 
-def watch_training(model: keras.Model, watch: Watch | None) -> None:
-    """Let the training steps of a cloned model tell a watch, or none again."""
-    options = vars(model)[_KEY].step_options()._replace(watch=watch)
+def watch_training(
+    model: keras.Model, watcher: Any, watch: Watch | None
+) -> None:
+    """Let the training steps of a cloned model tell one more watch.
+
+    Args:
+        model: A cloned `keras.Model`.
+        watcher: The callback that wants to know. It has one watch at a time.
+        watch: A `Watch`, or `None` to tell this watcher nothing any more.
+    """
+    made = vars(model)[_KEY]
+    made.watches.pop(watcher, None)
+    if watch is not None:
+        made.watches[watcher] = watch
     vars(model)["train_step"] = functools.partial(
-        steps.train_step, model, options
+        steps.train_step, model, made.step_options()
     )
     model.train_function = None
 

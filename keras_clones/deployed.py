@@ -2,11 +2,12 @@
 
 import os
 import weakref
+from collections.abc import MutableMapping
 from typing import Any
 
 import keras
 
-from keras_clones import balance, footprint, picture, report, sharding
+from keras_clones import balance, footprint, picture, report, sharding, watch
 from keras_clones.begin import StepOptions
 from keras_clones.config import DeploymentConfig, check_integer
 from keras_clones.placement import Clone
@@ -54,12 +55,17 @@ class Deployment:
         if shares == "auto":
             self.balance = balance.start(len(clones), self.variables_device)
         self._reported = False
+        # By who watches the training: a callback whose training failed takes
+        # its watch along when it goes.
+        self.watches: MutableMapping[Any, watch.Watch] = (
+            weakref.WeakKeyDictionary()
+        )
         # The model holds this, which must not keep the model alive.
         self._model = None if model is None else weakref.ref(model)
 
     def __getstate__(self) -> dict[str, Any]:
         # A weak reference cannot be pickled.
-        return {**vars(self), "_model": None}
+        return {**vars(self), "_model": None, "watches": {}}
 
     def step_options(self) -> StepOptions:
         """Return what the model's steps go by."""
@@ -72,6 +78,7 @@ class Deployment:
             jit_compile=self.jit_compile,
             shares=self.fractions,
             balance=self.balance,
+            watch=watch.join(self.watches.values()),
         )
 
     @property

@@ -79,7 +79,7 @@ MAY_IMPORT = {
     "picture": {"footprint", "placement", "report", "timeline", "matplotlib"},
     "deployed": {
         *("balance", "begin", "config", "footprint", "picture", "placement"),
-        *("report", "sharding", "keras"),
+        *("report", "sharding", "watch", "keras"),
     },
     "attach": {
         *("_keras", "balance", "begin", "config", "deployed", "exactness"),
