@@ -7,6 +7,7 @@ from typing import Any
 import keras
 
 from keras_clones import _keras, sharding
+from keras_clones.warn import warn
 
 # Functions that give each row a loss of its own, whatever the other rows are.
 # `hinge` and `dice` are not here: they look at the whole batch.
@@ -132,12 +133,11 @@ def warn_of_inexact_state(
         lambda layer: batch_norm != "sync" and not layer.synchronized,
     )
     if normalizing:
-        warnings.warn(
-            f"Layers {[layer.name for layer in normalizing]} normalize each "
+        warn(
+            f"{_some([layer.name for layer in normalizing])} normalize each "
             "clone's shard by itself, so they do not train what one device "
             "trains. `clone_model(..., batch_norm='sync')` normalizes over "
-            "the global batch.",
-            stacklevel=1,
+            "the global batch."
         )
     alike = {
         id(variable)
@@ -177,6 +177,13 @@ def warn_of_inexact_state(
             "in `compute_metrics`, which sees the global batch.",
             stacklevel=1,
         )
+
+
+def _some(names: list[str]) -> str:
+    """Return the names of layers if they are few, else how many there are."""
+    if len(names) <= 3:
+        return f"Layers {names}"
+    return f"{len(names)} layers, {names[:3]} among them,"
 
 
 def metrics_add_up(model: keras.Model) -> bool:

@@ -13,14 +13,17 @@ MAY_IMPORT = {
     "choosers": set(),
     "config": {"choosers", "tensorflow"},
     "_keras": {"keras", "tensorflow"},
-    "placement": {"config", "_keras", "keras", "tensorflow"},
+    "warn": {"keras", "tensorflow"},
+    "placement": {
+        *("_keras", "config", "warn", "keras", "tensorflow"),
+    },
     "balance": {"tensorflow"},
     "sharding": {"keras", "tensorflow"},
     "state": {"_keras", "keras", "tensorflow"},
     "gradients": {"tensorflow"},
     "unique_rows": {"tensorflow"},
     "watch": {"_keras", "gradients", "keras", "tensorflow"},
-    "exactness": {"_keras", "sharding", "keras"},
+    "exactness": {"_keras", "sharding", "warn", "keras"},
     "rendezvous": {"_keras", "placement", "tensorflow"},
     "synchronize": {"_keras", "rendezvous", "keras", "tensorflow"},
     "tables": {"_keras", "keras", "tensorflow"},
@@ -82,8 +85,8 @@ MAY_IMPORT = {
         *("report", "sharding", "watch", "keras"),
     },
     "attach": {
-        *("_keras", "balance", "begin", "config", "deployed", "exactness"),
-        *("placement", "sharding", "state", "steps", "watch"),
+        *("_keras", "balance", "begin", "config", "deployed"),
+        *("exactness", "placement", "sharding", "state", "steps", "watch"),
         *("keras", "tensorflow"),
     },
     "summaries": {
@@ -108,7 +111,8 @@ MAY_IMPORT = {
     "phases": {"_keras", "attach", "placement", "timeline", "keras"},
     "trace": {"phases", "timeline", "tensorflow"},
     "profiler": {
-        *("phases", "timeline", "trace", "verdict", "keras", "tensorflow"),
+        *("phases", "timeline", "trace", "verdict", "warn"),
+        *("keras", "tensorflow"),
     },
     "__init__": {
         *("attach", "clones", "config", "model_deploy", "optimize"),
