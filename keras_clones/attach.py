@@ -11,6 +11,7 @@ from keras_clones import (
     _keras,
     balance,
     begin,
+    checks,
     exactness,
     placement,
     sharding,
@@ -232,6 +233,7 @@ def _maker(
     """
 
     def make_function(force: bool = False) -> None:
+        checks.check_no_strategy()
         move_home(model, made.variables_device)
         if getattr(model, name) is not None and not force:
             return
@@ -325,12 +327,7 @@ def _check_is_model(model: keras.Model) -> None:
 
 
 def _check_model(model: keras.Model) -> None:
-    if keras.backend.backend() != "tensorflow":
-        raise ValueError(
-            "keras_clones works with Keras's TensorFlow backend: set "
-            "`KERAS_BACKEND=tensorflow` before Keras is imported. "
-            f"Received: backend={keras.backend.backend()!r}"
-        )
+    checks.check_backend()
     _check_is_model(model)
     strategy = _keras.distribution_strategy(model)
     if strategy is not None:
@@ -340,6 +337,7 @@ def _check_model(model: keras.Model) -> None:
             f"Received: a model made under {type(strategy).__name__}. Make "
             "it again outside of `strategy.scope()`."
         )
+    checks.check_no_strategy()
 
 
 def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_clones import _keras
+from keras_clones import _keras, checks
 from keras_clones.config import DeploymentConfig, canonical_device
 from keras_clones.warn import warn
 
@@ -110,8 +110,11 @@ def place_clones(config: DeploymentConfig) -> tuple[Clone, ...]:
     Raises:
         NotImplementedError: If the config asks for more than this machine.
         ValueError: If there are GPUs, but fewer than the config needs, or
-            `config.devices` names a device there is not.
+            `config.devices` names a device there is not. Also with another
+            backend than TensorFlow, or in the scope of a strategy.
     """
+    checks.check_backend()
+    checks.check_no_strategy()
     if config.worker_device:
         raise NotImplementedError(
             "Clones run on one machine so far: a config of several replicas "

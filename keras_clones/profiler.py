@@ -12,7 +12,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_clones import timeline, trace
+from keras_clones import checks, timeline, trace
 from keras_clones.phases import find_places
 from keras_clones.verdict import Report, find_machine, make_report
 from keras_clones.warn import warn
@@ -169,6 +169,7 @@ class CloneProfiler(keras.callbacks.Callback):
 
     def _check_fit(self) -> None:
         """Refuse a fit that cannot be profiled, before it begins."""
+        checks.check_backend()
         if self.model.run_eagerly or tf.config.functions_run_eagerly():
             raise ValueError(
                 "`CloneProfiler` knows the phases of a step by the names in "

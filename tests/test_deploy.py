@@ -19,6 +19,7 @@ import tensorflow as tf
 
 from keras_clones import (
     Clone,
+    CloneProfiler,
     DeploymentConfig,
     clone_model,
     create_clones,
@@ -251,10 +252,58 @@ def test_bad_input_leaves_the_model_as_it_was(make, kwargs, error, message):
         )
 
 
-def test_another_backend_is_refused(monkeypatch):
+def profile(config):
+    model = cases.compiled("mlp")
+    x, y = cases.arrays(8)["mlp"]
+    model.fit(x, y, callbacks=[CloneProfiler((0, 1))], verbose=0)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda config: clone_model(cases.mlp(), config=config),
+        lambda config: create_clones(config, lambda x: x, [1.0]),
+        lambda config: deploy(config, lambda x: x, [1.0]),
+        profile,
+    ],
+)
+def test_another_backend_is_refused(make, monkeypatch):
     monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
-    with pytest.raises(ValueError, match="KERAS_BACKEND=tensorflow"):
-        clone_model(cases.mlp(), 2)
+    message = r"KERAS_BACKEND=tensorflow.*Received: backend='jax'"
+    with pytest.raises(ValueError, match=message):
+        make(DeploymentConfig(2, clone_on_cpu=True))
+
+
+def fit_clones(model):
+    x, y = cases.arrays(8)["mlp"]
+    model.fit(x, y, verbose=0)
+
+
+@pytest.mark.parametrize(
+    ("make", "call"),
+    [
+        (cases.mlp, lambda model: clone_model(model, 2)),
+        (
+            lambda: DeploymentConfig(2),
+            lambda config: create_clones(config, lambda x: x, [1.0]),
+        ),
+        (
+            lambda: DeploymentConfig(2),
+            lambda config: deploy(config, lambda x: x, [1.0]),
+        ),
+        (lambda: clone_model(cases.compiled("mlp"), 2), fit_clones),
+    ],
+)
+def test_the_scope_of_a_strategy_is_named(make, call):
+    made = make()
+    scope = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope()
+    message = r"within the scope of MirroredStrategy.*strategy.scope\(\)"
+    with scope, pytest.raises(ValueError, match=message):
+        call(made)
+    if isinstance(made, keras.Model):
+        # Outside of it, all is well.
+        cases.compiled("mlp", clone_model(made, 2))
+        fit_clones(made)
 
 
 def test_virtual_devices_after_tensorflow_started():

@@ -13,9 +13,10 @@ MAY_IMPORT = {
     "choosers": set(),
     "config": {"choosers", "tensorflow"},
     "_keras": {"keras", "tensorflow"},
+    "checks": {"keras", "tensorflow"},
     "warn": {"keras", "tensorflow"},
     "placement": {
-        *("_keras", "config", "warn", "keras", "tensorflow"),
+        *("_keras", "checks", "config", "warn", "keras", "tensorflow"),
     },
     "balance": {"tensorflow"},
     "sharding": {"keras", "tensorflow"},
@@ -85,7 +86,7 @@ MAY_IMPORT = {
         *("report", "sharding", "watch", "keras"),
     },
     "attach": {
-        *("_keras", "balance", "begin", "config", "deployed"),
+        *("_keras", "balance", "begin", "checks", "config", "deployed"),
         *("exactness", "placement", "sharding", "state", "steps", "watch"),
         *("keras", "tensorflow"),
     },
@@ -111,7 +112,7 @@ MAY_IMPORT = {
     "phases": {"_keras", "attach", "placement", "timeline", "keras"},
     "trace": {"phases", "timeline", "tensorflow"},
     "profiler": {
-        *("phases", "timeline", "trace", "verdict", "warn"),
+        *("checks", "phases", "timeline", "trace", "verdict", "warn"),
         *("keras", "tensorflow"),
     },
     "__init__": {
