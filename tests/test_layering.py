@@ -68,7 +68,7 @@ MAY_IMPORT = {
     },
     "runner": {
         *("_keras", "clones", "config", "mirrors", "optimize", "placement"),
-        *("keras", "tensorflow"),
+        *("warn", "keras", "numpy", "tensorflow"),
     },
     "model_deploy": {
         *("clones", "config", "optimize", "runner", "keras", "tensorflow"),
