@@ -11,6 +11,7 @@ from keras_clones import (
     _keras,
     balance,
     build,
+    checks,
     exactness,
     placement,
     sharding,
@@ -33,7 +34,7 @@ def clone_model(
     model: keras.Model,
     num_clones: int | None = None,
     *,
-    devices: Sequence[str] | None = None,
+    devices: Sequence[str | tf.config.LogicalDevice] | None = None,
     clone_on_cpu: bool = False,
     config: DeploymentConfig | None = None,
     loss: str = "auto",
@@ -55,9 +56,10 @@ def clone_model(
             this deployment in place of the one it has.
         num_clones: Integer, how many clones to make. Defaults to `None`: one
             a GPU, or one a logical CPU device where there is no GPU.
-        devices: List of device strings such as `["GPU:0", "GPU:2"]`, one a
-            clone. Defaults to `None`: clone `i` runs on `GPU:i`, or on the
-            CPU devices in turn where there is no GPU.
+        devices: List of device strings such as `["GPU:0", "GPU:2"]`, or of
+            `tf.config.LogicalDevice`s, one a clone. Defaults to `None`: clone
+            `i` runs on `GPU:i`, or on the CPU devices in turn where there is
+            no GPU.
         clone_on_cpu: Boolean, whether every clone runs on `CPU:0`. Defaults
             to `False`.
         config: A `DeploymentConfig`, in place of the three arguments above.
@@ -231,6 +233,7 @@ def _maker(
     """
 
     def make_function(force: bool = False) -> None:
+        checks.check_no_strategy()
         move_home(model, made.variables_device)
         if getattr(model, name) is not None and not force:
             return
@@ -277,11 +280,22 @@ def _guarded(
     return step_function
 
 
-def watch_training(model: keras.Model, watch: Watch | None) -> None:
-    """Let the training steps of a cloned model tell a watch, or none again."""
-    options = vars(model)[_KEY].step_options()._replace(watch=watch)
+def watch_training(
+    model: keras.Model, watcher: Any, watch: Watch | None
+) -> None:
+    """Let the training steps of a cloned model tell one more watch.
+
+    Args:
+        model: A cloned `keras.Model`.
+        watcher: The callback that wants to know. It has one watch at a time.
+        watch: A `Watch`, or `None` to tell this watcher nothing any more.
+    """
+    made = vars(model)[_KEY]
+    made.watches.pop(watcher, None)
+    if watch is not None:
+        made.watches[watcher] = watch
     vars(model)["train_step"] = functools.partial(
-        steps.train_step, model, options
+        steps.train_step, model, made.step_options()
     )
     model.train_function = None
 
@@ -315,12 +329,7 @@ def _check_is_model(model: keras.Model) -> None:
 
 
 def _check_model(model: keras.Model) -> None:
-    if keras.backend.backend() != "tensorflow":
-        raise ValueError(
-            "keras_clones works with Keras's TensorFlow backend: set "
-            "`KERAS_BACKEND=tensorflow` before Keras is imported. "
-            f"Received: backend={keras.backend.backend()!r}"
-        )
+    checks.check_backend()
     _check_is_model(model)
     strategy = _keras.distribution_strategy(model)
     if strategy is not None:
@@ -330,6 +339,7 @@ def _check_model(model: keras.Model) -> None:
             f"Received: a model made under {type(strategy).__name__}. Make "
             "it again outside of `strategy.scope()`."
         )
+    checks.check_no_strategy()
 
 
 def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:

@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import tensorflow as tf
+
 from keras_clones import choosers
 
 CPU = "/device:CPU:0"
@@ -18,7 +20,8 @@ _LEAST = {
     "num_replicas": 1,
     "num_ps_tasks": 0,
 }
-_DEVICE = re.compile(r"^(?:/?device:)?(CPU|GPU)(?::(\d+))?$", re.IGNORECASE)
+# What TensorFlow calls this machine, which is also what it means by nothing.
+_HERE = {"job": (None, "localhost"), "replica": (None, 0), "task": (None, 0)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +51,8 @@ class DeploymentConfig:
             to `"ps"`.
         devices: Sequence of strings such as `["GPU:0", "GPU:2"]`, one a
             clone, which takes the place of the rule above. Passed by name.
-            Defaults to `None`.
+            TensorFlow's other ways to name a device of this machine, and
+            `tf.config.LogicalDevice`s, come to the same. Defaults to `None`.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -254,8 +258,10 @@ def check_job_name(name: str, value: str) -> None:
         raise ValueError(wanted)
 
 
-def check_devices(devices: Sequence[str]) -> tuple[str, ...]:
-    """Return device strings in the form `/device:GPU:0`, each once."""
+def check_devices(
+    devices: Sequence[str | tf.config.LogicalDevice],
+) -> tuple[str, ...]:
+    """Return devices in the form `/device:GPU:0`, each once."""
     if isinstance(devices, str) or not isinstance(devices, Sequence):
         raise TypeError(
             "Argument `devices` must be a list of device strings, such as "
@@ -272,18 +278,48 @@ def check_devices(devices: Sequence[str]) -> tuple[str, ...]:
         raise ValueError(
             "Argument `devices` must name each device once. "
             f"Received: devices={list(devices)!r}, which repeats {repeated}. "
-            "To put every clone on the CPU, pass `clone_on_cpu=True`."
+            "`use_virtual_devices` makes several devices of one."
         )
     return canonical
 
 
-def canonical_device(device: str) -> str:
-    """Return `"gpu:1"` or `"/device:GPU:1"` as `"/device:GPU:1"`."""
-    match = _DEVICE.match(device) if isinstance(device, str) else None
-    if match is None:
+def canonical_device(device: str | tf.config.LogicalDevice) -> str:
+    """Return a device of this machine in the form `/device:GPU:1`.
+
+    Args:
+        device: String, in any form that `tf.DeviceSpec.from_string` takes,
+            such as `"gpu:1"` or `"/job:localhost/device:GPU:1"`, or a
+            `tf.config.LogicalDevice`. Without an index it means the first.
+
+    Raises:
+        ValueError: If it is no CPU or GPU, or is not on this machine.
+    """
+    spec = _device_spec(device)
+    if spec is None:
         raise ValueError(
-            "A device must be a string such as 'GPU:0' or '/device:CPU:1'. "
+            "A device must be a CPU or a GPU, as a string such as 'GPU:0' or "
+            "'/device:CPU:1', or as one of `tf.config.list_logical_devices()`. "
             f"Received: {device!r}"
         )
-    kind, index = match.groups()
-    return f"/device:{kind.upper()}:{int(index or 0)}"
+    if any(getattr(spec, name) not in here for name, here in _HERE.items()):
+        raise ValueError(
+            "A device must be one of this machine, such as 'GPU:0' or "
+            "'/job:localhost/device:GPU:0': clones run on one machine so far. "
+            f"Received: {device!r}"
+        )
+    return f"/device:{spec.device_type}:{spec.device_index or 0}"
+
+
+def _device_spec(device: Any) -> tf.DeviceSpec | None:
+    """Return what a device is called, if it is called that of a CPU or GPU."""
+    if isinstance(device, tf.config.LogicalDevice):
+        device = device.name
+    # A star stands for any device, and one is to be named.
+    if not isinstance(device, str) or "*" in device:
+        return None
+    try:
+        spec = tf.DeviceSpec.from_string(device)
+    except ValueError:
+        return None
+    known = spec.device_type in ("CPU", "GPU")
+    return spec if known and (spec.device_index or 0) >= 0 else None

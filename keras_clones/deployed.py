@@ -2,11 +2,12 @@
 
 import os
 import weakref
+from collections.abc import MutableMapping
 from typing import Any
 
 import keras
 
-from keras_clones import balance, footprint, picture, report, sharding
+from keras_clones import balance, footprint, picture, report, sharding, watch
 from keras_clones.options import StepOptions
 from keras_clones.config import DeploymentConfig, check_integer
 from keras_clones.placement import Clone
@@ -55,12 +56,17 @@ class Deployment:
             self.balance = balance.start(len(clones), self.variables_device)
         self.towers: dict[Any, Any] = {}
         self._reported = False
+        # By who watches the training: a callback whose training failed takes
+        # its watch along when it goes.
+        self.watches: MutableMapping[Any, watch.Watch] = (
+            weakref.WeakKeyDictionary()
+        )
         # The model holds this, which must not keep the model alive.
         self._model = None if model is None else weakref.ref(model)
 
     def __getstate__(self) -> dict[str, Any]:
         # A weak reference cannot be pickled.
-        return {**vars(self), "_model": None, "towers": {}}
+        return {**vars(self), "_model": None, "towers": {}, "watches": {}}
 
     def step_options(self) -> StepOptions:
         """Return what the model's steps go by."""
@@ -74,6 +80,7 @@ class Deployment:
             shares=self.fractions,
             balance=self.balance,
             towers=self.towers,
+            watch=watch.join(self.watches.values()),
         )
 
     @property

@@ -35,8 +35,8 @@ def run(options: argparse.Namespace) -> int:
 
 def page() -> Page:
     """Return the devices, and what `clone_model` would choose by default."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         config = placement.choose_config(None, None, False)
         clones = placement.place_clones(config)
     chosen = [[clone.scope or "clone_0", clone.device] for clone in clones]
@@ -45,6 +45,8 @@ def page() -> Page:
         "optimizer": config.optimizer_device(),
         "inputs": config.inputs_device(),
     }
+    on_gpu = placement.logical_devices("GPU")
+    notes = [] if on_gpu else [placement.no_gpu(config.num_clones)]
     return Page(
         [
             Table(["physical device", "memory", "what it is"], _physical()),
@@ -54,7 +56,7 @@ def page() -> Page:
                 [*chosen, *map(list, homes.items())],
             ),
         ],
-        [str(warning.message) for warning in caught],
+        notes,
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import keras
 
 from keras_clones import _keras, sharding
+from keras_clones.warn import warn
 
 # Functions that give each row a loss of its own, whatever the other rows are.
 # `hinge` and `dice` are not here: they look at the whole batch.
@@ -131,12 +132,11 @@ def warn_of_inexact_state(
         lambda layer: batch_norm != "sync" and not layer.synchronized,
     )
     if normalizing:
-        warnings.warn(
-            f"Layers {[layer.name for layer in normalizing]} normalize each "
+        warn(
+            f"{_some([layer.name for layer in normalizing])} normalize each "
             "clone's shard by itself, so they do not train what one device "
             "trains. `clone_model(..., batch_norm='sync')` normalizes over "
-            "the global batch.",
-            stacklevel=1,
+            "the global batch."
         )
     metrics = {
         id(v): m for m in _keras.layer_metrics(model) for v in m.variables
@@ -176,6 +176,13 @@ def warn_of_inexact_state(
             "in `compute_metrics`, which sees the global batch.",
             stacklevel=1,
         )
+
+
+def _some(names: list[str]) -> str:
+    """Return the names of layers if they are few, else how many there are."""
+    if len(names) <= 3:
+        return f"Layers {names}"
+    return f"{len(names)} layers, {names[:3]} among them,"
 
 
 def metrics_add_up(model: keras.Model) -> bool:
@@ -218,7 +225,8 @@ def why_not_by_clone(model: keras.Model) -> str | None:
         return "the model overrides `compute_loss`"
     for loss in _keras.compiled_losses(model):
         function = _keras.loss_function(loss)
-        if function is None or function[0] not in _BY_ROW:
+        # A function may be any object with `__call__`, also one with no hash.
+        if function is None or all(function[0] is not one for one in _BY_ROW):
             return f"loss {loss.name!r} may look at the whole batch"
         if loss.reduction not in _MEANS:
             return f"loss {loss.name!r} has reduction={loss.reduction!r}"

@@ -66,8 +66,9 @@ def deploy(
     Where TF-Slim made operations to run in a session, this makes functions to
     call. Called without arguments, they take those given here, as in TF-Slim:
     an iterator, say, from which each clone draws. Called with arguments, they
-    take these: `train_fn(split_batch(batch, config.num_clones))`. Variables
-    that are elsewhere move to `config.variables_device()`.
+    take these: `train_fn(split_batch(batch, config.num_clones))`. A batch that
+    is not split goes to every clone whole, with a warning. Variables that are
+    elsewhere move to `config.variables_device()`.
 
     Args:
         config: A `DeploymentConfig`.

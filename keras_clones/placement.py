@@ -1,14 +1,17 @@
 """Which devices there are, which clone goes where, variables to their home."""
 
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import keras
 import tensorflow as tf
 
-from keras_clones import _keras
+from keras_clones import _keras, checks
 from keras_clones.config import DeploymentConfig, canonical_device
+from keras_clones.warn import warn
+
+# Whoever was told once, or made logical devices, knows that there is no GPU.
+_no_gpu_is_known = False
 
 
 class Clone(NamedTuple):
@@ -69,6 +72,7 @@ def use_virtual_devices(
             f"There is no {device_type} to split on this machine. "
             f"Received: device_type={device_type!r}"
         )
+    global _no_gpu_is_known
     logical = tf.config.LogicalDeviceConfiguration(memory_limit=memory_limit)
     try:
         tf.config.set_logical_device_configuration(physical[0], [logical] * n)
@@ -78,11 +82,12 @@ def use_virtual_devices(
             "its devices, that is before the first tensor, variable or model "
             "is made. Move the call to the top of the program."
         ) from error
+    _no_gpu_is_known = True
 
 
 def choose_config(
     num_clones: int | None,
-    devices: Sequence[str] | None,
+    devices: Sequence[str | tf.config.LogicalDevice] | None,
     clone_on_cpu: bool,
 ) -> DeploymentConfig:
     """Return a valid config, with `num_clones=None` settled.
@@ -105,8 +110,11 @@ def place_clones(config: DeploymentConfig) -> tuple[Clone, ...]:
     Raises:
         NotImplementedError: If the config asks for more than this machine.
         ValueError: If there are GPUs, but fewer than the config needs, or
-            `config.devices` names a device there is not.
+            `config.devices` names a device there is not. Also with another
+            backend than TensorFlow, or in the scope of a strategy.
     """
+    checks.check_backend()
+    checks.check_no_strategy()
     if config.worker_device:
         raise NotImplementedError(
             "Clones run on one machine so far: a config of several replicas "
@@ -115,10 +123,20 @@ def place_clones(config: DeploymentConfig) -> tuple[Clone, ...]:
             f"num_ps_tasks={config.num_ps_tasks}"
         )
     cpus, gpus = logical_devices("CPU"), logical_devices("GPU")
+    _check_devices_are_there(config, cpus, gpus)
     indices = range(config.num_clones)
     wanted = [config.clone_device(i) for i in indices]
+    if not gpus and not config.clone_on_cpu and config.devices is None:
+        _warn_of_no_gpu(config.num_clones)
+        wanted = [cpus[i % len(cpus)] for i in indices]
+    return tuple(Clone(config.clone_scope(i), wanted[i]) for i in indices)
+
+
+def _check_devices_are_there(
+    config: DeploymentConfig, cpus: list[str], gpus: list[str]
+) -> None:
     if config.devices is not None:
-        unknown = [device for device in wanted if device not in cpus + gpus]
+        unknown = [d for d in config.devices if d not in cpus + gpus]
         if unknown:
             raise ValueError(
                 "Argument `devices` names devices that this machine does not "
@@ -132,16 +150,24 @@ def place_clones(config: DeploymentConfig) -> tuple[Clone, ...]:
             f"`num_clones={len(gpus)}`, or `clone_on_cpu=True` to run every "
             "clone on the CPU."
         )
-    elif not gpus and not config.clone_on_cpu:
-        warnings.warn(
-            f"There is no GPU: {config.num_clones} clone(s) run on {cpus}. "
-            "They train the same model, but they share the processor's cores "
-            "and do not make it faster. `clone_on_cpu=True` says that this is "
-            "meant.",
-            stacklevel=3,
-        )
-        wanted = [cpus[i % len(cpus)] for i in indices]
-    return tuple(Clone(config.clone_scope(i), wanted[i]) for i in indices)
+
+
+def _warn_of_no_gpu(num_clones: int) -> None:
+    """Warn once that clones share a processor, if that may come unexpected."""
+    global _no_gpu_is_known
+    if num_clones > 1 and not _no_gpu_is_known:
+        _no_gpu_is_known = True
+        warn(no_gpu(num_clones))
+
+
+def no_gpu(num_clones: int) -> str:
+    """Return what to know of clones where there is no GPU."""
+    return (
+        f"There is no GPU: {num_clones} clone(s) run on "
+        f"{logical_devices('CPU')}. They train the same model, but they share "
+        "the processor's cores and do not make it faster. "
+        "`clone_on_cpu=True` says that this is meant."
+    )
 
 
 def same_device(device: str, other: str) -> bool:
@@ -182,6 +208,6 @@ def move_variables(
 def logical_devices(kind: str) -> list[str]:
     """Return the logical devices of a kind, such as `["/device:GPU:0"]`."""
     return [
-        canonical_device(device.name.removeprefix("/"))
+        canonical_device(device)
         for device in tf.config.list_logical_devices(kind)
     ]

@@ -6,16 +6,16 @@ import operator
 import os
 import tempfile
 import time
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from keras_clones import timeline, trace
+from keras_clones import checks, timeline, trace
 from keras_clones.phases import find_places
 from keras_clones.verdict import Report, find_machine, make_report
+from keras_clones.warn import warn
 
 
 class CloneProfiler(keras.callbacks.Callback):
@@ -156,23 +156,20 @@ class CloneProfiler(keras.callbacks.Callback):
         if self._gave_up:
             return
         if not self._done:
-            warnings.warn(
+            warn(
                 f"Training ended after {self._seen} steps, before the range "
                 f"steps={self.steps} of `CloneProfiler` was done: nothing was "
-                "written. Give it a range that ends earlier.",
-                stacklevel=2,
+                "written. Give it a range that ends earlier."
             )
             return
         try:
             self._write()
         except OSError as error:
-            warnings.warn(
-                f"`CloneProfiler` could not write its files: {error}",
-                stacklevel=2,
-            )
+            warn(f"`CloneProfiler` could not write its files: {error}")
 
     def _check_fit(self) -> None:
         """Refuse a fit that cannot be profiled, before it begins."""
+        checks.check_backend()
         if self.model.run_eagerly or tf.config.functions_run_eagerly():
             raise ValueError(
                 "`CloneProfiler` knows the phases of a step by the names in "
@@ -219,10 +216,7 @@ class CloneProfiler(keras.callbacks.Callback):
 
     def _give_up(self, reason: str) -> None:
         self._done = self._gave_up = True
-        warnings.warn(
-            f"{reason}: `CloneProfiler` writes nothing. The training goes on.",
-            stacklevel=2,
-        )
+        warn(f"{reason}: `CloneProfiler` writes nothing. The training goes on.")
 
     def _write(self) -> None:
         """Read the profile, and write and print what it came to."""

@@ -4,12 +4,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_clones import _keras, optimize, placement
 from keras_clones.clones import (
     Clone,
     Clones,
+    PerClone,
     call_clones,
     check_arguments,
     find_shares,
@@ -17,6 +19,7 @@ from keras_clones.clones import (
 )
 from keras_clones.config import DeploymentConfig
 from keras_clones.mirrors import assign_merged
+from keras_clones.warn import warn
 
 
 class Run(NamedTuple):
@@ -59,6 +62,7 @@ class Runner:
         self._home = config.variables_device()
         self._trained: list[keras.Variable] = []
         self._prepared = False
+        self._warned = config.num_clones == 1
         self._last: Run | None = None
         self._placed = placement.place_clones(config)
         self.clones = [
@@ -68,6 +72,7 @@ class Runner:
         self._train = tf.function(self._train_step, autograph=False)
         self._evaluate = tf.function(self._evaluate_step, autograph=False)
         if args or kwargs:
+            self._warn_of_a_whole_batch(*self._defaults)
             self._prepare(*self._defaults)
 
     def train(self, *args: Any, **kwargs: Any) -> tf.Tensor:
@@ -128,6 +133,7 @@ class Runner:
         if not args and not kwargs:
             args, kwargs = self._defaults
         check_arguments(self._config, self._model_fn, args, kwargs)
+        self._warn_of_a_whole_batch(args, kwargs)
         if not self._prepared:
             self._prepare(args, kwargs)
         run = function(list(args), dict(kwargs))
@@ -135,6 +141,19 @@ class Runner:
         for i, outputs in enumerate(run.outputs):
             self.clones[i] = self.clones[i]._replace(outputs=outputs)
         return run.total
+
+    def _warn_of_a_whole_batch(self, args: Any, kwargs: Any) -> None:
+        """Warn once where nothing tells the clones' arguments apart."""
+        if self._warned or not _is_the_same_for_all([*args, *kwargs.values()]):
+            return
+        self._warned = True
+        number = self._config.num_clones
+        warn(
+            f"Each of the {number} clones gets the whole batch, so all of them "
+            "compute the same. `split_batch(batch, config.num_clones)` in its "
+            "place gives each clone its rows, and `PerClone([...])` each one "
+            "its own."
+        )
 
     def _prepare(self, args: Any, kwargs: Any) -> None:
         """Check what the function returns, and move what it reads home."""
@@ -207,6 +226,26 @@ class Runner:
             total=total,
             gradients=[],
         )
+
+
+def _is_the_same_for_all(arguments: Sequence[Any]) -> bool:
+    """Say whether there are arrays, and nothing that differs by clone.
+
+    Scalars have no rows to split, variables are no batch, and an iterator
+    gives each clone another batch.
+    """
+    if any(isinstance(argument, PerClone) for argument in arguments):
+        return False
+    leaves = keras.tree.flatten(list(arguments))
+    if any(hasattr(leaf, "__next__") for leaf in leaves):
+        return False
+    return any(_has_rows(leaf) for leaf in leaves)
+
+
+def _has_rows(leaf: Any) -> bool:
+    is_array = tf.is_tensor(leaf) or isinstance(leaf, np.ndarray)
+    is_variable = isinstance(leaf, (tf.Variable, keras.Variable))
+    return is_array and not is_variable and len(leaf.shape) > 0
 
 
 def _unscaled(gradient: Any, scale: tf.Tensor) -> tf.Tensor | None:

@@ -79,7 +79,7 @@ class CloneSummaries(keras.callbacks.Callback):
         self._watch = Watch(
             len(made.clones), made.variables_device, self.summarize_gradients
         )
-        watch_training(self.model, self._watch)
+        watch_training(self.model, self, self._watch)
         self.model.make_train_function()
 
     def on_train_batch_begin(
@@ -102,7 +102,7 @@ class CloneSummaries(keras.callbacks.Callback):
         """Let the steps be what they were."""
         self._watch = None
         if deployment(self.model) is not None:
-            watch_training(self.model, None)
+            watch_training(self.model, self, None)
 
     def _check(self) -> None:
         if not hasattr(tf.summary, "scalar"):

@@ -1,6 +1,6 @@
 """What training steps leave at home for summaries to read."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import keras
@@ -91,6 +91,29 @@ class Watch:
                     )
                     for _, gradient in pairs
                 ]
+
+
+class Watches:
+    """Several watches, which a training step tells as it tells one."""
+
+    def __init__(self, watches: Iterable[Watch]) -> None:
+        self._watches = tuple(watches)
+
+    @property
+    def wanted(self) -> tf.Tensor:
+        """Scalar boolean, whether any of them wants the next step."""
+        return tf.reduce_any([watch.wanted for watch in self._watches])
+
+    def record(self, *args: Any) -> None:
+        """Let each of them leave what a step came to, if it wants it."""
+        for watch in self._watches:
+            watch.record(*args)
+
+
+def join(watches: Iterable[Watch]) -> Any:
+    """Return what a step tells in place of several watches, if any."""
+    watches = tuple(watches)
+    return Watches(watches) if len(watches) > 1 else next(iter(watches), None)
 
 
 def _values(gradient: Any, scale: Any) -> tf.Tensor:

@@ -1,6 +1,7 @@
 """`DeploymentConfig` gives device strings, and refuses what makes no sense."""
 
 import dataclasses
+import re
 from types import SimpleNamespace
 
 import keras
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_clones import DeploymentConfig, clone_model
+from keras_clones import DeploymentConfig, clone_model, deployment
 
 GPU0, GPU1, CPU = "/device:GPU:0", "/device:GPU:1", "/device:CPU:0"
 WORKER = "/job:worker"
@@ -190,6 +191,70 @@ def test_devices_are_written_in_one_form():
     assert config.clone_device(0) == "/device:GPU:1"
     cluster = dataclasses.replace(config, num_ps_tasks=1)
     assert cluster.clone_device(0) == "/job:worker/device:GPU:1"
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "/cpu:1",
+        "cpu:1",
+        "device:CPU:1",
+        "/device:cpu:1",
+        "/job:localhost/replica:0/task:0/device:CPU:1",
+        "/job:localhost/cpu:1",
+        "/task:0/device:CPU:1",
+        tf.config.LogicalDevice("/device:CPU:1", "CPU"),
+    ],
+    ids=str,
+)
+def test_devices_are_named_as_tensorflow_names_them(device):
+    config = DeploymentConfig(2, devices=[device, "/gpu"])
+    assert config.devices == ("/device:CPU:1", "/device:GPU:0")
+    assert eval(repr(config)) == config
+    repeated = re.escape("repeats ['/device:CPU:1']")
+    with pytest.raises(ValueError, match=repeated):
+        DeploymentConfig(2, devices=[device, "CPU:1"])
+
+
+def test_devices_that_tensorflow_lists():
+    listed = tf.config.list_logical_devices("CPU")[:2]
+    model = clone_model(
+        keras.Sequential([keras.layers.Dense(1)]), devices=listed
+    )
+    clones = deployment(model).clones
+    assert [c.device for c in clones] == ["/device:CPU:0", "/device:CPU:1"]
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("TPU:0", "must be a CPU or a GPU.*'TPU:0'"),
+        ("GPU:*", r"'GPU:\*'"),
+        ("GPU:-1", "'GPU:-1'"),
+        ("GPU:x", "'GPU:x'"),
+        ("", "Received: ''"),
+        ("/job:localhost", "must be a CPU or a GPU"),
+        ("/cpu:0/gpu:1", "must be a CPU or a GPU"),
+        (1, "Received: 1"),
+        (
+            tf.config.PhysicalDevice("/physical_device:GPU:0", "GPU"),
+            "list_logical_devices.*physical_device:GPU:0",
+        ),
+        ("/job:worker/replica:0/task:0/GPU:0", "on one machine so far.*worker"),
+        ("/job:localhost/task:1/GPU:0", "one of this machine.*task:1"),
+        ("/replica:1/GPU:0", "one of this machine"),
+    ],
+    ids=str,
+)
+def test_devices_that_are_none_of_this_machine(device, message):
+    with pytest.raises(ValueError, match=message):
+        DeploymentConfig(1, devices=[device])
+
+
+def test_repeated_devices_are_not_sent_to_a_contradiction():
+    with pytest.raises(ValueError, match="use_virtual_devices") as error:
+        DeploymentConfig(2, devices=["CPU:1", "cpu:1"])
+    assert "clone_on_cpu" not in str(error.value)
 
 
 def test_it_is_frozen_and_can_be_a_key():

@@ -1,6 +1,7 @@
 """`clone_model` and its errors; saving; where every variable lives."""
 
 import copy
+import inspect
 import json
 import pickle
 import re
@@ -18,10 +19,14 @@ import tensorflow as tf
 
 from keras_clones import (
     Clone,
+    CloneProfiler,
     DeploymentConfig,
     clone_model,
+    create_clones,
+    deploy,
     deployment,
     placement,
+    split_batch,
     unclone_model,
     use_virtual_devices,
 )
@@ -81,13 +86,72 @@ def test_no_number_of_clones_takes_every_device():
     assert len(deployment(clone_model(cases.mlp())).clones) == 8
 
 
-def test_one_warning_without_a_gpu(recwarn):
-    with pytest.warns(UserWarning, match="There is no GPU") as caught:
-        clone_model(cases.mlp(), 2)
+@pytest.fixture
+def no_gpu_is_news(monkeypatch):
+    """Let the process be one that has heard nothing of devices yet."""
+    monkeypatch.setattr(placement, "_no_gpu_is_known", False)
+
+
+def graph_of_clones(config):
+    @tf.function
+    def step(x):
+        return create_clones(config, lambda x: x, [split_batch(x, 2)])[0].scope
+
+    step(tf.ones((4, 1)))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda config: clone_model(cases.mlp(), 2),
+        lambda config: clone_model(cases.mlp(), config=config),
+        lambda config: create_clones(config, lambda x: x, [1.0]),
+        lambda config: deploy(config, lambda x: x),
+        graph_of_clones,
+    ],
+)
+def test_one_warning_without_a_gpu(make, no_gpu_is_news, recwarn):
+    with pytest.warns(UserWarning, match="There is no GPU: 2 clone") as caught:
+        make(DeploymentConfig(2))
     assert len(caught) == 1
     assert caught[0].filename == __file__
-    clone_model(cases.mlp(), 2, clone_on_cpu=True)
+    line = inspect.getsourcelines(make)[1]
+    assert line <= caught[0].lineno <= line + 5
+    make(DeploymentConfig(2))
     assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"num_clones": 1},
+        {"num_clones": 2, "clone_on_cpu": True},
+        {"devices": ["CPU:0", "CPU:1"]},
+    ],
+)
+def test_no_warning_where_the_cpu_is_meant(arguments, no_gpu_is_news, recwarn):
+    clone_model(cases.mlp(), **arguments)
+    assert not recwarn.list
+
+
+def test_whoever_makes_virtual_devices_needs_no_warning():
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", ALONE],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+ALONE = """
+import warnings
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import keras
+    from keras_clones import clone_model, use_virtual_devices
+use_virtual_devices(2)
+clone_model(keras.Sequential([keras.layers.Dense(1)]), 2)
+"""
 
 
 @pytest.fixture
@@ -188,10 +252,58 @@ def test_bad_input_leaves_the_model_as_it_was(make, kwargs, error, message):
         )
 
 
-def test_another_backend_is_refused(monkeypatch):
+def profile(config):
+    model = cases.compiled("mlp")
+    x, y = cases.arrays(8)["mlp"]
+    model.fit(x, y, callbacks=[CloneProfiler((0, 1))], verbose=0)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda config: clone_model(cases.mlp(), config=config),
+        lambda config: create_clones(config, lambda x: x, [1.0]),
+        lambda config: deploy(config, lambda x: x, [1.0]),
+        profile,
+    ],
+)
+def test_another_backend_is_refused(make, monkeypatch):
     monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
-    with pytest.raises(ValueError, match="KERAS_BACKEND=tensorflow"):
-        clone_model(cases.mlp(), 2)
+    message = r"KERAS_BACKEND=tensorflow.*Received: backend='jax'"
+    with pytest.raises(ValueError, match=message):
+        make(DeploymentConfig(2, clone_on_cpu=True))
+
+
+def fit_clones(model):
+    x, y = cases.arrays(8)["mlp"]
+    model.fit(x, y, verbose=0)
+
+
+@pytest.mark.parametrize(
+    ("make", "call"),
+    [
+        (cases.mlp, lambda model: clone_model(model, 2)),
+        (
+            lambda: DeploymentConfig(2),
+            lambda config: create_clones(config, lambda x: x, [1.0]),
+        ),
+        (
+            lambda: DeploymentConfig(2),
+            lambda config: deploy(config, lambda x: x, [1.0]),
+        ),
+        (lambda: clone_model(cases.compiled("mlp"), 2), fit_clones),
+    ],
+)
+def test_the_scope_of_a_strategy_is_named(make, call):
+    made = make()
+    scope = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope()
+    message = r"within the scope of MirroredStrategy.*strategy.scope\(\)"
+    with scope, pytest.raises(ValueError, match=message):
+        call(made)
+    if isinstance(made, keras.Model):
+        # Outside of it, all is well.
+        cases.compiled("mlp", clone_model(made, 2))
+        fit_clones(made)
 
 
 def test_virtual_devices_after_tensorflow_started():

@@ -1,6 +1,7 @@
 """Callbacks, resuming, search and ready-made models work on clones."""
 
 import csv
+import re
 
 import cases
 import keras
@@ -209,6 +210,21 @@ def test_what_cannot_be_exact_is_named_when_it_is_used(layer, message):
     cases.compiled("mlp", clone_model(model, 2))
     with pytest.warns(UserWarning, match=message):
         model.train_on_batch(x, y)
+
+
+def test_many_layers_are_counted_and_three_of_them_named():
+    x, y = cases.arrays(8)["mlp"]
+    norms = [keras.layers.BatchNormalization(name=f"n{i}") for i in range(5)]
+    head = keras.layers.Dense(3, "softmax")
+    model = clone_model(keras.Sequential([keras.Input((6,)), *norms, head]), 2)
+    cases.compiled("mlp", model)
+    first = re.escape("5 layers, ['n0', 'n1', 'n2'] among them, normalize")
+    with pytest.warns(UserWarning, match=first) as caught:
+        model.fit(x, y, verbose=0)
+    for warning in caught:
+        assert "n3" not in str(warning.message)
+        # The call of `fit` is the user's, not what Keras calls in it.
+        assert warning.filename == __file__
 
 
 def test_what_is_exact_is_not_warned_of(recwarn):

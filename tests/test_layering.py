@@ -11,16 +11,20 @@ PACKAGE = pathlib.Path(keras_clones.__file__).parent
 # door to private names, open to all but the configuration.
 MAY_IMPORT = {
     "choosers": set(),
-    "config": {"choosers"},
+    "config": {"choosers", "tensorflow"},
     "_keras": {"keras", "tensorflow"},
-    "placement": {"config", "_keras", "keras", "tensorflow"},
+    "checks": {"keras", "tensorflow"},
+    "warn": {"keras", "tensorflow"},
+    "placement": {
+        *("_keras", "checks", "config", "warn", "keras", "tensorflow"),
+    },
     "balance": {"tensorflow"},
     "sharding": {"keras", "tensorflow"},
     "state": {"_keras", "keras", "tensorflow"},
     "gradients": {"tensorflow"},
     "unique_rows": {"tensorflow"},
     "watch": {"_keras", "gradients", "keras", "tensorflow"},
-    "exactness": {"_keras", "sharding", "keras"},
+    "exactness": {"_keras", "sharding", "warn", "keras"},
     "rendezvous": {"_keras", "placement", "tensorflow"},
     "synchronize": {"_keras", "rendezvous", "keras", "tensorflow"},
     "tables": {"_keras", "keras", "tensorflow"},
@@ -64,7 +68,7 @@ MAY_IMPORT = {
     },
     "runner": {
         *("_keras", "clones", "config", "mirrors", "optimize", "placement"),
-        *("keras", "tensorflow"),
+        *("warn", "keras", "numpy", "tensorflow"),
     },
     "model_deploy": {
         *("clones", "config", "optimize", "runner", "keras", "tensorflow"),
@@ -79,11 +83,11 @@ MAY_IMPORT = {
     "picture": {"footprint", "placement", "report", "timeline", "matplotlib"},
     "deployed": {
         *("balance", "begin", "config", "footprint", "picture", "placement"),
-        *("report", "sharding", "keras"),
+        *("report", "sharding", "watch", "keras"),
     },
     "attach": {
-        *("_keras", "balance", "begin", "config", "deployed", "exactness"),
-        *("placement", "sharding", "state", "steps", "watch"),
+        *("_keras", "balance", "begin", "checks", "config", "deployed"),
+        *("exactness", "placement", "sharding", "state", "steps", "watch"),
         *("keras", "tensorflow"),
     },
     "summaries": {
@@ -108,7 +112,8 @@ MAY_IMPORT = {
     "phases": {"_keras", "attach", "placement", "timeline", "keras"},
     "trace": {"phases", "timeline", "tensorflow"},
     "profiler": {
-        *("phases", "timeline", "trace", "verdict", "keras", "tensorflow"),
+        *("checks", "phases", "timeline", "trace", "verdict", "warn"),
+        *("keras", "tensorflow"),
     },
     "__init__": {
         *("attach", "clones", "config", "model_deploy", "optimize"),

@@ -788,6 +788,47 @@ def test_deploy_is_not_for_graphs():
         step()
 
 
+def first_of(*args, **kwargs):
+    return tf.reduce_sum(tf.nest.flatten((args, kwargs))[0])
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs"),
+    [
+        ([np.ones((4, 2))], {}),
+        ([], {"batch": (tf.ones((4, 2)), tf.ones(4))}),
+        ([tf.ragged.constant([[1.0], [2.0, 3.0]]), 0.5], {}),
+    ],
+)
+@pytest.mark.parametrize("when", ["deploy", "call"])
+def test_a_batch_that_is_not_split_is_warned_of(args, kwargs, when):
+    with pytest.warns(UserWarning, match=r"2 clones .*split_batch") as caught:
+        if when == "deploy":
+            deployed = deploy(config_of(2), first_of, args, kwargs)
+        else:
+            deployed = deploy(config_of(2), first_of)
+            deployed.total_loss(*args, **kwargs)
+        deployed.total_loss(*args, **kwargs)
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+@pytest.mark.parametrize(
+    ("num_clones", "args"),
+    [
+        (1, [np.ones((4, 2))]),
+        (2, [split_batch(np.ones((4, 2)), 2), np.ones(3)]),
+        (2, [PerClone([1.0, 2.0])]),
+        (2, [0.5, tf.constant(2.0), np.float32(3), "name", None]),
+        (2, [keras.Variable([1.0, 2.0]), tf.Variable([1.0])]),
+        (2, [iter(tf.data.Dataset.from_tensors([1.0]).repeat()), np.ones(3)]),
+    ],
+)
+def test_what_clones_may_share_is_not_warned_of(num_clones, args, recwarn):
+    deployed = deploy(config_of(num_clones), lambda *args: tf.zeros(()))
+    deployed.total_loss(*args)
+    assert not recwarn.list
+
+
 def test_a_run_that_failed_can_be_repeated():
     deployed = deploy(
         config_of(2), squares(mlp()), optimizer=keras.optimizers.SGD(0.1)

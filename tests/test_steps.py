@@ -287,6 +287,21 @@ def test_forcing_clones_where_it_is_not_exact_warns():
         model.train_on_batch(x, y)
 
 
+class NoHash:
+    """A loss that is an object: what defines `__eq__` has no hash."""
+
+    def __eq__(self, other):
+        return isinstance(other, NoHash)
+
+    def __call__(self, y_true, y_pred):
+        return keras.ops.mean(keras.ops.square(y_true - y_pred), axis=-1)
+
+
+def test_a_loss_without_a_hash(float64):
+    x, y = cases.arrays(10)["mlp"]
+    assert_same(fit_both(cases.mlp, x, np.eye(3)[y], loss=NoHash()))
+
+
 class WithLosses(keras.Model):
     """A model with every kind of loss that a layer can add."""
 

@@ -1,5 +1,6 @@
 """What TensorBoard shows of clones, against plain Keras on one device."""
 
+import functools
 import json
 import pathlib
 import time
@@ -247,6 +248,66 @@ def test_training_is_the_same_with_and_without(float64, tmp_path):
     # A callback that is used again writes into the new log.
     assert [*one] == [*two] == [1, 2, 3]
     assert one[1] != two[1]
+
+
+class Sums(CloneSummaries):
+    """Summaries of a user's own, which keep what they wrote."""
+
+    def on_train_begin(self, logs=None):
+        super().on_train_begin(logs)
+        self.seen = []
+
+    def _write(self, watch):
+        self.seen.append([*watch.losses.numpy(), *watch.norms.numpy()])
+
+
+@pytest.mark.parametrize("loss", ["clones", "gather"])
+def test_several_summaries_at_once(loss, float64, tmp_path):
+    make = functools.partial(clone_model, num_clones=2, loss=loss)
+    alone, first, second = Sums(), Sums(), Sums(True)
+    fit(make(cases.compiled("mlp")), data_of("mlp"), tmp_path / "a", alone)
+    model = make(cases.compiled("mlp"))
+    callbacks = [tensorboard(tmp_path / "b"), first, second]
+    model.fit(data_of("mlp"), callbacks=callbacks, verbose=0)
+    assert len(alone.seen) == STEPS and np.all(alone.seen)
+    assert first.seen == second.seen == alone.seen
+
+
+def test_each_summaries_ends_by_itself(tmp_path):
+    model = clone_model(cases.compiled("mlp"), 2)
+    model.optimizer.build(model.trainable_variables)
+    before = num_nodes(model)
+    first, second = Sums(), Sums()
+    batch = next(iter(data_of("mlp")))
+    with tf.summary.create_file_writer(str(tmp_path)).as_default(step=0):
+        for summaries in (first, second):
+            summaries.set_model(model)
+            summaries.on_train_begin()
+        both = num_nodes(model)
+        first.on_train_end()
+        assert before < num_nodes(model) < both
+        second.on_train_batch_begin(0)
+        model.train_on_batch(*batch)
+        second.on_train_batch_end(0)
+    assert np.all(second.seen)
+    second.on_train_end()
+    assert num_nodes(model) == before
+
+
+def test_summaries_of_a_failed_training_are_forgotten(tmp_path):
+    model = clone_model(cases.compiled("mlp"), 2)
+    model.optimizer.build(model.trainable_variables)
+    writer = tf.summary.create_file_writer(str(tmp_path))
+    nodes = []
+    for _ in range(2):
+        # Nothing ends this training, and nothing keeps the callback.
+        summaries = CloneSummaries()
+        summaries.set_model(model)
+        with writer.as_default(step=0):
+            summaries.on_train_begin()
+        nodes.append(num_nodes(model))
+        del summaries
+    assert nodes[0] == nodes[1]
 
 
 class Own(keras.Sequential):
