@@ -141,8 +141,12 @@ def loss_function(loss: keras.losses.Loss) -> tuple[Any, dict[str, Any]] | None:
 
 
 def has_compiled_metrics(model: keras.Model) -> bool:
-    """Say whether `compile` got metrics, which need the outputs."""
-    return model._compile_metrics is not None
+    """Say whether `compile` got metrics, which need the outputs.
+
+    `compile(metrics=[])` makes a container all the same, with none inside.
+    """
+    compiled = model._compile_metrics
+    return compiled is not None and bool(compiled.metrics or not compiled.built)
 
 
 def compiled_metrics(model: keras.Model) -> list[keras.Metric]:

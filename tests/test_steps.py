@@ -287,6 +287,18 @@ def test_forcing_clones_where_it_is_not_exact_warns():
         model.train_on_batch(x, y)
 
 
+@pytest.mark.parametrize(
+    "compiled",
+    [{"metrics": []}, {"metrics": {}}, {"weighted_metrics": [], "metrics": []}],
+)
+@pytest.mark.parametrize("loss", ["auto", "gather"])
+def test_metrics_that_are_none(compiled, loss, float64):
+    x, y = cases.arrays(10)["mlp"]
+    compiled = {"loss": "sparse_categorical_crossentropy", **compiled}
+    clone = functools.partial(clone_model, loss=loss)
+    assert_same(fit_both(cases.mlp, x, y, clone=clone, **compiled))
+
+
 class NoHash:
     """A loss that is an object: what defines `__eq__` has no hash."""
 
