@@ -221,9 +221,31 @@ def layers_with_scalar_losses(model: keras.Model) -> list[str]:
     ]
 
 
+def activity_losses(model: keras.Model) -> frozenset[int]:
+    """Return the ids of the entries of `model.losses` that regularize outputs.
+
+    Nothing tells them from other scalars that the same layer adds.
+    """
+    return frozenset(
+        loss_id
+        for layer in layers(model)
+        if layer.activity_regularizer is not None
+        for loss_id in layer._loss_ids
+    )
+
+
+def kind_of_activity_losses() -> str:
+    """Say what these are over the rows: sums before Keras 3.14, now means."""
+    major, minor = keras.__version__.split(".")[:2]
+    return "mean" if (int(major), int(minor)) >= (3, 14) else "sum"
+
+
 @contextlib.contextmanager
 def overriding_losses(model: keras.Model, losses: list[Any]) -> Iterator[None]:
     """Let `model.losses` return the given losses, and no others."""
+    # Before 3.14 Keras looks for them by value, which no graph can tell.
+    for layer in layers(model):
+        layer._loss_ids.clear()
     model._clear_losses()
     held = model._losses_override
     vars(model)["_losses_override"] = list(losses)

@@ -223,17 +223,22 @@ def _layer_losses(
     """Return the clone's parts of `model.losses`.
 
     The entries of a loss that is no scalar are added up, as Keras does. A
-    scalar is a mean over the rows (Keras divides activity regularizers by
-    them) or a sum, as the user says. A weight regularizer is the same in
-    every clone, so its share of the rows counts it once.
+    scalar is a mean over the rows or a sum, as the user says, or Keras where
+    it regularizes outputs. A weight regularizer is the same in every clone, so
+    its share of the rows counts it once.
     """
-    losses = [_keras.as_loss(loss) for loss in model.losses]
+    added = model.losses
+    losses = [_keras.as_loss(loss) for loss in added]
     num_own = len(losses) - _keras.num_weight_regularizers(model)
+    kinds = dict.fromkeys(
+        _keras.activity_losses(model), _keras.kind_of_activity_losses()
+    )
     parts = []
     if scalars is None and any(l.shape.rank == 0 for l in losses[:num_own]):
         _warn_of_scalar_losses(model)
     for position, loss in enumerate(losses):
-        is_mean = position >= num_own or scalars != "sum"
+        kind = kinds.get(id(added[position]), scalars)
+        is_mean = position >= num_own or kind != "sum"
         if loss.shape.rank == 0 and is_mean:
             loss = loss * tf.cast(share, loss.dtype)
         parts.append(tf.reduce_sum(loss))
