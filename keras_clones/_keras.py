@@ -4,27 +4,53 @@
 """
 
 import contextlib
+import functools
 import random
 from collections.abc import Iterator
 from typing import Any
 
 import keras
 import tensorflow as tf
-from keras.src import backend
-from keras.src.backend.common import global_state
-from keras.src.losses.losses import LossFunctionWrapper
-from keras.src.random import seed_generator
+
+from keras_clones._private import reach
+
+# The versions are those that the tests passed on.
+_private = functools.partial(
+    reach,
+    library="Keras",
+    installed=keras.__version__,
+    known="3.12 to 3.15, and keras-nightly 3.16.0.dev2026102704",
+)
+# Keras 3.16 no longer has the masks' functions in `backend`.
+_get_keras_mask = _private(
+    "keras.src.backend.common.masking.get_keras_mask",
+    "keras.src.backend.get_keras_mask",
+)
+_set_keras_mask = _private(
+    "keras.src.backend.common.masking.set_keras_mask",
+    "keras.src.backend.set_keras_mask",
+)
+_get_global_attribute = _private(
+    "keras.src.backend.common.global_state.get_global_attribute"
+)
+_set_global_attribute = _private(
+    "keras.src.backend.common.global_state.set_global_attribute"
+)
+_global_seed_generator = _private(
+    "keras.src.random.seed_generator.global_seed_generator"
+)
+_LossFunctionWrapper = _private("keras.src.losses.losses.LossFunctionWrapper")
 
 
 def get_mask(tensor: Any) -> Any:
     """Return the mask a tensor carries: no public name reads it."""
-    return backend.get_keras_mask(tensor)
+    return _get_keras_mask(tensor)
 
 
 def set_mask(tensor: Any, mask: Any) -> None:
     """Make a tensor carry a mask: no public name writes it."""
     if mask is not None:
-        backend.set_keras_mask(tensor, mask)
+        _set_keras_mask(tensor, mask)
 
 
 def set_tf_variable(variable: keras.Variable, new: tf.Variable) -> None:
@@ -99,12 +125,12 @@ def _global_seed_state() -> keras.Variable:
     Made here if need be, since it cannot be made inside a tower, and without
     drawing from the user's `random` stream.
     """
-    if global_state.get_global_attribute("global_seed_generator") is None:
+    if _get_global_attribute("global_seed_generator") is None:
         stream = random.getstate()
         with tf.init_scope(), tf.device("/device:CPU:0"):
-            seed_generator.global_seed_generator()
+            _global_seed_generator()
         random.setstate(stream)
-    return seed_generator.global_seed_generator().state
+    return _global_seed_generator().state
 
 
 def layer_metrics(model: keras.Model) -> list[keras.Metric]:
@@ -131,7 +157,7 @@ def compiled_losses(model: keras.Model) -> list[keras.losses.Loss]:
 
 def loss_function(loss: keras.losses.Loss) -> tuple[Any, dict[str, Any]] | None:
     """Return the function behind a built-in loss, and its arguments."""
-    plain = LossFunctionWrapper
+    plain = _LossFunctionWrapper
     if not isinstance(loss, plain) or (
         type(loss).call is not plain.call
         or type(loss).__call__ is not plain.__call__
@@ -202,33 +228,24 @@ def compute_loss(
     )
 
 
-def num_weight_regularizers(model: keras.Model) -> int:
-    """Return how many of `model.losses`, at its end, regularize weights."""
-    return sum(v.regularizer is not None for v in model.trainable_weights)
-
-
 def as_loss(loss: Any) -> tf.Tensor:
     """Return an entry of `model.losses` as Keras adds it up."""
     loss = tf.convert_to_tensor(loss)
-    return loss if loss.dtype.is_floating else tf.cast(loss, backend.floatx())
+    return (
+        loss if loss.dtype.is_floating else tf.cast(loss, keras.config.floatx())
+    )
 
 
-def layers_with_scalar_losses(model: keras.Model) -> list[str]:
-    """Return the names of layers that passed a loss to `add_loss`.
-
-    Activity regularizers go the same way; layers that have one are left out.
-    """
-    return [
-        layer.name
-        for layer in layers(model)
-        if layer._loss_ids and layer.activity_regularizer is None
-    ]
+def kind_of_activity_losses() -> str:
+    """Say what these are over the rows: sums before Keras 3.14, now means."""
+    major, minor = keras.__version__.split(".")[:2]
+    return "mean" if (int(major), int(minor)) >= (3, 14) else "sum"
 
 
 @contextlib.contextmanager
 def overriding_losses(model: keras.Model, losses: list[Any]) -> Iterator[None]:
     """Let `model.losses` return the given losses, and no others."""
-    model._clear_losses()
+    clear_losses(model)
     held = model._losses_override
     vars(model)["_losses_override"] = list(losses)
     try:
@@ -251,16 +268,14 @@ _THREAD_STATE = ("global_seed_generator", "dtype_policy")
 
 def thread_state() -> dict[str, Any]:
     """Return the part of Keras's state that each thread has of its own."""
-    return {
-        name: global_state.get_global_attribute(name) for name in _THREAD_STATE
-    }
+    return {name: _get_global_attribute(name) for name in _THREAD_STATE}
 
 
 @contextlib.contextmanager
 def thread_state_of(held: dict[str, Any]) -> Iterator[None]:
     """Take over another thread's part of Keras's state."""
     for name, value in held.items():
-        global_state.set_global_attribute(name, value)
+        _set_global_attribute(name, value)
     yield
 
 
@@ -334,6 +349,9 @@ def add_own_loss(layer: keras.Layer, loss: Any) -> None:
 
 def clear_losses(layer: keras.Layer) -> None:
     """Forget what a layer and its sub-layers passed to `add_loss`."""
+    # Before 3.14 Keras looks for them by value, which no graph can tell.
+    for one in layers(layer):
+        one._loss_ids.clear()
     layer._clear_losses()
 
 
@@ -344,7 +362,7 @@ def weight_regularizers(model: keras.Model) -> list[Any]:
 
 def call_context() -> tuple[tuple[str, Any], ...]:
     """Return what outer calls say of inner ones, such as `training`."""
-    context = global_state.get_global_attribute("current_call_ctx")
+    context = _get_global_attribute("current_call_ctx")
     found = {} if context is None else vars(context)
     return tuple(
         sorted((k, v) for k, v in found.items() if k != "entry_layer")
@@ -353,8 +371,8 @@ def call_context() -> tuple[tuple[str, Any], ...]:
 
 def in_scope_without_state() -> bool:
     """Say whether Keras only looks at what a call would give or build."""
-    stateless = global_state.get_global_attribute("stateless_scope")
-    symbolic = global_state.get_global_attribute("symbolic_scope")
+    stateless = _get_global_attribute("stateless_scope")
+    symbolic = _get_global_attribute("symbolic_scope")
     return stateless is not None or symbolic is not None
 
 

@@ -3,14 +3,55 @@
 `tests/test_keras_private.py` fails when one of them moves.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import tensorflow as tf
-from tensorflow.python import pywrap_tfe
-from tensorflow.python.eager import record
-from tensorflow.python.ops import resource_variable_ops
+
+from keras_clones._private import reach
+
+# The versions are those that the tests passed on.
+_private = functools.partial(
+    reach,
+    library="TensorFlow",
+    installed=tf.__version__,
+    known="2.18 to 2.21",
+)
+
+# Tapes: no public name stops them all, tells them of an operation with several
+# inputs and outputs, or says which of them watch a tensor.
+_record = _private("tensorflow.python.eager.record")
+_tapes = _private("tensorflow.python.pywrap_tfe")
+_variable_accessed = _private(
+    "tensorflow.python.ops.resource_variable_ops.variable_accessed"
+)
+
+# No public name tells how much memory of a GPU there is.
+list_local_devices = _private(
+    "tensorflow.python.client.device_lib.list_local_devices"
+)
+
+# No public name reports the graphs that ran.
+ensure_initialized = _private(
+    "tensorflow.python.eager.context.ensure_initialized"
+)
+enable_graph_collection = _private(
+    "tensorflow.python.eager.context.enable_graph_collection"
+)
+export_run_metadata = _private(
+    "tensorflow.python.eager.context.export_run_metadata"
+)
+disable_graph_collection = _private(
+    "tensorflow.python.eager.context.disable_graph_collection"
+)
+
+# No public name reads what is reported of a graph that ran.
+function_def_to_graph_def = _private(
+    "tensorflow.python.framework.function_def_to_graph."
+    "function_def_to_graph_def"
+)
 
 # What a function, a branch or a loop says it only reads.
 _READS = "_read_only_resource_inputs"
@@ -19,7 +60,7 @@ _READING_OPS = ("ReadVariableOp", "ResourceGather", "VariableShape")
 
 def stop_recording() -> AbstractContextManager[None]:
     """Stop every tape of this thread: `tape.stop_recording` stops one."""
-    return record.stop_recording()
+    return _record.stop_recording()
 
 
 def record_operation(
@@ -33,7 +74,7 @@ def record_operation(
     `tf.custom_gradient` does so too, but gives zeros for variables that a
     function reads, and copies every input.
     """
-    record.record_operation(name, list(outputs), list(inputs), backward)
+    _record.record_operation(name, list(outputs), list(inputs), backward)
 
 
 def num_watching(tensors: Sequence[tf.Tensor]) -> int:
@@ -41,12 +82,12 @@ def num_watching(tensors: Sequence[tf.Tensor]) -> int:
 
     A persistent tape counts as 2.
     """
-    return pywrap_tfe.TFE_Py_TapeSetPossibleGradientTypes(list(tensors))
+    return _tapes.TFE_Py_TapeSetPossibleGradientTypes(list(tensors))
 
 
 def variable_accessed(variable: tf.Variable) -> None:
     """Tell every tape that a variable is used, as reading it does."""
-    resource_variable_ops.variable_accessed(variable)
+    _variable_accessed(variable)
 
 
 def num_writes(value: tf.Tensor) -> int:

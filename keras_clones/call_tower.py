@@ -4,16 +4,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import keras
-import numpy as np
 import tensorflow as tf
 
-from keras_clones import (
-    _keras,
-    exchange,
-    layer_losses,
-    sharding,
-    traced,
-)
+from keras_clones import _keras, exchange, layer_losses, traced
+from keras_clones.arguments import TENSOR, Arguments
+from keras_clones.joining import Joining
 from keras_clones.options import StepOptions
 from keras_clones.scopes import CloneScope
 from keras_clones.state import Changes, Variables
@@ -27,111 +22,7 @@ from keras_clones.tower import (
     kept_tensors,
     mapping,
     sources,
-    tensors_in,
 )
-
-
-# Stands where an argument is a tensor.
-_TENSOR = object()
-
-
-class Arguments(NamedTuple):
-    """What a layer is called with, taken apart.
-
-    `leaves` are the tensors among it, then the masks that hang on them, of
-    the tensors at `masked`. `others` are the leaves of `structure` that are
-    no tensors, with `_TENSOR` for each that is.
-    """
-
-    structure: Any
-    leaves: list[Any]
-    others: list[Any]
-    masked: list[int]
-
-    @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Arguments":
-        """Take the arguments of a call apart."""
-        kinds = (keras.Variable, tf.Variable, np.ndarray)
-        flat = [
-            tf.convert_to_tensor(leaf) if isinstance(leaf, kinds) else leaf
-            for leaf in keras.tree.flatten((args, kwargs))
-        ]
-        leaves = [leaf for leaf in flat if tf.is_tensor(leaf)]
-        masks = [_keras.get_mask(leaf) for leaf in leaves]
-        masked = [i for i, mask in enumerate(masks) if mask is not None]
-        others = [_TENSOR if tf.is_tensor(x) else x for x in flat]
-        leaves += [masks[i] for i in masked]
-        return cls((args, kwargs), leaves, others, masked)
-
-    def pack(self, leaves: Sequence[Any]) -> tuple[Any, Any]:
-        """Return positional and named arguments with other tensors."""
-        num_masks = len(self.masked)
-        for i, mask in zip(
-            self.masked, leaves[len(leaves) - num_masks :], strict=True
-        ):
-            _keras.set_mask(leaves[i], mask)
-        rest = iter(leaves)
-        flat = [next(rest) if x is _TENSOR else x for x in self.others]
-        return keras.tree.pack_sequence_as(self.structure, flat)
-
-    def components(self) -> list[tf.Tensor]:
-        """Return the dense tensors that the tensors are made of."""
-        return tf.nest.flatten(self.leaves, expand_composites=True)
-
-    def count_rows(self) -> sharding.Rows:
-        """Return the rows of the call: those of its first tensor that has any.
-
-        A first axis of one entry is taken for one that all rows share.
-        """
-        found = [leaf for leaf in self.leaves if sharding.has_rows(leaf)]
-        if not found:
-            return 0
-        first = self._leading(found)
-        rows = None if first.shape.rank is None else first.shape[0]
-        return sharding.leaf_rows(first) if rows is None else rows
-
-    @staticmethod
-    def _leading(found: list[Any]) -> Any:
-        wide = [t for t in found if t.shape.rank is None or t.shape[0] != 1]
-        return (wide or found)[0]
-
-    def split(self, shards: sharding.Shards) -> list[list[Any]]:
-        """Return the leaves that each clone gets."""
-        found = [leaf for leaf in self.leaves if sharding.has_rows(leaf)]
-        first = self._leading(found) if found else None
-        columns = [self._split(leaf, first, shards) for leaf in self.leaves]
-        return [list(shard) for shard in zip(*columns, strict=True)] or [
-            [] for _ in shards.sizes
-        ]
-
-    def _split(self, leaf: Any, first: Any, shards: sharding.Shards) -> list[Any]:
-        many = len(shards.sizes)
-        if many == 1 or not sharding.has_rows(leaf):
-            return [leaf] * many
-        known = leaf.shape.rank is not None and leaf.shape[0] is not None
-        if leaf is first:
-            return sharding.split_leaf(leaf, shards)
-        if isinstance(shards.rows, int) and known:
-            if leaf.shape[0] != shards.rows:
-                return [leaf] * many
-            return sharding.split_leaf(leaf, shards)
-        if known:
-            # So many rows whatever the batch has are not the batch's.
-            return [leaf] * many
-        return self._split_if_same(leaf, shards)
-
-    def _split_if_same(self, leaf: Any, shards: sharding.Shards) -> list[Any]:
-        """Split a tensor if it has the rows of the call when the step runs."""
-        own = sharding.leaf_rows(leaf)
-        same = tf.equal(own, shards.rows)
-        parts = [
-            (
-                tf.where(same, start, 0),
-                tf.where(same, tf.maximum(size, 1), own),
-            )
-            for start, size in zip(shards.starts, shards.sizes, strict=True)
-        ]
-        return [sharding.slice_rows(leaf, *part) for part in parts]
 
 
 class CallOutput(NamedTuple):
@@ -183,7 +74,7 @@ class Body:
     def key(self) -> Any:
         """Return what two calls must have in common to share a tower."""
         others = tuple(
-            None if x is _TENSOR else _hashable(x) for x in self._given.others
+            None if x is TENSOR else _hashable(x) for x in self._given.others
         )
         structure = repr(
             keras.tree.map_structure(lambda _: 0, self._given.structure)
@@ -201,6 +92,12 @@ class Body:
             _fingerprint(self.layer),
         )
 
+    def alike_in_all(
+        self, inputs: TowerInput
+    ) -> Callable[[tf.Tensor], bool]:
+        """Return what says whether a tensor is alike in all clones."""
+        return alike_in_all(inputs, self._given.differing(inputs.data))
+
     def __call__(self, inputs: TowerInput) -> tuple[CallOutput, CallNotes]:
         layer, options = self.layer, self._options
         weights = Weights(inputs, self._may_be_idle)
@@ -212,11 +109,18 @@ class Body:
                 outputs = self._method(*args, **kwargs)
             losses = layer_losses.own(layer, marks, options.scalar_losses)
             _keras.clear_losses(layer)
+        is_alike = self.alike_in_all(inputs)
         changes, notes = find_changes(
-            layer, self.variables, inputs, scope, options.policies, weights
+            layer,
+            self.variables,
+            inputs,
+            scope,
+            options.policies,
+            weights,
+            is_alike,
         )
         many = len(options.clones) > 1
-        joining = _Joining(layer, inputs, weights, many)
+        joining = Joining(layer, inputs, weights, many, is_alike)
         finish_outputs = joining.add_outputs(outputs)
         finish_kept = joining.add_kept(before)
         finish_losses = joining.add_losses(losses)
@@ -231,164 +135,6 @@ class Body:
         return CallOutput(joining.values, changes), CallNotes(
             *notes[:3], joining.kinds, finish
         )
-
-
-class _Joining:
-    """Collects what a clone gives back of a call, and how it joins."""
-
-    def __init__(
-        self,
-        layer: keras.Layer,
-        inputs: TowerInput,
-        weights: Weights,
-        many: bool,
-    ) -> None:
-        self.values: list[Any] = []
-        self.kinds: list[str] = []
-        self._layer = layer
-        self._weights = weights
-        self._many = many
-        self._is_alike = alike_in_all(inputs)
-        self._rows = {
-            leaf.shape[0]
-            for leaf in inputs.data
-            if leaf.shape.rank
-        }
-        weights_of = [m for m in inputs.mirrors if m is not None]
-        self._from_weights = traced.dependence(weights_of)
-
-    def _add(self, value: Any, kind: str) -> None:
-        if kind == "rows":
-            value = self._weights.own_rows(value)
-        elif kind == "mean":
-            value, kind = self._weights.weigh(value), "sum"
-        elif kind == "sum":
-            value = self._weights.if_live(value)
-        self.values.append(value)
-        self.kinds.append(kind)
-
-    def add_outputs(self, outputs: Any) -> Callable[[Any], Any]:
-        flat = keras.tree.flatten(outputs)
-        flat = [
-            tf.convert_to_tensor(x) if isinstance(x, keras.Variable) else x
-            for x in flat
-        ]
-        extras = []
-        for x in flat:
-            if tf.is_tensor(x):
-                self._add(x, self._kind(x))
-                hanging = (_keras.get_mask(x), _keras.get_logits(x))
-                extras.append([h is not None for h in hanging])
-                for hung in hanging:
-                    if hung is not None:
-                        self._add(hung, self._kind(hung))
-
-        def finish(values: Any) -> Any:
-            which = iter(extras)
-            made = []
-            for x in flat:
-                if not tf.is_tensor(x):
-                    made.append(x)
-                    continue
-                value = next(values)
-                has_mask, has_logits = next(which)
-                if has_mask:
-                    _keras.set_mask(value, next(values))
-                if has_logits:
-                    _keras.set_logits(value, next(values))
-                made.append(value)
-            return keras.tree.pack_sequence_as(outputs, made)
-
-        return finish
-
-    def add_kept(self, before: Any) -> Callable[[Any], None]:
-        """Add tensors that the call left on layers."""
-        places = []
-        layers = {id(one): one for one in _keras.layers(self._layer)}
-        after = kept_tensors(self._layer)
-        for (owner, name), ids in after.items():
-            if before.get((owner, name)) == ids:
-                continue
-            layer = layers[owner]
-            value = vars(layer)[name]
-            found = tensors_in(value)
-            if not tf.executing_eagerly():
-                graph = tf.compat.v1.get_default_graph()
-                if any(getattr(t, "graph", None) is not graph for t in found):
-                    continue
-            for tensor in found:
-                self._add(tensor, self._kind(tensor))
-            places.append((layer, name, value))
-
-        def finish(values: Any) -> None:
-            for layer, name, value in places:
-                vars(layer)[name] = _replace_tensors(value, values)
-
-        return finish
-
-    def add_losses(self, losses: Any) -> Callable[[Any], None]:
-        """Add what layers passed to `add_loss`."""
-        owners = []
-        for layer, loss, kind in losses:
-            self._add(tf.convert_to_tensor(loss), kind)
-            owners.append(layer)
-
-        def finish(values: Any) -> None:
-            for layer in owners:
-                _keras.add_own_loss(layer, next(values))
-
-        return finish
-
-    def _kind(self, value: Any) -> str:
-        if not self._many:
-            return "rows" if sharding.has_rows(value) else "first"
-        shape = value.shape
-        if shape.rank == 0:
-            alike = not tf.executing_eagerly() and self._is_alike(value)
-            if alike:
-                return "first"
-            return "mean" if value.dtype.is_floating else self._same(value)
-        if shape.rank is None or shape[0] is None:
-            return "rows"
-        if shape[0] in self._rows:
-            alike = not tf.executing_eagerly() and self._is_alike(value)
-            return "first" if alike and self._from_weights(value) else "rows"
-        return self._same(value)
-
-    def _same(self, value: Any) -> str:
-        """Return `"first"` for what is alike in all clones, or say it is not.
-
-        Outside of a graph only the values tell, once all clones have run.
-        """
-        if tf.executing_eagerly():
-            return "same"
-        if self._is_alike(value):
-            return "first"
-        raise ValueError(unlike(self._layer, value.shape))
-
-
-def unlike(layer: keras.Layer, shape: Any) -> str:
-    """Return what is said of an output that clones cannot join."""
-    return (
-        f"Expected what layer {layer.name!r} returns to have the rows of its "
-        "input first, to be a scalar that is a mean over them, or not to "
-        "depend on them, so that it can be joined from the clones. Received: "
-        f"a value of shape {tuple(shape)} that depends on the rows. Return a "
-        "value with rows, compute this one in the step or in `compute_loss`, "
-        "which see the whole batch, or use one clone."
-    )
-
-
-def _replace_tensors(value: Any, values: Any) -> Any:
-    """Return lists, tuples and dicts with other tensors in them."""
-    if isinstance(value, dict):
-        return {k: _replace_tensors(v, values) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        made = [_replace_tensors(entry, values) for entry in value]
-        if hasattr(value, "_fields"):
-            return type(value)(*made)
-        return tuple(made) if isinstance(value, tuple) else made
-    return next(values) if tensors_in(value) else value
 
 
 def _hashable(value: Any) -> Any:
@@ -526,7 +272,7 @@ def _trace_backward(
         v for v in tape.watched_variables() if not any(v is k for k in known)
     ]
     found = [*known, *floating(inputs.data), *extra]
-    is_alike = alike_in_all(inputs)
+    is_alike = body.alike_in_all(inputs)
 
     def backward(gradients: list[tf.Tensor]) -> list[Any]:
         return by_rows(

@@ -212,12 +212,8 @@ class DeploymentConfig:
         return self.worker_device + CPU
 
     def _check_index(self, clone_index: int) -> int:
-        try:
-            known = not isinstance(clone_index, bool)
-            index = operator.index(clone_index) if known else -1
-        except TypeError:
-            index = -1
-        if not 0 <= index < self.num_clones:
+        index = _plain_integer(clone_index)
+        if index is None or not 0 <= index < self.num_clones:
             raise ValueError(
                 "Argument `clone_index` must be an integer from 0 to "
                 f"{self.num_clones - 1}. Received: clone_index={clone_index!r}"
@@ -228,11 +224,7 @@ class DeploymentConfig:
 def check_integer(name: str, value: int, least: int) -> int:
     """Return an argument as a plain integer, or say what is wrong with it."""
     wanted = "a positive integer" if least else "an integer of at least 0"
-    try:
-        # NumPy's boolean, unlike Python's, is no integer by itself.
-        number = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = None
+    number = _plain_integer(value)
     if number is None:
         raise TypeError(
             f"Argument `{name}` must be {wanted}. "
@@ -243,6 +235,17 @@ def check_integer(name: str, value: int, least: int) -> int:
             f"Argument `{name}` must be {wanted}. Received: {name}={value}"
         )
     return number
+
+
+def _plain_integer(value: Any) -> int | None:
+    """Return an integer as Python's own, and `None` for anything else."""
+    # Python's booleans are integers, and so are NumPy's before NumPy 2.
+    if isinstance(value, bool) or getattr(value, "dtype", None) == "bool":
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
 
 
 def check_job_name(name: str, value: str) -> None:

@@ -8,10 +8,7 @@ from typing import Any
 
 import tensorflow as tf
 
-# Private, since no public name tells how much memory of a GPU there is.
-from tensorflow.python.client import device_lib
-
-from keras_clones import placement
+from keras_clones import _tf, placement
 from keras_clones.config import canonical_device
 from keras_clones.report import Page, Table, readable
 
@@ -84,7 +81,7 @@ def _logical() -> list[list[str]]:
     on_gpu = any(device.device_type == "GPU" for device in found)
     limits = {
         device.name: device.memory_limit
-        for device in (device_lib.list_local_devices() if on_gpu else [])
+        for device in (_tf.list_local_devices() if on_gpu else [])
     }
     rows = []
     for logical in found:

@@ -4,8 +4,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-# Private, since no public name reads what is reported of a graph that ran.
-from tensorflow.python.framework import function_def_to_graph
+from keras_clones import _tf
 
 SENDS = ("_Send", "_HostSend")
 RECEIVES = ("_Recv", "_HostRecv")
@@ -177,7 +176,7 @@ def _asks_for(device: str, caller: str) -> bool:
 
 def _body(call: Any, function: Any) -> list[Any]:
     """Return a function's nodes, linked to what its call gets and gives."""
-    graph, flat = function_def_to_graph.function_def_to_graph_def(function)
+    graph, flat = _tf.function_def_to_graph_def(function)
     arguments = dict(
         zip(
             (argument.name for argument in function.signature.input_arg),

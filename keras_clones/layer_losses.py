@@ -18,7 +18,7 @@ Kinds: TypeAlias = "str | Mapping[str, str] | None"
 def marking(layer: keras.Layer) -> Iterator[set[int]]:
     """Mark the losses that come from activity regularizers.
 
-    Keras makes them means over the rows, whatever else a layer adds.
+    Keras says what they are over the rows, whatever else a layer adds.
 
     Yields:
         A set that fills with the ids of these losses.
@@ -63,7 +63,7 @@ def kind(
     if loss.shape.rank != 0:
         return "rows"
     if id(loss) in marks:
-        return "mean"
+        return _keras.kind_of_activity_losses()
     if isinstance(kinds, Mapping):
         return kinds.get(layer.name)
     return kinds

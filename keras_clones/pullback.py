@@ -12,10 +12,12 @@ from keras_clones import (
     call_tower,
     exchange,
     gradients,
+    joining,
     sharding,
     traced,
 )
-from keras_clones.call_tower import Arguments, Body, CallTower, floating
+from keras_clones.arguments import Arguments
+from keras_clones.call_tower import Body, CallTower, floating
 
 
 class Sharded(NamedTuple):
@@ -85,14 +87,14 @@ def run(sharded: Sharded, watched: bool) -> Joined:
     layout = sharded.lay_out(data, sharded.mirrors)
     made = sharded.trace(layout, True, False)
     runs = _run(made, sharded.body, layout, True)
-    with _own_tape() as joining:
-        joining.watch([floating(run.output.values) for run in runs])
+    with _own_tape() as last:
+        last.watch([floating(run.output.values) for run in runs])
         joined = _join(sharded.body.layer, runs)
     extra = _extra(made, runs)
 
     def pull(upstream: list[Any]) -> list[Any]:
         back = _Backward(sharded, made, layout, runs, extra)
-        return back.pull(upstream, joined, joining, data, leaves, tape)
+        return back.pull(upstream, joined, last, data, leaves, tape)
 
     inputs = [
         *floating(sharded.given.leaves),
@@ -176,7 +178,7 @@ def _check_same(layer: keras.Layer, column: Sequence[Any]) -> None:
     first = column[0]
     for other in column[1:]:
         if first.shape != other.shape or not tf.reduce_all(first == other):
-            raise ValueError(call_tower.unlike(layer, first.shape))
+            raise ValueError(joining.unlike(layer, first.shape))
 
 
 def _record(
@@ -241,7 +243,7 @@ class _Backward(NamedTuple):
         self,
         upstream: list[Any],
         values: list[Any],
-        joining: tf.GradientTape,
+        last: tf.GradientTape,
         data: list[Any],
         leaves: list[Any],
         splitting: tf.GradientTape,
@@ -249,7 +251,7 @@ class _Backward(NamedTuple):
         """Return gradients with respect to inputs, variables and the rest."""
         pairs = zip(floating(values), upstream, strict=True)
         by_clone = _gradient(
-            joining,
+            last,
             [pair for pair in pairs if pair[1] is not None],
             [floating(run.output.values) for run in self.runs],
         )
@@ -277,7 +279,9 @@ class _Backward(NamedTuple):
         found = _gradient(
             run.tape, [pair for pair in pairs if pair[1] is not None], sources
         )
-        return call_tower.by_rows(found, call_tower.alike_in_all(inputs))
+        return call_tower.by_rows(
+            found, self.sharded.body.alike_in_all(inputs)
+        )
 
     def _has_hidden_rows(self, pulled: list[list[Any]]) -> bool:
         """Say whether only a graph tells how gradients by rows merge."""

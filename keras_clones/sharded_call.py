@@ -20,6 +20,7 @@ from keras_clones import (
     sharding,
     state,
 )
+from keras_clones.arguments import Arguments
 from keras_clones.build import build_by_call, resolve_jit_compile
 from keras_clones.options import StepOptions
 from keras_clones.synchronize import synchronized_layers
@@ -97,7 +98,7 @@ def _call(
     kwargs: dict[str, Any],
 ) -> Any:
     options = calls.options
-    given = call_tower.Arguments.of(args, kwargs)
+    given = Arguments.of(args, kwargs)
     rows = given.count_rows()
     clones = options.clones[: sharding.enough(rows, len(options.clones))]
     many = 1 < len(clones) == len(options.clones)

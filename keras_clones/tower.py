@@ -187,7 +187,14 @@ def make_tower(
                     is_alike,
                 )
         changes, notes = find_changes(
-            model, variables, inputs, scope, policies, weights, from_zero
+            model,
+            variables,
+            inputs,
+            scope,
+            policies,
+            weights,
+            is_alike,
+            from_zero,
         )
         values = [_tracked_value(scope, m) for m in trackers]
         output = TowerOutput(
@@ -233,14 +240,22 @@ def sources(variables: Variables, inputs: TowerInput) -> list[Any]:
     ]
 
 
-def alike_in_all(inputs: TowerInput) -> Callable[[tf.Tensor], bool]:
+def alike_in_all(
+    inputs: TowerInput, shards: Any = None
+) -> Callable[[tf.Tensor], bool]:
     """Return what says whether a tensor is alike in all clones.
 
     It is if it depends neither on the rows nor on random numbers.
+
+    Args:
+        inputs: `TowerInput` of a clone.
+        shards: Nest of what in its data differs by clone. Defaults to `None`:
+            all of it.
     """
     if tf.executing_eagerly():
         return lambda tensor: False
-    leaves = tf.nest.flatten(inputs.data, expand_composites=True)
+    differs = inputs.data if shards is None else shards
+    leaves = tf.nest.flatten(differs, expand_composites=True)
     rows = [leaf for leaf in leaves if leaf is not None and leaf.shape.rank != 0]
     depends = dependence([*rows, *inputs.seeds])
     return lambda tensor: not depends(tensor)
@@ -268,6 +283,7 @@ def find_changes(
     scope: CloneScope,
     policies: Policies,
     weights: Weights,
+    is_alike: Callable[[tf.Tensor], bool],
     besides: Sequence[keras.Variable] = (),
 ) -> tuple[Changes, Notes]:
     """Return what a clone assigned, and how that is to merge."""
@@ -277,7 +293,6 @@ def find_changes(
     values = {id(v): m for v, m in mapping(variables, inputs)}
     old = [values.get(id(v), _keras.tf_variable(v)) for v in assigned]
     new = [scope.get_current_value(v) for v in assigned]
-    is_alike = alike_in_all(inputs)
     found = state.merge_policies(
         layer,
         assigned,

@@ -5,9 +5,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-# Private, since no public name reports the graphs that ran.
-from tensorflow.python.eager import context
-
+from keras_clones import _tf
 from keras_clones.joined_graph import join
 
 
@@ -55,18 +53,18 @@ def count_transfers(function: Callable[[], Any]) -> list[Transfer]:
         ValueError: If no graph ran for the first time, or a tensor that
             crosses devices has no static size.
     """
-    context.ensure_initialized()
+    _tf.ensure_initialized()
     options = tf.config.optimizer.get_experimental_options()
     # The function optimizer makes functions that the report lacks.
     tf.config.optimizer.set_experimental_options(
         {**options, "function_optimization": False}
     )
-    context.enable_graph_collection()
+    _tf.enable_graph_collection()
     try:
         function()
-        report = context.export_run_metadata()
+        report = _tf.export_run_metadata()
     finally:
-        context.disable_graph_collection()
+        _tf.disable_graph_collection()
         tf.config.optimizer.set_experimental_options(
             {"function_optimization": True, **options}
         )

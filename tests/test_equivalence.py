@@ -446,12 +446,9 @@ def loss_added_mean():
 
 @case
 def loss_added_sum():
-    def model():
-        made = AddsLosses("sum")
-        made.hidden.activity_regularizer = None
-        return made
-
-    return classify(model=model, clone={"layer_losses": "sum"})
+    return classify(
+        model=lambda: AddsLosses("sum"), clone={"layer_losses": "sum"}
+    )
 
 
 @case

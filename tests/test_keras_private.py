@@ -1,11 +1,87 @@
 """Every private name that this package reaches does what it is used for."""
 
+import functools
+import importlib.util
+import pathlib
+import sys
+import types
+
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_clones import _keras
+from keras_clones import _keras, _private, _tf
+
+
+def loaded_again(door):
+    """Run a door's file once more, beside the module that is in use."""
+    spec = importlib.util.spec_from_file_location("again", door.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def take_away(monkeypatch, place):
+    outer, _, name = place.rpartition(".")
+    monkeypatch.delattr(sys.modules.get(outer), name, raising=False)
+    monkeypatch.setitem(sys.modules, place, None)
+
+
+@pytest.mark.parametrize("door", [_keras, _tf], ids=["keras", "tensorflow"])
+def test_a_missing_name_is_an_error_at_import(door, monkeypatch):
+    found, reach = [], _private.reach
+
+    def noting(*places, **about):
+        found.append((places, about))
+        return reach(*places, **about)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("keras_clones._private.reach", noting)
+        loaded_again(door)
+    assert found
+    for places, about in found:
+        with monkeypatch.context() as patch:
+            for place in places:
+                take_away(patch, place)
+            with pytest.raises(ImportError) as error:
+                loaded_again(door)
+        message = str(error.value)
+        assert all(f"`{place}`" in message for place in places)
+        assert about["known"] in message
+        assert f"Received: {about['library']} {about['installed']}" in message
+    assert found[0][1]["installed"] in (keras.__version__, tf.__version__)
+
+
+def test_a_name_is_reached_where_it_is(monkeypatch):
+    reach = functools.partial(
+        _private.reach, library="Keras", installed="4.0", known="3.12 to 3.15"
+    )
+    new, old = types.ModuleType("new"), types.ModuleType("old")
+    monkeypatch.setitem(sys.modules, "new", new)
+    monkeypatch.setitem(sys.modules, "old", old)
+    old.name = 1
+    assert reach("new.name", "old.name") == 1
+    assert reach("nowhere.at.all.name", "old.name") == 1
+    new.name = 2
+    assert reach("new.name", "old.name") == 2
+    assert reach("importlib.util") is importlib.util
+    assert reach("importlib.resources.abc", "importlib.abc")
+    with pytest.raises(ImportError, match="has it no longer"):
+        reach("new.other", "old.other")
+
+
+@pytest.mark.parametrize("door", [_keras, _tf], ids=["keras", "tensorflow"])
+def test_every_name_is_tested_here(door):
+    """Add a test of what a new function reaches, which may move."""
+    source = pathlib.Path(__file__).read_text()
+    module = pathlib.Path(door.__file__).stem
+    for name, value in vars(door).items():
+        # A module has no `__module__`, and a string no `__name__`.
+        home = getattr(value, "__module__", getattr(value, "__name__", ""))
+        own = home.startswith((door.__name__, "tensorflow.python"))
+        if own and not name.startswith("_"):
+            assert f"{module}.{name}" in source, name
 
 
 def small():
@@ -38,6 +114,18 @@ def test_a_variable_gets_another_place():
     _keras.set_tf_variable(variable, new)
     assert variable.value is new
     np.testing.assert_array_equal(variable.numpy(), [3.0, 4.0])
+
+
+def test_the_state_of_a_thread():
+    held = _keras.thread_state()
+    assert held.keys() == {"global_seed_generator", "dtype_policy"}
+    policy = keras.config.dtype_policy()
+    other = keras.DTypePolicy("mixed_bfloat16")
+    try:
+        with _keras.thread_state_of({"dtype_policy": other}):
+            assert keras.config.dtype_policy() is other
+    finally:
+        keras.config.set_dtype_policy(policy)
 
 
 @pytest.mark.parametrize("scaled", [True, False])
@@ -109,3 +197,157 @@ def test_losses_are_overridden():
     with _keras.overriding_losses(model, [tf.constant(3.0)]):
         assert [float(loss) for loss in model.losses] == [3.0]
     assert len(model.losses) == 1  # the weight regularizer is always there
+    tensors = [tf.zeros(()), tf.ones((), tf.int32)]
+    assert [_keras.as_loss(t).dtype for t in tensors] == 2 * [tf.float32]
+
+
+@pytest.mark.parametrize("in_graph", [True, False])
+def test_losses_are_overridden_in_a_scope(in_graph):
+    model = small()
+
+    def overridden():
+        with keras.StatelessScope(collect_losses=True):
+            model(tf.ones((2, 2)), training=True)
+            assert len(_keras.activity_losses(model)) == 1
+            with _keras.overriding_losses(model, [tf.constant(3.0)]):
+                return keras.ops.stack(model.losses)
+
+    run = tf.function(overridden) if in_graph else overridden
+    assert run().numpy().tolist() == [3.0]
+
+
+def test_activity_losses_are_what_they_are_said_to_be():
+    layer = keras.layers.Activation("linear", activity_regularizer="l2")
+
+    def loss_of(rows):
+        layer(tf.ones((rows, 2)))
+        return float(layer.losses[0])
+
+    ratio = {"mean": 1, "sum": 3}[_keras.kind_of_activity_losses()]
+    np.testing.assert_allclose(loss_of(6) / loss_of(2), ratio, rtol=1e-6)
+
+
+def test_layers_with_scalar_losses():
+    class Adds(keras.layers.Layer):
+        def call(self, x):
+            self.add_loss(tf.reduce_mean(x))
+            return x
+
+    model = keras.Sequential([keras.Input((2,)), Adds(name="adds")])
+    model.add(keras.layers.Dense(1, activity_regularizer="l2"))
+    with keras.StatelessScope(collect_losses=True):
+        model(tf.ones((2, 2)))
+        assert _keras.layers_with_scalar_losses(model) == ["adds"]
+
+
+def test_optimizers():
+    model = small()
+    assert _keras.optimizers(model) == [model.optimizer]
+    model.optimizer.build(model.trainable_variables)
+    updated = _keras.optimized_variables(model.optimizer)
+    assert list(map(id, updated)) == list(map(id, model.trainable_variables))
+    variable = keras.Variable(1.0)
+    assert not _keras.overwrites_with_gradient(variable)
+    variable.overwrite_with_gradient = True
+    assert _keras.overwrites_with_gradient(variable)
+
+
+def test_seed_states_are_told_from_other_variables():
+    model = small()
+    states = [v for v in model.variables if _keras.is_seed_state(v)]
+    assert len(states) == 1
+    assert states[0] is model.layers[1].seed_generator.state
+
+
+def test_compiled_metrics():
+    model = small()
+    x, y = np.ones((4, 2), "float32"), np.zeros((4, 1), "float32")
+    model.train_on_batch(x, y)
+    (metric,) = _keras.compiled_metrics(model)
+    assert isinstance(metric, keras.metrics.MeanMetricWrapper)
+    function, arguments = _keras.metric_function(metric)
+    assert function is keras.metrics.mean_absolute_error
+    assert arguments == {}
+    variables = _keras.metric_variables(model)
+    assert list(map(id, variables)) == list(map(id, metric.variables))
+    metric.reset_state()
+    _keras.update_compiled_metrics(model, y, y + 2, None)
+    assert float(metric.result()) == 2.0
+
+
+@pytest.mark.parametrize("takes_training", [True, False])
+def test_compute_loss(takes_training):
+    class Own(keras.Sequential):
+        def compute_loss(self, x, y, y_pred, sample_weight, training=False):
+            assert training
+            return super().compute_loss(x, y, y_pred, sample_weight)
+
+    class Older(keras.Sequential):
+        def compute_loss(self, x, y, y_pred, sample_weight):
+            return super().compute_loss(x, y, y_pred, sample_weight)
+
+    model = (Own if takes_training else Older)([keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    y = tf.zeros((2, 1))
+    loss = _keras.compute_loss(model, y, y, y + 3, None, True)
+    assert float(loss) == 9.0
+
+
+def test_a_scope_keeps_what_is_assigned():
+    one = keras.Variable(1.0)
+    with _keras.CloneScope() as scope:
+        assert scope.get_current_value(one) is one._value
+        assert scope.assigned(one) is None
+        one.assign(5.0)
+        assert float(scope.get_current_value(one)) == 5.0
+        assert float(scope.assigned(one)) == 5.0
+        assert scope.assigned_variables() == [one]
+    assert float(one) == 1.0
+
+
+def test_moments_of_batch_normalization():
+    layer = keras.layers.BatchNormalization(momentum=0.0, epsilon=0.0)
+    x = tf.constant([[1.0], [3.0]])
+    given = tf.constant([0.0]), tf.constant([4.0])
+    seen = []
+
+    def moments(inputs, mask):
+        seen.append(mask)
+        return given
+
+    _keras.set_moments(layer, moments)
+    np.testing.assert_allclose(layer(x, training=True), x / 2, rtol=1e-6)
+    assert seen
+    _keras.unset_moments(layer)
+    np.testing.assert_allclose(layer(x, training=True), x - 2, rtol=1e-6)
+
+
+def test_the_table_of_an_embedding():
+    layer = keras.layers.Embedding(4, 2)
+    layer.build()
+    assert _keras.embedding_table(layer) is layer.trainable_variables[0]
+
+
+def test_devices_of_tensorflow_tell_their_memory():
+    (*_, device) = _tf.list_local_devices()
+    assert device.name.startswith("/device:")
+    assert device.memory_limit > 0
+
+
+def test_graphs_that_ran_are_reported():
+    _tf.ensure_initialized()
+    _tf.enable_graph_collection()
+    try:
+        tf.function(lambda x: x + 1)(tf.ones(2))
+        report = _tf.export_run_metadata()
+    finally:
+        _tf.disable_graph_collection()
+    assert report.function_graphs
+    assert all(graphs.partition_graphs for graphs in report.function_graphs)
+
+
+def test_functions_are_read_as_graphs():
+    double = tf.function(lambda x: x * 2).get_concrete_function(tf.ones(2))
+    graph, names = _tf.function_def_to_graph_def(double.function_def)
+    assert any(node.op == "Mul" for node in graph.node)
+    assert set(double.function_def.ret.values()) <= set(names)
