@@ -364,9 +364,7 @@ def call_context() -> tuple[tuple[str, Any], ...]:
     """Return what outer calls say of inner ones, such as `training`."""
     context = _get_global_attribute("current_call_ctx")
     found = {} if context is None else vars(context)
-    return tuple(
-        sorted((k, v) for k, v in found.items() if k != "entry_layer")
-    )
+    return tuple(sorted((k, v) for k, v in found.items() if k != "entry_layer"))
 
 
 def in_scope_without_state() -> bool:

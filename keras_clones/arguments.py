@@ -96,7 +96,9 @@ class Arguments(NamedTuple):
             [] for _ in shards.sizes
         ]
 
-    def _split(self, leaf: Any, first: Any, shards: sharding.Shards) -> list[Any]:
+    def _split(
+        self, leaf: Any, first: Any, shards: sharding.Shards
+    ) -> list[Any]:
         many = len(shards.sizes)
         if many == 1 or not sharding.has_rows(leaf):
             return [leaf] * many

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_clones import _keras, exchange, layer_losses, traced
+from keras_clones import _keras, exchange, layer_losses, laying_out, traced
 from keras_clones.arguments import TENSOR, Arguments
 from keras_clones.joining import Joining
 from keras_clones.options import StepOptions
@@ -92,9 +92,7 @@ class Body:
             _fingerprint(self.layer),
         )
 
-    def alike_in_all(
-        self, inputs: TowerInput
-    ) -> Callable[[tf.Tensor], bool]:
+    def alike_in_all(self, inputs: TowerInput) -> Callable[[tf.Tensor], bool]:
         """Return what says whether a tensor is alike in all clones."""
         return alike_in_all(inputs, self._given.differing(inputs.data))
 
@@ -209,7 +207,7 @@ def wanted(body: Body, inputs: TowerInput) -> list[Any]:
 
 def trace(
     body: Body,
-    layout: exchange.Layout,
+    layout: laying_out.Layout,
     watched: bool,
     jit_compile: bool,
     inline: bool,

@@ -6,7 +6,16 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_clones import _keras, balance, exactness, exchange, sharding, traced
+from keras_clones import (
+    _keras,
+    balance,
+    bringing_home,
+    exactness,
+    exchange,
+    laying_out,
+    sharding,
+    traced,
+)
 from keras_clones.begin import Step
 from keras_clones.tower import Notes, TowerOutput
 
@@ -36,7 +45,7 @@ class StepResult(NamedTuple):
 
 def run(
     step: Step,
-    layout: exchange.Layout,
+    layout: laying_out.Layout,
     tower: exchange.TracedTower,
     trace_in_graph: Callable[[], exchange.TracedTower],
 ) -> StepResult:
@@ -56,7 +65,7 @@ def run(
         exactness.warn_of_inexact_state(
             step.model, notes.assigned, step.options.batch_norm, notes.unknown
         )
-    merged = exchange.merge_gradients(
+    merged = bringing_home.merge_gradients(
         layout,
         [result.gradients for result in results],
         step.variables.trainable,
@@ -75,7 +84,7 @@ def run(
         loss_values=total.loss_values,
         metrics=total.metrics,
         variables=notes.assigned,
-        assigned=exchange.merge_changes(
+        assigned=bringing_home.merge_changes(
             layout, [r.changes for r in results], total.averaged, total.added
         ),
         added=list(total.added),
@@ -111,15 +120,15 @@ def _have_rows(results: list[TowerOutput]) -> bool:
 
 
 def _call(
-    tower: exchange.TracedTower, layout: exchange.Layout
+    tower: exchange.TracedTower, layout: laying_out.Layout
 ) -> tuple[list[TowerOutput], Notes]:
     """Run the tower on every clone."""
     if tower.concrete is not None:
-        results = exchange.each(
+        results = laying_out.each(
             layout, lambda i: tower.call(layout.inputs[i]), tower.synchronized
         )
         return results, tower.notes
-    pairs = exchange.each(
+    pairs = laying_out.each(
         layout, lambda i: tower.call(layout.inputs[i]), tower.synchronized
     )
     results, notes = zip(*pairs, strict=True)
@@ -127,13 +136,13 @@ def _call(
 
 
 def _clone_losses(
-    step: Step, layout: exchange.Layout, results: list[TowerOutput]
+    step: Step, layout: laying_out.Layout, results: list[TowerOutput]
 ) -> tf.Tensor | None:
     """Return the loss of each clone's shard, if a watch wants it."""
     watch = step.options.watch
     if watch is None or not step.training:
         return None
-    parts = exchange.bring_home(layout, [r.loss for r in results])
+    parts = bringing_home.bring_home(layout, [r.loss for r in results])
 
     def losses() -> tf.Tensor:
         found = [
@@ -151,7 +160,7 @@ def _clone_losses(
 
 def _observe(
     measured: balance.Balance,
-    layout: exchange.Layout,
+    layout: laying_out.Layout,
     results: list[TowerOutput],
 ) -> None:
     """Measure what each clone took until its gradients were home."""

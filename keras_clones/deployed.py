@@ -8,8 +8,8 @@ from typing import Any
 import keras
 
 from keras_clones import balance, footprint, picture, report, sharding, watch
-from keras_clones.options import StepOptions
 from keras_clones.config import DeploymentConfig, check_integer
+from keras_clones.options import StepOptions
 from keras_clones.placement import Clone
 
 

@@ -17,7 +17,8 @@ _MAY_MEAN = (
 def add_note(error: Exception, i: int, shards: sharding.Shards) -> None:
     """Say in an error which clone ran, on how many of how many rows."""
     size, rows = (
-        n if isinstance(n, int) else "unknown" for n in (shards.sizes[i], shards.rows)
+        n if isinstance(n, int) else "unknown"
+        for n in (shards.sizes[i], shards.rows)
     )
     of = f"{size} of {rows} rows"
     if "unknown" in (size, rows):

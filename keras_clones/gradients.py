@@ -256,9 +256,7 @@ def _merge_rows(clones: Sequence[RowGradient]) -> tf.IndexedSlices:
     for column in _columns(clones, "constant"):
         values = tf.add_n([part.values for part in column])
         first = column[0]
-        parts.append(
-            tf.IndexedSlices(values, first.indices, first.dense_shape)
-        )
+        parts.append(tf.IndexedSlices(values, first.indices, first.dense_shape))
     for column in _columns(clones, "unique"):
         rows = _list_rows(column)
         parts.append(add_up_rows(rows) if len(column) > 1 else rows)

@@ -32,11 +32,7 @@ class Joining:
         self._weights = weights
         self._many = many
         self._is_alike = is_alike
-        self._rows = {
-            leaf.shape[0]
-            for leaf in inputs.data
-            if leaf.shape.rank
-        }
+        self._rows = {leaf.shape[0] for leaf in inputs.data if leaf.shape.rank}
         weights_of = [m for m in inputs.mirrors if m is not None]
         self._from_weights = traced.dependence(weights_of)
 

@@ -9,10 +9,11 @@ import tensorflow as tf
 
 from keras_clones import (
     _tf,
+    bringing_home,
     call_tower,
-    exchange,
     gradients,
     joining,
+    laying_out,
     sharding,
     traced,
 )
@@ -34,8 +35,8 @@ class Sharded(NamedTuple):
     shards: sharding.Shards
     values: list[tf.Tensor]
     mirrors: list[list[Any]]
-    lay_out: Callable[[list[Any], list[Any]], exchange.Layout]
-    trace: Callable[[exchange.Layout, bool, bool], CallTower]
+    lay_out: Callable[[list[Any], list[Any]], laying_out.Layout]
+    trace: Callable[[laying_out.Layout, bool, bool], CallTower]
     busy: Callable[[], AbstractContextManager[None]]
     is_synchronized: bool
 
@@ -53,7 +54,7 @@ class Run(NamedTuple):
 class Joined(NamedTuple):
     """What the clones came to: one run each, and what they join to."""
 
-    layout: exchange.Layout
+    layout: laying_out.Layout
     runs: list[Run]
     values: list[Any]
 
@@ -124,11 +125,14 @@ def _wanted_values(sharded: Sharded) -> list[tf.Tensor]:
 
 def _wanted_variables(body: Body) -> list[keras.Variable]:
     others = body.variables.others
-    return [*body.variables.trainable, *(others[i] for i in body.watched_others)]
+    return [
+        *body.variables.trainable,
+        *(others[i] for i in body.watched_others),
+    ]
 
 
 def _run(
-    made: CallTower, body: Body, layout: exchange.Layout, watched: bool
+    made: CallTower, body: Body, layout: laying_out.Layout, watched: bool
 ) -> list[Run]:
     """Run a call on every clone."""
     tower = made.tower
@@ -152,9 +156,9 @@ def _run(
         return Run(output, notes, (), tape, tuple(extra))
 
     if tower.concrete is None:
-        return exchange.each(layout, by_python, tower.synchronized)
+        return laying_out.each(layout, by_python, tower.synchronized)
     with _tf.stop_recording():
-        return exchange.each(layout, by_function)
+        return laying_out.each(layout, by_function)
 
 
 def _join(layer: keras.Layer, runs: Sequence[Run]) -> list[Any]:
@@ -235,7 +239,7 @@ class _Backward(NamedTuple):
 
     sharded: Sharded
     made: CallTower
-    layout: exchange.Layout
+    layout: laying_out.Layout
     runs: list[Run]
     extra: list[tf.Variable]
 
@@ -255,7 +259,7 @@ class _Backward(NamedTuple):
             [pair for pair in pairs if pair[1] is not None],
             [floating(run.output.values) for run in self.runs],
         )
-        pulled = exchange.each(
+        pulled = laying_out.each(
             self.layout,
             lambda i: self._pull_clone(i, by_clone[i]),
             self.made.tower.synchronized,
@@ -279,9 +283,7 @@ class _Backward(NamedTuple):
         found = _gradient(
             run.tape, [pair for pair in pairs if pair[1] is not None], sources
         )
-        return call_tower.by_rows(
-            found, self.sharded.body.alike_in_all(inputs)
-        )
+        return call_tower.by_rows(found, self.sharded.body.alike_in_all(inputs))
 
     def _has_hidden_rows(self, pulled: list[list[Any]]) -> bool:
         """Say whether only a graph tells how gradients by rows merge."""
@@ -296,7 +298,7 @@ class _Backward(NamedTuple):
             made = self.sharded.trace(self.layout, True, True)
         runs = _run(made, self.sharded.body, self.layout, True)
         other = self._replace(made=made, runs=runs)
-        return exchange.each(
+        return laying_out.each(
             self.layout, lambda i: other._pull_clone(i, by_clone[i])
         )
 
@@ -309,7 +311,7 @@ class _Backward(NamedTuple):
     ) -> list[Any]:
         variables = _wanted_variables(self.sharded.body)
         num, end = len(variables), len(pulled[0]) - len(self.extra)
-        merged = exchange.merge_gradients(
+        merged = bringing_home.merge_gradients(
             self.layout, [p[:num] for p in pulled], variables
         ).gradients
         pairs = [
@@ -375,18 +377,14 @@ def _pull_again(
         # Python itself, not a function: a tape then runs back only what it is
         # asked for, where it would run all of a function back.
         with sharded.busy():
-            outputs = exchange.each(
-                layout, lambda i: body(layout.inputs[i])
-            )
+            outputs = laying_out.each(layout, lambda i: body(layout.inputs[i]))
         runs = [Run(output, notes) for output, notes in outputs]
         values = _join(body.layer, runs)
     pairs = zip(floating(values), upstream, strict=True)
     return _gradient(tape, [p for p in pairs if p[1] is not None], inputs)
 
 
-def _plain_mirrors(
-    sharded: Sharded, read: list[tf.Tensor]
-) -> list[list[Any]]:
+def _plain_mirrors(sharded: Sharded, read: list[tf.Tensor]) -> list[list[Any]]:
     """Return mirrors that tapes see come from what was read."""
     body = sharded.body
     trained = len(body.variables.trainable)

@@ -12,9 +12,11 @@ from keras_clones import (
     _keras,
     _tf,
     balance,
+    bringing_home,
     call_tower,
     exactness,
     exchange,
+    laying_out,
     placement,
     pullback,
     sharding,
@@ -143,12 +145,12 @@ def _lay_out(
     clones: Sequence[placement.Clone],
     data: list[Any],
     mirrors: list[list[Any]],
-) -> exchange.Layout:
+) -> laying_out.Layout:
     options = calls.options
     clock = None
     if options.balance and calls.training:
         clock = options.balance.clocks[0]
-    return exchange.lay_out(
+    return laying_out.lay_out(
         shards, data, mirrors, variables, 1.0, clones, options.home, clock
     )
 
@@ -157,7 +159,7 @@ def _trace(
     calls: Calls,
     body: call_tower.Body,
     tables: Sequence[keras.Variable],
-    layout: exchange.Layout,
+    layout: laying_out.Layout,
     watched: bool,
     in_graph: bool,
 ) -> call_tower.CallTower:
@@ -228,7 +230,7 @@ def _read(
     if found is not None and _still_holds(found, variables):
         return found
     with tf.device(home):
-        values = exchange.read_variables(variables, ())
+        values = laying_out.read_variables(variables, ())
     kept = [
         None if any(v is table for table in tables) else value
         for v, value in zip(
@@ -236,7 +238,7 @@ def _read(
         )
     ]
     with _tf.stop_recording():
-        mirrors = exchange.send_mirrors(kept, home, clones)
+        mirrors = laying_out.send_mirrors(kept, home, clones)
     writes = [] if graph is None else [_tf.num_writes(v) for v in values]
     made = _Mirrors(graph, values, mirrors, writes)
     if graph is not None:
@@ -267,9 +269,11 @@ def _assign_changes(
         )
     changes = [run.output.changes for run in joined.runs]
     with _tf.stop_recording(), tf.device(calls.options.home):
-        total = exchange.add_up(layout, [(c.averaged, c.added) for c in changes])
-        merged = exchange.merge_changes(layout, changes, *total)
-        exchange.assign(notes.assigned, merged, list(total[1]))
+        total = bringing_home.add_up(
+            layout, [(c.averaged, c.added) for c in changes]
+        )
+        merged = bringing_home.merge_changes(layout, changes, *total)
+        bringing_home.assign(notes.assigned, merged, list(total[1]))
 
 
 def _observe(calls: Calls, joined: pullback.Joined) -> None:

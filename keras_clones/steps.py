@@ -14,10 +14,12 @@ import tensorflow as tf
 
 from keras_clones import (
     _keras,
+    bringing_home,
     calls,
     combine,
     exactness,
     exchange,
+    laying_out,
     sharding,
 )
 from keras_clones.begin import Step, as_tensors, begin, unpack
@@ -112,14 +114,12 @@ def unless_empty(
             iterations.assign_sub(1)
         return function()
 
-    return tf.cond(
-        rows > 0, lambda: uncounted(run), lambda: uncounted(skip)
-    )
+    return tf.cond(rows > 0, lambda: uncounted(run), lambda: uncounted(skip))
 
 
 def trace_towers(
     step: Step,
-) -> tuple[exchange.Layout, exchange.TracedTower] | None:
+) -> tuple[laying_out.Layout, exchange.TracedTower] | None:
     """Trace the towers of a step, if the clones can compute its loss.
 
     Returns:
@@ -159,7 +159,7 @@ def trace_towers(
     return layout, tower
 
 
-def _lay_out(step: Step) -> exchange.Layout:
+def _lay_out(step: Step) -> laying_out.Layout:
     options, variables = step.options, step.variables
     num = sharding.enough(step.rows, len(options.clones))
     clones = options.clones[:num]
@@ -170,11 +170,11 @@ def _lay_out(step: Step) -> exchange.Layout:
         clock = options.balance.clocks[0]
     with tf.name_scope("split_batch"):
         data = sharding.split_rows(step.batch, shards)
-    mirrors = exchange.send_mirrors(
-        exchange.read_variables(variables, step.tables), options.home, clones
+    mirrors = laying_out.send_mirrors(
+        laying_out.read_variables(variables, step.tables), options.home, clones
     )
     scale = step.model.optimizer.scale_loss(1.0) if step.training else 1.0
-    return exchange.lay_out(
+    return laying_out.lay_out(
         shards, data, mirrors, variables, scale, clones, options.home, clock
     )
 
@@ -206,7 +206,7 @@ def _towers(step: Step) -> exchange.CallableTower:
 
 
 def run_by_towers(
-    step: Step, layout: exchange.Layout, tower: exchange.TracedTower
+    step: Step, layout: laying_out.Layout, tower: exchange.TracedTower
 ) -> dict:
     """Run a step whose clones compute their own losses and gradients."""
     model, variables = step.model, step.variables.trainable
@@ -219,7 +219,7 @@ def run_by_towers(
         )
     if step.options.watch is not None and step.training:
         _record(step, result.clone_losses, result.gradients)
-    exchange.assign(result.variables, result.assigned, result.added)
+    bringing_home.assign(result.variables, result.assigned, result.added)
     if step.training and variables:
         model.optimizer.apply_gradients(
             zip(result.gradients, variables, strict=True)

@@ -256,7 +256,9 @@ def alike_in_all(
         return lambda tensor: False
     differs = inputs.data if shards is None else shards
     leaves = tf.nest.flatten(differs, expand_composites=True)
-    rows = [leaf for leaf in leaves if leaf is not None and leaf.shape.rank != 0]
+    rows = [
+        leaf for leaf in leaves if leaf is not None and leaf.shape.rank != 0
+    ]
     depends = dependence([*rows, *inputs.seeds])
     return lambda tensor: not depends(tensor)
 

@@ -1,0 +1,141 @@
+"""Lay rows out over the clones, and call something once a clone."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from keras_clones import _keras, errors, gradients, sharding, state
+from keras_clones.balance import seconds_now
+from keras_clones.placement import Clone
+from keras_clones.rendezvous import run_side_by_side
+from keras_clones.state import Variables
+from keras_clones.synchronize import over_clones
+from keras_clones.tower import TowerInput
+
+
+class Layout(NamedTuple):
+    """Rows laid out over the clones, one input a clone.
+
+    `stay` has the positions of the variables that are not sent. `started` is
+    when the rows were laid out, in seconds, if that is measured.
+    """
+
+    home: str
+    clones: Sequence[Clone]
+    shards: sharding.Shards
+    inputs: list[TowerInput]
+    stay: Sequence[int]
+    started: tf.Tensor | None = None
+
+
+def read_variables(
+    variables: Variables, tables: Sequence[keras.Variable]
+) -> list[tf.Tensor | None]:
+    """Read each variable once, `None` for the tables that stay home."""
+    return [
+        None
+        if any(variable is table for table in tables)
+        else _keras.tf_variable(variable).read_value()
+        for variable in [*variables.trainable, *variables.others]
+    ]
+
+
+def send_mirrors(
+    values: list[tf.Tensor | None], home: str, clones: Sequence[Clone]
+) -> list[list[tf.Tensor | None]]:
+    """Send each clone one mirror of every variable."""
+    with tf.name_scope("send_mirrors"):
+        devices = [clone.device for clone in clones]
+        return gradients.send_to_all(values, home, devices)
+
+
+def lay_out(
+    shards: sharding.Shards,
+    data: list[Any],
+    mirrors: list[list[tf.Tensor | None]],
+    variables: Variables,
+    loss_scale: tf.Tensor,
+    clones: Sequence[Clone],
+    home: str,
+    clock: tf.Variable | None = None,
+) -> Layout:
+    """Make one input a clone of its rows, its mirrors and its numbers.
+
+    Args:
+        shards: `Shards`, how the rows are divided.
+        data: List with one nest a clone: its rows.
+        mirrors: List with one list a clone: its mirrors.
+        variables: `Variables` of the model.
+        loss_scale: Scalar tensor, what the optimizer multiplies the loss by.
+        clones: Sequence of `Clone`s.
+        home: Device string, where the variables are.
+        clock: Variable that keeps when the rows were laid out. Defaults to
+            `None`: that is not measured.
+    """
+    shares = sharding.shares(shards)
+    scale = tf.fill([len(clones)], tf.cast(loss_scale, tf.float64))
+    index = tf.cast(tf.range(len(clones)), tf.float64)
+    numbers = tf.unstack(_opaque(tf.stack([shares, scale, index], axis=1)))
+    seeds = [_keras.tf_variable(v).read_value() for v in variables.seeds]
+    inputs = [
+        TowerInput(
+            mirrors=mirrors[i],
+            seeds=state.offset_seeds(seeds, i),
+            data=data[i],
+            numbers=numbers[i],
+        )
+        for i in range(len(clones))
+    ]
+    stay = [i for i, mirror in enumerate(mirrors[0]) if mirror is None]
+    started = None if clock is None else seconds_now(clock, data)
+    return Layout(home, clones, shards, inputs, stay, started)
+
+
+def _opaque(value: tf.Tensor) -> tf.Tensor:
+    """Keep a value from being known while a graph is optimized.
+
+    TensorFlow makes a copy of a function for each call with a constant of its
+    own, or with results that nothing needs, and optimizes each copy.
+    """
+    return tf.raw_ops.PlaceholderWithDefault(input=value, shape=value.shape)
+
+
+def each(
+    layout: Layout,
+    function: Callable[[int], Any],
+    synchronized: Sequence[keras.layers.BatchNormalization] = (),
+) -> list[Any]:
+    """Call a function once a clone, in its scope and on its device.
+
+    Args:
+        layout: `Layout` of the rows.
+        function: Function of the index of the clone.
+        synchronized: Sequence of layers that share sums over the clones.
+            Defaults to none: the calls do not know of each other.
+    """
+    if synchronized:
+        live = None
+        if layout.shards.may_be_idle:
+            live = [inputs.numbers[0] for inputs in layout.inputs]
+        with over_clones(synchronized, live):
+            return run_side_by_side(layout.clones, function)
+    results = []
+    for i, clone in enumerate(layout.clones):
+        with tf.device(clone.device), tf.name_scope(clone.scope or "clone"):
+            with running(layout, i):
+                results.append(function(i))
+    return results
+
+
+@contextlib.contextmanager
+def running(layout: Layout, i: int) -> Iterator[None]:
+    """Say in what is raised which clone ran, and on how many rows."""
+    try:
+        yield
+    except Exception as error:
+        if len(layout.clones) > 1:
+            errors.add_note(error, i, layout.shards)
+        raise
