@@ -279,36 +279,6 @@ def thread_state_of(held: dict[str, Any]) -> Iterator[None]:
     yield
 
 
-class CloneScope(keras.StatelessScope):
-    """A scope that keeps what is assigned, and reads the variables itself.
-
-    Keras's own returns `None` for a variable it has no value for, which weight
-    regularizers cannot take.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._assigned: dict[int, keras.Variable] = {}
-
-    def add_update(self, update: tuple[keras.Variable, Any]) -> None:
-        """Keep what a variable is assigned."""
-        self._assigned[id(update[0])] = update[0]
-        super().add_update(update)
-
-    def assigned_variables(self) -> list[keras.Variable]:
-        """Return the variables that were assigned in this scope."""
-        return list(self._assigned.values())
-
-    def get_current_value(self, variable: keras.Variable) -> Any:
-        """Return the value in this scope, else the variable's own."""
-        value = super().get_current_value(variable)
-        return variable._value if value is None else value
-
-    def assigned(self, variable: keras.Variable) -> Any:
-        """Return what a variable was assigned in this scope, or `None`."""
-        return super().get_current_value(variable)
-
-
 def set_moments(layer: keras.layers.BatchNormalization, moments: Any) -> None:
     """Let a layer get the moments of its batch from a function."""
     vars(layer)["_moments"] = moments

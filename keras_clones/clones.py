@@ -1,6 +1,7 @@
 """Call a function once a clone: TF-Slim's `create_clones`."""
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -9,17 +10,42 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_clones import placement, sharding
+from keras_clones import (
+    bringing_home,
+    laying_out,
+    placement,
+    sharding,
+    state,
+    tables,
+)
 from keras_clones.config import CPU, DeploymentConfig, check_integer
-from keras_clones.mirrors import MirrorScope, Reads, assign_merged
+from keras_clones.mirrors import Mirrors, MirrorScope, rehearse
 
 
-class Clone(NamedTuple):
-    """One call of a model function: what it returned, its scope and device."""
+class Made(NamedTuple):
+    """What `optimize_clones` needs to know of how a clone was made.
 
+    `home` is where gradients are merged. `rows` are those of the clone's
+    shard, or `None` if clones count alike. `scope` is that of its variables,
+    and `given` has the tensors with rows that it got and others did not.
+    """
+
+    home: str
+    rows: Any
+    scope: MirrorScope
+    given: list[Any]
+
+
+class _Clone(NamedTuple):
     outputs: Any
     scope: str
     device: str
+
+
+class Clone(_Clone):
+    """One call of a model function: what it returned, its scope and device."""
+
+    made: Made | None = None
 
 
 class PerClone(NamedTuple):
@@ -32,20 +58,39 @@ class PerClone(NamedTuple):
     rows: list[Any] | None = None
 
 
-class Clones(list):
-    """A list of `Clone`s, and what `optimize_clones` needs to know of them.
+class Call(NamedTuple):
+    """A function, and what each clone calls it with."""
 
-    Attributes:
-        home: Device string, where gradients are merged and applied.
-        rows: List of the rows of each clone's shard, or `None`.
-        variables: List of the `keras.Variable`s that the clones read.
-        scopes: List of the scopes in which the clones ran.
-    """
+    model_fn: Callable[..., Any]
+    args: Sequence[Any] | None
+    kwargs: Mapping[str, Any] | None
 
-    home: str
-    rows: list[Any] | None
-    variables: list[keras.Variable]
-    scopes: list[MirrorScope]
+    def function(self, i: int) -> Callable[[], Any]:
+        """Return a function without arguments: the call of one clone."""
+        # What is inside of a `tf.function` cannot assign variables.
+        model_fn = getattr(self.model_fn, "python_function", self.model_fn)
+
+        def value(argument: Any) -> Any:
+            return argument.values[i] if _is_per_clone(argument) else argument
+
+        args = [value(argument) for argument in self.args or ()]
+        kwargs = {name: value(a) for name, a in (self.kwargs or {}).items()}
+        return functools.partial(model_fn, *args, **kwargs)
+
+    def arguments(self) -> list[Any]:
+        """Return all arguments, one after the other."""
+        return [*(self.args or ()), *(self.kwargs or {}).values()]
+
+    def rows(self) -> list[Any] | None:
+        """Return the rows of the first argument that tells them."""
+        shards = [a for a in self.arguments() if _is_per_clone(a)]
+        return next((s.rows for s in shards if s.rows is not None), None)
+
+    def given(self, i: int) -> list[tf.Tensor]:
+        """Return the tensors with rows that one clone gets by itself."""
+        values = [a.values[i] for a in self.arguments() if _is_per_clone(a)]
+        leaves = tf.nest.flatten(values, expand_composites=True)
+        return [t for t in leaves if tf.is_tensor(t) and sharding.has_rows(t)]
 
 
 def split_batch(batch: Any, num_clones: int) -> PerClone:
@@ -149,43 +194,118 @@ def create_clones(
 
     - TF-Slim, `deployment/model_deploy.py`.
     """
-    check_arguments(config, model_fn, args, kwargs)
+    call = Call(model_fn, args, kwargs)
+    check_arguments(config, call)
     placed = placement.place_clones(config)
-    clones = call_clones(config, placed, model_fn, args, kwargs)
-    assign_merged(clones.scopes, find_shares(clones.rows, clones), clones.home)
+    home = config.variables_device()
+    # In a graph, where all mirrors can travel together.
+    travel = any(clone.device != home for clone in placed)
+    read: list[keras.Variable] = []
+    if travel and not tf.executing_eagerly():
+        _, read = rehearse(call.function(0), home)
+    clones = call_clones(home, placed, call, read)
+    assign_merged(clones)
     return clones
 
 
 def call_clones(
-    config: DeploymentConfig,
+    home: str,
     placed: Sequence[placement.Clone],
-    model_fn: Callable[..., Any],
-    args: Sequence[Any] | None,
-    kwargs: Mapping[str, Any] | None,
-) -> Clones:
-    """Call a function once a clone, and assign no variable."""
-    # What is inside of a `tf.function` cannot assign variables.
-    model_fn = getattr(model_fn, "python_function", model_fn)
-    clones = Clones()
-    clones.home = config.variables_device()
-    clones.rows = _rows(args, kwargs)
-    clones.scopes = []
-    reads = Reads(clones.home)
-    for i, (scope, device) in enumerate(placed):
-        mirrored = MirrorScope(reads, i, device)
-        with name_scope(scope) as full, tf.device(device), mirrored:
-            positional, named = pick(args, kwargs, i)
-            outputs = model_fn(*positional, **named)
-        clones.append(Clone(outputs, full or "", device))
-        clones.scopes.append(mirrored)
-    clones.variables = reads.variables
+    call: Call,
+    foreseen: Sequence[keras.Variable],
+) -> list[Clone]:
+    """Call a function once a clone, and assign no variable.
+
+    Args:
+        home: Device string, where the variables live.
+        placed: Sequence of `placement.Clone`s.
+        call: `Call` to make.
+        foreseen: Sequence of the `keras.Variable`s that are likely to be read.
+    """
+    rows = call.rows() or [None] * len(placed)
+    mirrors = Mirrors(home, placed, foreseen)
+    large = [v for v in foreseen if tables.is_large(v)]
+    clones = []
+    with tables.looked_up_at_home(large, home):
+        for i, (scope, device) in enumerate(placed):
+            mirrored = MirrorScope(mirrors, i)
+            with name_scope(scope) as full, tf.device(device), mirrored:
+                outputs = call.function(i)()
+            clone = Clone(outputs, full or "", device)
+            clone.made = Made(home, rows[i], mirrored, call.given(i))
+            clones.append(clone)
     return clones
+
+
+def layout_of(home: str, clones: Sequence[Clone]) -> laying_out.Layout:
+    """Return where clones are, for what sends and merges what they have."""
+    many = len(clones)
+    placed = [placement.Clone(clone.scope, clone.device) for clone in clones]
+    shards = sharding.divide(many, many)
+    return laying_out.Layout(home, placed, shards, inputs=[], stay=[])
+
+
+def scopes_of(clones: Sequence[Clone]) -> list[MirrorScope]:
+    """Return the scopes of the clones that `create_clones` made."""
+    return [clone.made.scope for clone in clones if clone.made is not None]
+
+
+def rows_of(clones: Sequence[Clone]) -> list[Any] | None:
+    """Return the rows of the clones' shards, `None` if they count alike."""
+    rows = [clone.made and clone.made.rows for clone in clones]
+    return None if any(number is None for number in rows) else rows
+
+
+def assign_merged(clones: Sequence[Clone]) -> None:
+    """Give every variable that clones assigned one new value.
+
+    As in TF-Slim's `model_deploy`, what the first clone assigned counts. A
+    variable's own `aggregation` is honoured: metrics have `"sum"`, so they
+    count the rows of all clones.
+    """
+    scopes = scopes_of(clones)
+    assigned = list({id(v): v for s in scopes for v in s.assigned()}.values())
+    if not assigned:
+        return
+    policies = state.merge_policies(
+        None,
+        assigned,
+        state.Policies(alone=len(clones) == 1, otherwise="first"),
+        [False] * len(assigned),
+    )
+    names = [policy.name for policy in policies]
+    layout = layout_of(scopes[0].mirrors.home, clones)
+    with tf.device(layout.home):
+        shares = find_shares(rows_of(clones), clones)
+
+    def changes(i: int) -> state.Changes:
+        return state.clone_changes(
+            names,
+            [scopes[i].mirror(variable) for variable in assigned],
+            [scopes[i].get_current_value(variable) for variable in assigned],
+            lambda value: value * tf.cast(shares[i], value.dtype),
+            lambda value: value,
+        )
+
+    by_clone = []
+    for i, clone in enumerate(clones):
+        with name_scope(clone.scope), tf.device(clone.device):
+            by_clone.append(changes(i))
+    with tf.device(layout.home):
+        averaged, added = bringing_home.add_up(
+            layout, [(c.averaged, c.added) for c in by_clone]
+        )
+        merged = bringing_home.merge_changes(layout, by_clone, averaged, added)
+        bringing_home.assign(assigned, merged, list(added))
 
 
 def find_shares(
     weights: Sequence[Any] | None, clones: Sequence[Clone]
-) -> list[tf.Tensor]:
-    """Return each clone's share of the total, from weights of any sum."""
+) -> list[Any]:
+    """Return each clone's share of the total, from weights of any sum.
+
+    Shares are numbers where the weights are, else float64 tensors.
+    """
     if weights is None:
         weights = [1] * len(clones)
     weights = list(weights)
@@ -200,6 +320,9 @@ def find_shares(
             "none of them negative and not all zero. "
             f"Received: weights={weights}"
         )
+    if len(numbers) == len(weights):
+        total = np.float64(sum(weights))
+        return [np.float64(w) / total for w in weights]
     # `tf.cast` takes a Python number for a float32.
     cast = [
         tf.cast(w if tf.is_tensor(w) else np.float64(w), tf.float64)
@@ -208,10 +331,9 @@ def find_shares(
     return [w / tf.add_n(cast) for w in cast]
 
 
-def check_arguments(
-    config: DeploymentConfig, model_fn: Any, args: Any, kwargs: Any
-) -> None:
+def check_arguments(config: DeploymentConfig, call: Call) -> None:
     """Say what is wrong with what clones are to be made of, if anything is."""
+    model_fn, args, kwargs = call
     if not isinstance(config, DeploymentConfig):
         raise TypeError(
             "Argument `config` must be a `DeploymentConfig`. "
@@ -233,7 +355,7 @@ def check_arguments(
             "Argument `kwargs` must be a dict of arguments by name. "
             f"Received: kwargs={kwargs!r}"
         )
-    for value in _flat(args, kwargs):
+    for value in call.arguments():
         lists = [value.values, value.rows] if _is_per_clone(value) else []
         for entries in lists:
             if entries is not None and len(entries) != config.num_clones:
@@ -242,30 +364,6 @@ def check_arguments(
                     f"num_clones={config.num_clones}, and a `PerClone` of "
                     f"{len(entries)}"
                 )
-
-
-def pick(
-    args: Sequence[Any] | None, kwargs: Mapping[str, Any] | None, i: int
-) -> tuple[list[Any], dict[str, Any]]:
-    """Return the arguments of one clone."""
-
-    def value(argument: Any) -> Any:
-        return argument.values[i] if _is_per_clone(argument) else argument
-
-    return (
-        [value(argument) for argument in args or ()],
-        {name: value(argument) for name, argument in (kwargs or {}).items()},
-    )
-
-
-def _rows(args: Any, kwargs: Any) -> list[Any] | None:
-    """Return the rows of the first argument that tells them."""
-    shards = [a for a in _flat(args, kwargs) if _is_per_clone(a)]
-    return next((s.rows for s in shards if s.rows is not None), None)
-
-
-def _flat(args: Any, kwargs: Any) -> list[Any]:
-    return [*(args or ()), *(kwargs or {}).values()]
 
 
 def _is_per_clone(value: Any) -> bool:

@@ -1,29 +1,61 @@
-"""Mirrors for functions of the user's own, made when a variable is read."""
+"""Mirrors for functions of the user's own, whose variables are found out."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from keras_clones import _keras, state
+from keras_clones import _keras, laying_out, placement, state
+from keras_clones.scopes import CloneScope
 
 
-class Reads:
-    """The values of variables, each read once at home for all clones.
+class Mirrors:
+    """The values of variables, each read once at home, and their mirrors.
+
+    Args:
+        home: Device string, where the variables live.
+        clones: Sequence of `placement.Clone`s.
+        foreseen: Sequence of the `keras.Variable`s that are likely to be read.
+            Their mirrors are sent together, packed. The mirror of any other
+            variable is sent by itself when a clone reads it.
 
     Attributes:
-        home: Device string, where the variables live.
-        variables: List of the `keras.Variable`s that were read.
+        variables: List of the `keras.Variable`s that clones read, each once.
     """
 
-    def __init__(self, home: str) -> None:
+    def __init__(
+        self,
+        home: str,
+        clones: Sequence[placement.Clone],
+        foreseen: Sequence[keras.Variable] = (),
+    ) -> None:
         self.home = home
-        self.variables: list[keras.Variable] = []
+        # What reads these in a function was traced when they were foreseen.
+        self.variables = list(foreseen)
+        self._clones = clones
         self._graph = _graph()
         self._values: dict[int, tf.Tensor] = {}
-        self._noted: set[int] = set()
+        self._noted = {id(variable) for variable in foreseen}
+        self._mirrors = self._send(
+            [v for v in foreseen if not _keras.is_seed_state(v)]
+        )
+
+    def _send(self, variables: list[keras.Variable]) -> list[dict[int, Any]]:
+        """Send each clone its mirrors: one dict a clone, by variable."""
+        values = [self.value(variable) for variable in variables]
+        sent = laying_out.send_mirrors(values, self.home, self._clones)
+        found = []
+        for mirrors, clone in zip(sent, self._clones, strict=True):
+            with tf.device(clone.device), tf.name_scope("send_mirrors"):
+                # A gradient cannot end at a call of a function.
+                mirrors = [
+                    mirror if mirror is value else tf.identity(mirror)
+                    for mirror, value in zip(mirrors, values, strict=True)
+                ]
+            found.append(dict(zip(map(id, variables), mirrors, strict=True)))
+        return found
 
     def note(self, variable: keras.Variable) -> None:
         """Remember that a variable was read."""
@@ -31,14 +63,39 @@ class Reads:
             self._noted.add(id(variable))
             self.variables.append(variable)
 
-    def value(self, variable: keras.Variable, raw: tf.Variable) -> tf.Tensor:
-        """Return the value of a variable, read at most once."""
+    def value(self, variable: keras.Variable) -> tf.Tensor:
+        """Return the value of a variable at home, read at most once."""
         if id(variable) not in self._values:
             # The last slash keeps it out of the scope of the clone that
             # happens to read the variable first.
             with self.outside(), tf.device(self.home), tf.name_scope("home/"):
-                self._values[id(variable)] = raw.read_value()
+                self._values[id(variable)] = _keras.tf_variable(
+                    variable
+                ).read_value()
         return self._values[id(variable)]
+
+    def mirror(self, variable: keras.Variable, clone_index: int) -> tf.Tensor:
+        """Return a clone's mirror of a variable, made if it is not there."""
+        mirrors = self._mirrors[clone_index]
+        if id(variable) not in mirrors:
+            mirrors[id(variable)] = self._make(variable, clone_index)
+        return mirrors[id(variable)]
+
+    def known(self, variable: keras.Variable, clone_index: int) -> Any:
+        """Return a clone's mirror of a variable, `None` if it has none."""
+        return self._mirrors[clone_index].get(id(variable))
+
+    def _make(self, variable: keras.Variable, clone_index: int) -> tf.Tensor:
+        value = self.value(variable)
+        device = self._clones[clone_index].device
+        with self.outside():
+            if _keras.is_seed_state(variable):
+                with tf.device(self.home):
+                    [value] = state.offset_seeds([value], clone_index)
+            if device == self.home:
+                return value
+            with tf.device(device):
+                return tf.identity(value)
 
     def is_outside(self) -> bool:
         """Say whether no `tf.cond` or `tf.function` is being traced inside."""
@@ -70,87 +127,102 @@ class Reads:
         return self._graph.as_default()
 
 
-class MirrorScope(_keras.CloneScope):
-    """A scope in which one clone reads mirrors, and keeps what it assigns.
+class MirrorScope(CloneScope):
+    """The scope of a clone of which nobody knows what it will read.
 
-    A mirror is made when its variable is first read, so that nothing needs to
-    be known of the function that runs in the scope. What reads a variable
-    after an assignment has a gradient with respect to the variable, and none
-    with respect to what the new value came from, as without a scope.
+    Args:
+        mirrors: `Mirrors` of all clones.
+        clone_index: Integer, which clone runs in the scope.
     """
 
-    def __init__(self, reads: Reads, clone_index: int, device: str) -> None:
-        super().__init__(collect_losses=True)
-        self._reads = reads
-        self._clone_index = clone_index
-        self._device = device
-        self._mirrors: dict[int, tf.Tensor] = {}
+    def __init__(self, mirrors: Mirrors, clone_index: int) -> None:
+        super().__init__([])
+        self.mirrors = mirrors
+        self.clone_index = clone_index
 
     def get_current_value(self, variable: keras.Variable) -> Any:
         """Return what was assigned in this scope, else the mirror."""
         value = super().get_current_value(variable)
-        if value is None:
-            raise ValueError(
-                "Expected the variables to be there before clones use them. "
-                f"Received: {variable.path!r}, which is made in the clone. "
-                "Build the model first: give it a `keras.Input`, or call it "
-                "once on data."
-            )
+        _check_made(variable, value)
         if not isinstance(value, tf.Variable):
             return value
-        self._reads.note(variable)
-        if self._reads.is_in_function():
+        self.mirrors.note(variable)
+        if self.mirrors.is_in_function():
             return value
-        if id(variable) not in self._mirrors:
-            self._mirrors[id(variable)] = self._mirror(variable, value)
-        return self._mirrors[id(variable)]
+        return self.mirror(variable)
 
-    def _mirror(self, variable: keras.Variable, raw: tf.Variable) -> tf.Tensor:
-        value = self._reads.value(variable, raw)
-        with self._reads.outside():
-            if _keras.is_seed_state(variable):
-                with tf.device(self._reads.home):
-                    [value] = state.offset_seeds([value], self._clone_index)
-            if self._device == self._reads.home:
-                return value
-            with tf.device(self._device):
-                return tf.identity(value)
+    def mirror(self, variable: keras.Variable) -> tf.Tensor:
+        """Return the mirror of a variable, whatever was assigned here."""
+        return self.mirrors.mirror(variable, self.clone_index)
+
+    def known_mirror(self, variable: keras.Variable) -> Any:
+        """Return the mirror of a variable, `None` if there is none."""
+        return self.mirrors.known(variable, self.clone_index)
 
     def add_update(self, update: tuple[keras.Variable, Any]) -> None:
         """Keep what a variable is assigned."""
-        variable, value = update
-        if not self._reads.is_outside():
+        if not self.mirrors.is_outside():
             raise ValueError(
-                f"The variable {variable.path!r} is assigned inside of "
+                f"The variable {update[0].path!r} is assigned inside of "
                 "`tf.cond`, `tf.while_loop` or a `tf.function`, from where "
                 "clones cannot bring its value home. Assign it in `model_fn` "
                 "itself: take `@tf.function` off what `model_fn` calls."
             )
-        value = tf.stop_gradient(value)
-        if variable.trainable:
-            before = self.get_current_value(variable)
-            value += before - tf.stop_gradient(before)
-        super().add_update((variable, value))
+        super().add_update(update)
 
 
-def assign_merged(
-    scopes: Sequence[MirrorScope], shares: Sequence[tf.Tensor], home: str
-) -> None:
-    """Give every variable that clones assigned one new value.
+class _Recorder(CloneScope):
+    """A scope that reads the variables themselves, and remembers which."""
 
-    As in TF-Slim's `model_deploy`, what the first clone assigned counts. A
-    variable's own `aggregation` is honoured: metrics have `"sum"`, so they
-    count the rows of all clones.
+    def __init__(self, builds: bool) -> None:
+        super().__init__([])
+        self.read: dict[int, keras.Variable] = {}
+        self._builds = builds
+
+    def get_current_value(self, variable: keras.Variable) -> Any:
+        value = super().get_current_value(variable)
+        if not self._builds:
+            _check_made(variable, value)
+        self.read[id(variable)] = variable
+        return value
+
+
+def rehearse(
+    call: Callable[[], Any], home: str, builds: bool = False
+) -> tuple[Any, list[keras.Variable]]:
+    """Trace a function in a graph of its own, which never runs.
+
+    Args:
+        call: Function without arguments.
+        home: Device string, where the variables live.
+        builds: Boolean, whether the function may make variables, at home.
+            Defaults to `False`.
+
+    Returns:
+        What the function returns, and the variables that it reads.
     """
-    assigned = {id(v): v for s in scopes for v in s.assigned_variables()}
-    for variable in assigned.values():
-        with tf.device(home):
-            old = variable.value.read_value()
-            new = [scope.get_current_value(variable) for scope in scopes]
-            policy = variable.aggregation
-            if policy not in ("sum", "mean"):
-                policy = "first"
-            variable.assign(state.merge(policy, old, new, shares))
+    returned: list[Any] = []
+    recorder = _Recorder(builds)
+
+    @tf.function(autograph=False)
+    def rehearsal() -> None:
+        building = keras.SymbolicScope() if builds else contextlib.nullcontext()
+        with recorder, building:
+            returned.append(call())
+
+    with tf.device(home):
+        rehearsal.get_concrete_function()
+    return returned[0], list(recorder.read.values())
+
+
+def _check_made(variable: keras.Variable, value: Any) -> None:
+    if value is None:
+        raise ValueError(
+            "Expected the variables to be there before clones use them. "
+            f"Received: {variable.path!r}, which is made in the clone. "
+            "Build the model first: give it a `keras.Input`, or call it "
+            "once on data."
+        )
 
 
 def _graph() -> Any:

@@ -7,6 +7,7 @@ import keras
 import tensorflow as tf
 
 from keras_clones.clones import (
+    Call,
     Clone,
     PerClone,
     check_arguments,
@@ -124,7 +125,7 @@ def deploy(
             "every `tf.function`, or call `create_clones` and "
             "`optimize_clones` there."
         )
-    check_arguments(config, model_fn, args, kwargs)
+    check_arguments(config, Call(model_fn, args, kwargs))
     if optimizer is not None and not isinstance(
         optimizer, keras.optimizers.Optimizer
     ):

@@ -7,8 +7,15 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_clones import _keras, gradients, sharding
-from keras_clones.clones import Clone, find_shares, name_scope
+from keras_clones import _keras, bringing_home, clone_gradients, sharding
+from keras_clones.clones import (
+    Clone,
+    find_shares,
+    layout_of,
+    name_scope,
+    rows_of,
+    scopes_of,
+)
 from keras_clones.config import CPU
 
 
@@ -82,33 +89,27 @@ def optimize_clones(
             "Argument `optimizer` must be a `keras.optimizers.Optimizer`. "
             f"Received: optimizer={optimizer!r}"
         )
-    home = getattr(clones, "home", CPU)
-    parts = weighted_losses(clones, weights)
+    losses = find_losses(clones)
+    home = home_of(clones)
     variables = _variables(clones, optimizer, var_list)
     extra = regularization(variables, regularization_losses, home)
-    total = total_loss(parts, extra, home)
     if not optimizer.built:
         name = keras.name_scope(optimizer.name, caller=optimizer)
         with tf.init_scope(), tf.device(home), name:
             optimizer.build(variables)
-    sources = [variable.value for variable in variables]
-    columns = []
-    for clone, part in zip(clones, parts, strict=True):
-        with name_scope(clone.scope), tf.device(clone.device):
-            scaled = optimizer.scale_loss(part)
-            columns.append(tf.gradients(scaled, sources))
     with tf.device(home):
+        scale = optimizer.scale_loss(1.0)
+        parts, seeds = _weigh(clones, losses, weights, scale)
+    columns = clone_gradients.differentiate(clones, losses, seeds, variables)
+    with tf.device(home):
+        merged, part = bringing_home.merge_gradients(
+            layout_of(home, clones), columns, variables, parts
+        )
+        total = total_loss(part, extra, home)
         if extra is not None:
-            scaled = optimizer.scale_loss(extra)
-            columns.append(tf.gradients(scaled, sources))
-        merged = [
-            gradients.largest(column)
-            if _keras.overwrites_with_gradient(variable)
-            else gradients.merge(column)
-            for variable, column in zip(
-                variables, zip(*columns, strict=True), strict=True
+            merged = clone_gradients.add(
+                merged, extra, scale, variables, scopes_of(clones)
             )
-        ]
     pairs = [
         (gradient, variable)
         for gradient, variable in zip(merged, variables, strict=True)
@@ -123,10 +124,8 @@ def optimize_clones(
     return total, pairs
 
 
-def weighted_losses(
-    clones: Sequence[Clone], weights: Sequence[Any] | None = None
-) -> list[tf.Tensor]:
-    """Return each clone's part of the total loss, on the clone's device."""
+def find_losses(clones: Sequence[Clone]) -> list[tf.Tensor]:
+    """Return the loss of each clone, or say what is wrong with the clones."""
     if isinstance(clones, Clone) or not all(
         isinstance(clone, Clone) for clone in clones
     ):
@@ -136,16 +135,55 @@ def weighted_losses(
         )
     if not clones:
         raise ValueError("Expected at least one clone. Received: clones=[]")
-    losses = [check_loss(clone.outputs) for clone in clones]
-    if weights is None:
-        weights = getattr(clones, "rows", None)
-    parts = []
-    for clone, loss, share in zip(
-        clones, losses, find_shares(weights, clones), strict=True
-    ):
+    return [check_loss(clone.outputs) for clone in clones]
+
+
+def home_of(clones: Sequence[Clone]) -> str:
+    """Return where the variables of clones live."""
+    homes = [scope.mirrors.home for scope in scopes_of(clones)]
+    return homes[0] if homes else CPU
+
+
+def weighted_loss(clones: Sequence[Clone]) -> tf.Tensor:
+    """Return the loss of all clones together, at home."""
+    losses, home = find_losses(clones), home_of(clones)
+    with tf.device(home):
+        parts, _ = _weigh(clones, losses, None, 1.0)
+        return bringing_home.add_up(layout_of(home, clones), parts)
+
+
+def _weigh(
+    clones: Sequence[Clone],
+    losses: Sequence[tf.Tensor],
+    weights: Sequence[Any] | None,
+    scale: Any,
+) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
+    """Return each clone's part of the total loss, and of the scaled gradient.
+
+    Both are on the clone's device. What is known before a step runs is not
+    sent there.
+
+    Args:
+        clones: Sequence of `Clone`s.
+        losses: Sequence of their losses.
+        weights: Sequence of numbers, how much each loss counts, or `None`.
+        scale: Number or scalar tensor, what the optimizer scales losses by.
+    """
+    shares = find_shares(
+        rows_of(clones) if weights is None else weights, clones
+    )
+    known = tf.get_static_value(scale) if tf.is_tensor(scale) else scale
+    scale = tf.cast(scale, tf.float64) if known is None else known
+    parts, seeds = [], []
+    for clone, loss, share in zip(clones, losses, shares, strict=True):
+        numbers: Any = (share, share * scale)
+        if any(tf.is_tensor(number) for number in numbers):
+            numbers = tf.stack([tf.cast(n, tf.float64) for n in numbers])
         with name_scope(clone.scope), tf.device(clone.device):
-            parts.append(loss * tf.cast(share, loss.dtype))
-    return parts
+            share, seed = (tf.cast(numbers[i], loss.dtype) for i in range(2))
+            parts.append(loss * share)
+            seeds.append(seed)
+    return parts, seeds
 
 
 def check_loss(outputs: Any) -> tf.Tensor:
@@ -210,12 +248,17 @@ def regularization(
 
 
 def total_loss(
-    parts: Sequence[tf.Tensor], extra: tf.Tensor | None, home: str
+    loss: tf.Tensor, extra: tf.Tensor | None, home: str
 ) -> tf.Tensor:
-    """Add up the losses of the clones and of regularizers."""
+    """Add the losses of regularizers to that of the clones."""
     with tf.device(home), tf.name_scope("total_loss"):
-        total = tf.add_n(list(parts))
-        return total if extra is None else total + tf.cast(extra, total.dtype)
+        return loss if extra is None else loss + tf.cast(extra, loss.dtype)
+
+
+def variables_of(clones: Sequence[Clone]) -> list[keras.Variable]:
+    """Return the variables that clones read, each once."""
+    read = [v for s in scopes_of(clones) for v in s.mirrors.variables]
+    return list({id(v): v for v in read}.values())
 
 
 def _variables(
@@ -228,8 +271,7 @@ def _variables(
     elif optimizer.built:
         chosen = _keras.optimized_variables(optimizer)
     else:
-        read = getattr(clones, "variables", [])
-        chosen = [variable for variable in read if variable.trainable]
+        chosen = [v for v in variables_of(clones) if v.trainable]
     if not all(isinstance(v, keras.Variable) for v in chosen):
         raise TypeError(
             "Argument `var_list` must be a list of `keras.Variable`s. "

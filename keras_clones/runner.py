@@ -9,16 +9,15 @@ import tensorflow as tf
 
 from keras_clones import _keras, optimize, placement
 from keras_clones.clones import (
+    Call,
     Clone,
-    Clones,
     PerClone,
+    assign_merged,
     call_clones,
     check_arguments,
-    find_shares,
-    pick,
 )
 from keras_clones.config import DeploymentConfig
-from keras_clones.mirrors import assign_merged
+from keras_clones.mirrors import rehearse
 from keras_clones.warn import warn
 
 
@@ -61,6 +60,7 @@ class Runner:
         self._regularization_losses = regularization_losses
         self._home = config.variables_device()
         self._trained: list[keras.Variable] = []
+        self._read: list[keras.Variable] = []
         self._prepared = False
         self._warned = config.num_clones == 1
         self._last: Run | None = None
@@ -73,7 +73,7 @@ class Runner:
         self._evaluate = tf.function(self._evaluate_step, autograph=False)
         if args or kwargs:
             self._warn_of_a_whole_batch(*self._defaults)
-            self._prepare(*self._defaults)
+            self._prepare(self._call(*self._defaults))
 
     def train(self, *args: Any, **kwargs: Any) -> tf.Tensor:
         """Run one training step, and return the total loss."""
@@ -132,10 +132,11 @@ class Runner:
     def _run(self, function: Callable[..., Run], args: Any, kwargs: Any) -> Any:
         if not args and not kwargs:
             args, kwargs = self._defaults
-        check_arguments(self._config, self._model_fn, args, kwargs)
+        call = self._call(args, kwargs)
+        check_arguments(self._config, call)
         self._warn_of_a_whole_batch(args, kwargs)
         if not self._prepared:
-            self._prepare(args, kwargs)
+            self._prepare(call)
         run = function(list(args), dict(kwargs))
         self._last = run
         for i, outputs in enumerate(run.outputs):
@@ -155,10 +156,13 @@ class Runner:
             "its own."
         )
 
-    def _prepare(self, args: Any, kwargs: Any) -> None:
+    def _call(self, args: Any, kwargs: Any) -> Call:
+        return Call(self._model_fn, args, kwargs)
+
+    def _prepare(self, call: Call) -> None:
         """Check what the function returns, and move what it reads home."""
-        args, kwargs = pick(args, kwargs, 0)
-        outputs, read = _rehearse(self._model_fn, args, kwargs, self._home)
+        outputs, read = rehearse(call.function(0), self._home, builds=True)
+        self._read = read
         moving = list(read)
         optimizer = self._optimizer
         if optimizer is not None:
@@ -175,9 +179,7 @@ class Runner:
         self._prepared = True
 
     def _train_step(self, args: list[Any], kwargs: dict[str, Any]) -> Run:
-        clones = call_clones(
-            self._config, self._placed, self._model_fn, args, kwargs
-        )
+        clones = self._call_clones(args, kwargs)
         extra = self._extra_losses()
         total, pairs = optimize.optimize_clones(
             clones, self._optimizer, extra, var_list=self._trained
@@ -193,31 +195,32 @@ class Runner:
                         for variable in self._trained
                     ]
                 )
-            shares = find_shares(clones.rows, clones)
-            assign_merged(clones.scopes, shares, self._home)
+            assign_merged(clones)
             self._optimizer.apply_gradients(pairs)
         return run
 
     def _evaluate_step(self, args: list[Any], kwargs: dict[str, Any]) -> Run:
-        clones = call_clones(
-            self._config, self._placed, self._model_fn, args, kwargs
-        )
+        clones = self._call_clones(args, kwargs)
         if optimize.find_loss(clones[0].outputs) is None:
             return self._describe(clones, None, None)
         extra = self._extra_losses()
         regularization = optimize.regularization(
-            clones.variables, extra, self._home
+            optimize.variables_of(clones), extra, self._home
         )
         total = optimize.total_loss(
-            optimize.weighted_losses(clones), regularization, self._home
+            optimize.weighted_loss(clones), regularization, self._home
         )
         return self._describe(clones, extra, total)
+
+    def _call_clones(self, args: Any, kwargs: Any) -> list[Clone]:
+        call = self._call(args, kwargs)
+        return call_clones(self._home, self._placed, call, self._read)
 
     def _extra_losses(self) -> Any:
         losses = self._regularization_losses
         return list(losses()) if callable(losses) else losses
 
-    def _describe(self, clones: Clones, extra: Any, total: Any) -> Run:
+    def _describe(self, clones: list[Clone], extra: Any, total: Any) -> Run:
         losses = [optimize.find_loss(clone.outputs) for clone in clones]
         return Run(
             outputs=[clone.outputs for clone in clones],
@@ -258,29 +261,3 @@ def _unscaled(gradient: Any, scale: tf.Tensor) -> tf.Tensor | None:
             gradient.values, rows, tf.size(indices)
         )
     return gradient / tf.cast(scale, gradient.dtype)
-
-
-def _rehearse(
-    model_fn: Callable[..., Any], args: Any, kwargs: Any, home: str
-) -> tuple[Any, list[keras.Variable]]:
-    """Trace a function without running it: what it returns, and what it reads.
-
-    Variables that it makes are made at home.
-    """
-    model_fn = getattr(model_fn, "python_function", model_fn)
-    read: dict[int, keras.Variable] = {}
-    outputs: list[Any] = []
-
-    class Recorder(_keras.CloneScope):
-        def get_current_value(self, variable: keras.Variable) -> Any:
-            read[id(variable)] = variable
-            return super().get_current_value(variable)
-
-    @tf.function(autograph=False)
-    def rehearsal() -> None:
-        with Recorder(collect_losses=True), keras.SymbolicScope():
-            outputs.append(model_fn(*args, **kwargs))
-
-    with tf.device(home):
-        rehearsal.get_concrete_function()
-    return outputs[0], list(read.values())

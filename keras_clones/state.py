@@ -29,11 +29,14 @@ class Policies(NamedTuple):
 
     `batch_norm` is `"mean"`, `"first"` or `"sync"`. `named` maps patterns of
     variables' paths to one of `POLICIES`. `alone` says that there is one clone.
+    `otherwise` is the policy of what nothing is known of; `None` averages
+    floating point values, and takes whole numbers from the first clone.
     """
 
     batch_norm: str = "mean"
     named: Mapping[str, str] = {}
     alone: bool = False
+    otherwise: str | None = None
 
 
 class Policy(NamedTuple):
@@ -81,7 +84,7 @@ def model_variables(model: keras.Layer) -> Variables:
 
 
 def merge_policies(
-    model: keras.Layer,
+    model: keras.Layer | None,
     variables: Sequence[keras.Variable],
     policies: Policies,
     alike: Sequence[bool],
@@ -92,17 +95,18 @@ def merge_policies(
     known to need, then its own `aggregation`. What every clone assigns alike
     comes from the first. Of the rest, floating point values are averaged by
     rows and whole numbers come from the first clone, and neither is known to
-    be right.
+    be right, unless the deployment has a policy for all of it.
 
     Args:
-        model: The `keras.Layer` the variables belong to.
+        model: The `keras.Layer` the variables belong to, `None` if there is
+            none.
         variables: Sequence of `keras.Variable`s.
         policies: `Policies` of the deployment.
         alike: Sequence of booleans, whether every clone assigns the same.
     """
     statistics = {
         id(variable)
-        for layer in _keras.layers(model)
+        for layer in ([] if model is None else _keras.layers(model))
         if isinstance(layer, keras.layers.BatchNormalization)
         for variable in layer.non_trainable_variables
     }
@@ -121,6 +125,8 @@ def merge_policies(
             return Policy("first", True)
         if variable.aggregation in ("sum", "mean"):
             return Policy(variable.aggregation, True)
+        if policies.otherwise is not None:
+            return Policy(policies.otherwise, True)
         floating = tf.as_dtype(variable.dtype).is_floating
         if is_alike:
             return Policy("first", True, seen=True)
@@ -161,33 +167,6 @@ def clone_changes(
             }
             kept[name][i] = after
     return changes
-
-
-def merge(
-    policy: str,
-    old: tf.Tensor,
-    new: Sequence[tf.Tensor],
-    weights: Sequence[tf.Tensor],
-) -> tf.Tensor:
-    """Merge the values that the clones gave one variable.
-
-    Args:
-        policy: String: `"mean"` averages by rows, `"first"` takes the first
-            clone's value, `"sum"` adds up what each clone added.
-        old: Tensor, the value before the step.
-        new: Sequence of tensors, one a clone.
-        weights: Sequence of scalar tensors, each clone's share of the rows.
-
-    Returns:
-        The merged value.
-    """
-    if policy == "first" or len(new) == 1:
-        return new[0]
-    if policy == "sum":
-        return old + tf.add_n([value - old for value in new])
-    return tf.add_n(
-        [v * tf.cast(w, v.dtype) for v, w in zip(new, weights, strict=True)]
-    )
 
 
 def offset_seeds(

@@ -28,10 +28,14 @@ def large_tables(model: keras.Model) -> list[keras.Variable]:
     return [
         table
         for table in tables
-        if table.regularizer is None
-        and table.shape.num_elements() * tf.as_dtype(table.dtype).size
-        >= LARGE_BYTES
+        if table.regularizer is None and is_large(table)
     ]
+
+
+def is_large(table: keras.Variable) -> bool:
+    """Say whether a table is too large to be sent for a few of its rows."""
+    size = tf.as_dtype(table.dtype).size
+    return table.shape.num_elements() * size >= LARGE_BYTES
 
 
 @contextlib.contextmanager

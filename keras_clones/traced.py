@@ -137,6 +137,36 @@ def _ancestors(
     return seen
 
 
+def same(one: tf.Tensor, other: tf.Tensor) -> bool:
+    """Say whether two tensors of a graph are made alike from the same."""
+    stack, seen = [(one, other)], set()
+    while stack:
+        one, other = stack.pop()
+        if one is other or (id(one), id(other)) in seen:
+            continue
+        seen.add((id(one), id(other)))
+        ops = one.op, other.op
+        if one.value_index != other.value_index or any(
+            op.op_def.is_stateful or (not op.inputs and op.type != "Const")
+            for op in ops
+        ):
+            return False
+        if len({op.type for op in ops}) > 1 or _settings(ops[0]) != _settings(
+            ops[1]
+        ):
+            return False
+        if len({len(op.inputs) for op in ops}) > 1:
+            return False
+        stack += zip(ops[0].inputs, ops[1].inputs, strict=True)
+    return True
+
+
+def _settings(operation: Any) -> dict[str, Any]:
+    """Return what is said of an operation, without what is for TensorFlow."""
+    attributes = operation.node_def.attr
+    return {k: v for k, v in attributes.items() if not k.startswith("_")}
+
+
 def is_compiled(concrete: Any) -> bool:
     """Say whether XLA compiles a function."""
     attributes = concrete.function_def.attr
