@@ -48,6 +48,16 @@ def test_custom_loop(tmp_path, capsys):
     assert [file.suffix for file in tmp_path.iterdir()] == [".v2"]
 
 
+def test_gan(tmp_path, capsys, float64):
+    gan = load("gan")
+    images = gan.load_data()[:20]
+    model = gan.train(3, 2, 8, images, tmp_path, verbose=0)
+    assert "clone_2" in capsys.readouterr().out
+    assert (tmp_path / "gan.png").read_bytes().startswith(b"\x89PNG")
+    assert model.predict(np.zeros((5, 16)), verbose=0).shape == (5, 8, 8, 1)
+    assert gan.compare(3, 2, 8, images) < 1e-10
+
+
 def small_language_model(language_model, **kwargs):
     return language_model.train(
         2,
@@ -121,6 +131,7 @@ def test_language_model_reads_any_file(tmp_path):
             ["--clones", "4", "--batch-size", "3"],
             "--batch-size must be from the number of clones",
         ),
+        ("gan", ["--epochs", "0"], "0 is not a positive integer"),
         ("language_model", ["--width", "10"], "must be a multiple of --heads"),
         ("language_model", ["--text", "none"], "--text must be a file"),
         ("language_model", ["--text", __file__, "--context", "999"], "too few"),
