@@ -6,7 +6,14 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_clones import _keras, gradients, traced
+from keras_clones import (
+    _keras,
+    bringing_home,
+    gradients,
+    laying_out,
+    placement,
+    traced,
+)
 from keras_clones.clones import Clone, name_scope, scopes_of
 from keras_clones.mirrors import MirrorScope
 from keras_clones.tower import by_rows
@@ -47,6 +54,39 @@ def differentiate(
         )
     ]
     return [list(row) for row in zip(*by_variable, strict=True)]
+
+
+def merge(
+    layout: laying_out.Layout,
+    columns: Sequence[Sequence[Any]],
+    variables: Sequence[keras.Variable],
+    parts: list[Any],
+) -> bringing_home.Merged:
+    """Add up the clones' gradients at home, and what else adds up.
+
+    Those of a table that is looked up at home are there already.
+
+    Args:
+        layout: `Layout` of the clones.
+        columns: Sequence with one sequence of gradients a clone.
+        variables: Sequence of the variables they are of.
+        parts: List with one nest of dense tensors a clone.
+    """
+    by_variable = list(zip(*columns, strict=True))
+    there = {
+        i: gradients.merge(column)
+        for i, column in enumerate(by_variable)
+        if any(_is_at(gradient, layout.home) for gradient in column)
+    }
+    away = [i for i in range(len(variables)) if i not in there]
+    found, rest = bringing_home.merge_gradients(
+        layout,
+        [[column[i] for i in away] for column in columns],
+        [variables[i] for i in away],
+        parts,
+    )
+    merged = {**there, **dict(zip(away, found, strict=True))}
+    return bringing_home.Merged([merged[i] for i in range(len(variables))], rest)
 
 
 def add(
@@ -112,6 +152,14 @@ def _is_alike(clone: Clone) -> Any:
     given = [] if clone.made is None else clone.made.given
     depends = traced.dependence(given)
     return lambda tensor: not depends(tensor)
+
+
+def _is_at(gradient: Any, device: str) -> bool:
+    """Say whether a gradient by rows is on a device."""
+    if not isinstance(gradient, (tf.IndexedSlices, RowGradient)):
+        return False
+    rows = tf.nest.flatten(gradient, expand_composites=True)
+    return placement.same_device(rows[0].device, device)
 
 
 def _alike(

@@ -158,7 +158,9 @@ def create_clones(
     reads through mirrors. Make them under
     `tf.device(config.variables_device())`. What the first clone assigns to a
     variable counts (the statistics of `BatchNormalization`, say), and metrics
-    add up over the clones. AutoGraph does not convert the function.
+    add up over the clones. AutoGraph does not convert the function. Inside of
+    a `tf.function` it is traced once more than there are clones, to find out
+    which variables it reads: these are sent to the clones together.
 
     Args:
         config: A `DeploymentConfig`.

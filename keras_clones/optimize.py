@@ -102,7 +102,7 @@ def optimize_clones(
         parts, seeds = _weigh(clones, losses, weights, scale)
     columns = clone_gradients.differentiate(clones, losses, seeds, variables)
     with tf.device(home):
-        merged, part = bringing_home.merge_gradients(
+        merged, part = clone_gradients.merge(
             layout_of(home, clones), columns, variables, parts
         )
         total = total_loss(part, extra, home)
@@ -173,7 +173,7 @@ def _weigh(
         rows_of(clones) if weights is None else weights, clones
     )
     known = tf.get_static_value(scale) if tf.is_tensor(scale) else scale
-    scale = tf.cast(scale, tf.float64) if known is None else known
+    scale = tf.cast(scale, tf.float64) if known is None else float(known)
     parts, seeds = [], []
     for clone, loss, share in zip(clones, losses, shares, strict=True):
         numbers: Any = (share, share * scale)

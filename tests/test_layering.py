@@ -57,14 +57,21 @@ MAY_IMPORT = {
         *("placement", "sharding", "state", "synchronize", "tables"),
         *("tower", "keras", "tensorflow"),
     },
-    "mirrors": {"_keras", "state", "keras", "tensorflow"},
+    "mirrors": {
+        *("_keras", "exchange", "placement", "scopes", "state"),
+        *("keras", "tensorflow"),
+    },
     "clones": {
-        *("config", "mirrors", "placement", "sharding"),
-        *("keras", "numpy", "tensorflow"),
+        *("config", "exchange", "mirrors", "placement", "sharding", "state"),
+        *("tables", "keras", "numpy", "tensorflow"),
+    },
+    "clone_gradients": {
+        *("_keras", "clones", "exchange", "gradients", "mirrors"),
+        *("placement", "tower", "traced", "keras", "tensorflow"),
     },
     "optimize": {
-        *("_keras", "clones", "config", "gradients", "sharding", "keras"),
-        "tensorflow",
+        *("_keras", "clone_gradients", "clones", "config", "exchange"),
+        *("sharding", "keras", "tensorflow"),
     },
     "runner": {
         *("_keras", "clones", "config", "mirrors", "optimize", "placement"),

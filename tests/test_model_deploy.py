@@ -15,12 +15,14 @@ import keras_clones
 from keras_clones import (
     DeploymentConfig,
     PerClone,
+    clone_model,
     create_clones,
     deploy,
     model_deploy,
     optimize_clones,
     split_batch,
 )
+from keras_clones.transfers import count_transfers, traffic
 
 CPUS = [f"CPU:{i}" for i in range(8)]
 
@@ -153,6 +155,304 @@ def test_gradients_of_embeddings_stay_rows():
     table = found[model.layers[0].embeddings.path]
     assert isinstance(table, tf.IndexedSlices)
     np.testing.assert_array_equal(table.indices, x.reshape(-1))
+
+
+class Positions(keras.layers.Layer):
+    """Embeds words and where they stand: the same ids in every clone."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = keras.layers.Embedding(12, 3)
+        self.positions = keras.layers.Embedding(4, 3)
+
+    def build(self, shape):
+        self.words.build(shape)
+        self.positions.build(shape)
+
+    def call(self, ids):
+        where = keras.ops.arange(ids.shape[1])
+        # The first position twice: rows of one table from two look-ups.
+        first = self.positions(keras.ops.zeros_like(where))
+        return self.words(ids) + self.positions(where) * first
+
+
+def sentences():
+    keras.utils.set_random_seed(3)
+    return keras.Sequential(
+        [
+            keras.Input((4,), dtype="int32"),
+            Positions(),
+            keras.layers.Flatten(),
+            keras.layers.Dense(1),
+        ]
+    )
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("num_clones", [1, 2, 3])
+@pytest.mark.parametrize("deployed", [False, True])
+def test_rows_by_position_add_up(float64, optimizer, num_clones, deployed):
+    """On one device they are looked up once, whatever the batch."""
+    batches = [data(7, True), data(5, True, seed=1)]
+    plain, cloned = sentences(), sentences()
+    one, other = [OPTIMIZERS[optimizer]() for _ in range(2)]
+    expected = train_plainly(plain, one, batches)
+    if deployed:
+        made = deploy(config_of(num_clones), squares(cloned), optimizer=other)
+        shards = [split_batch(batch, num_clones) for batch in batches]
+        totals = [float(made.train_fn(shard)) for shard in shards]
+    else:
+        totals = train_clones(cloned, other, batches, num_clones)
+    assert difference(expected, totals) < 1e-10
+    assert difference(weights(plain), weights(cloned)) < 1e-10
+
+
+def test_ids_that_clones_are_given_are_not_the_same(float64):
+    """Constants of the graph, but others in each clone."""
+    layer, other = keras.layers.Embedding(6, 2), keras.layers.Embedding(6, 2)
+    for one in (layer, other):
+        one.build((None,))
+    other.set_weights(layer.get_weights())
+    optimizers = [keras.optimizers.Adam(0.05) for _ in range(2)]
+    ids = [[0, 1], [1, 5]]
+
+    @tf.function
+    def step():
+        clones = create_clones(
+            config_of(2),
+            lambda i: tf.reduce_sum(layer(tf.constant(ids[i])) ** 2),
+            [PerClone([0, 1])],
+        )
+        _, pairs = optimize_clones(clones, optimizers[0])
+        optimizers[0].apply_gradients(pairs)
+
+    step()
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(other(tf.constant([*ids[0], *ids[1]])) ** 2) / 2
+    gradients = tape.gradient(loss, other.trainable_variables)
+    optimizers[1].apply_gradients(
+        zip(gradients, other.trainable_variables, strict=True)
+    )
+    assert difference(layer.get_weights(), other.get_weights()) < 1e-10
+
+
+def test_clones_that_do_different_things(float64):
+    """One reads no bias, and looks up other rows, or as many times."""
+    layer, table = keras.layers.Dense(2), keras.layers.Embedding(5, 3)
+    layer.build((None, 3))
+    table.build((None,))
+    optimizer = keras.optimizers.SGD(1.0)
+
+    def model_fn(is_first):
+        rows = table(tf.constant([1, 2] if is_first else [4]))
+        if is_first:
+            return tf.reduce_sum(layer(rows))
+        return tf.reduce_sum((rows + table(tf.constant([0]))) @ layer.kernel)
+
+    @tf.function
+    def gradients():
+        clones = create_clones(config_of(2), model_fn, [PerClone([1, 0])])
+        _, pairs = optimize_clones(clones, optimizer)
+        return {v.path: tf.convert_to_tensor(g) for g, v in pairs}
+
+    with tf.GradientTape() as tape:
+        loss = (model_fn(1) + model_fn(0)) / 2
+    variables = [*layer.variables, *table.variables]
+    found = gradients()
+    for variable, expected in zip(
+        variables, tape.gradient(loss, variables), strict=True
+    ):
+        expected = tf.convert_to_tensor(expected)
+        assert difference(expected, found[variable.path]) < 1e-10
+
+
+def test_variables_without_a_gradient_have_none():
+    """However small they are, and whatever they travel with."""
+    used, unused = keras.layers.Dense(2), keras.layers.Dense(2)
+    optimizer = keras.optimizers.SGD()
+    for layer in (used, unused):
+        layer.build((None, 6))
+
+    def model_fn(x):
+        return tf.reduce_sum(used(x)) + tf.stop_gradient(
+            tf.reduce_sum(unused(x))
+        )
+
+    @tf.function
+    def paths(x, losses=()):
+        clones = create_clones(config_of(2), model_fn, [split_batch(x, 2)])
+        extra = [clone.outputs for clone in clones] if losses else []
+        _, pairs = optimize_clones(clones, optimizer, extra)
+        return [variable.path for _, variable in pairs]
+
+    expected = [variable.path for variable in used.variables]
+    for losses in ((), True):
+        found = paths(np.ones((4, 6), "float32"), losses)
+        assert [path.numpy().decode() for path in found] == expected
+
+
+def test_clones_are_known_in_any_list(float64):
+    """Their shards count by rows in whatever list they are."""
+    model, config = words(), config_of(2)
+    optimizer = keras.optimizers.SGD()
+
+    @tf.function
+    def gradients(batch, copied):
+        clones = create_clones(config, squares(model), [split_batch(batch, 2)])
+        clones = clones[::-1] if copied else clones
+        total, pairs = optimize_clones(clones, optimizer)
+        return total, [tf.convert_to_tensor(g) for g, _ in pairs]
+
+    batch = data(5, True)
+    expected, found = (gradients(batch, copied) for copied in (False, True))
+    assert difference(expected[0], found[0]) < 1e-10
+    assert difference(expected[1], found[1]) < 1e-10
+
+
+LOSS_FN = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def classify(model):
+    def model_fn(batch):
+        x, y = batch
+        return LOSS_FN(y, model(x, training=True))
+
+    return model_fn
+
+
+def wide():
+    return keras.Sequential(
+        [
+            keras.Input((6,)),
+            keras.layers.Dense(300, "relu"),
+            keras.layers.BatchNormalization(),
+            keras.layers.Dense(300, "relu"),
+            keras.layers.Dropout(0.1),
+            keras.layers.Dense(3),
+        ]
+    )
+
+
+def lookup():
+    return keras.Sequential(
+        [
+            keras.Input((6,), dtype="int32"),
+            keras.layers.Embedding(200_000, 64),
+            keras.layers.GlobalAveragePooling1D(),
+            keras.layers.Dense(3),
+        ]
+    )
+
+
+def iterator(rows=16, dtype="float32"):
+    batch = np.ones((rows, 6), dtype), np.zeros(rows, "int32")
+    return iter(tf.data.Dataset.from_tensors(batch).repeat())
+
+
+def count_own_step(model, num_clones, batches):
+    config, optimizer = config_of(num_clones), keras.optimizers.Adam()
+
+    @tf.function(autograph=False)
+    def step():
+        shards = split_batch(next(batches), num_clones)
+        clones = create_clones(config, classify(model), [shards])
+        total, pairs = optimize_clones(clones, optimizer)
+        with tf.device(config.optimizer_device()):
+            optimizer.apply_gradients(pairs)
+        return total
+
+    return traffic(count_transfers(step))
+
+
+def count_keras_step(model, num_clones, batches):
+    devices = CPUS[1 : num_clones + 1]
+    clone_model(model, num_clones, devices=devices, batch_norm="first")
+    model.compile("adam", LOSS_FN, jit_compile=False)
+    step = tf.function(lambda: model.train_step(next(batches)), autograph=False)
+    return traffic(count_transfers(step))
+
+
+# Keras's step says each clone's share, scale and index: three float64.
+NUMBERS = 24
+
+
+@pytest.mark.filterwarnings("ignore:Layers.*normalize")
+@pytest.mark.parametrize("num_clones", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("make", "dtype"), [(mlp, "float32"), (wide, "float32"), (lookup, "int32")]
+)
+def test_as_much_travels_as_in_a_step_of_keras(make, dtype, num_clones):
+    expected = count_keras_step(make(), num_clones, iterator(dtype=dtype))
+    found = count_own_step(make(), num_clones, iterator(dtype=dtype))
+    for i in range(num_clones):
+        device = f"/device:CPU:{i + 1}"
+        one, other = expected[device], found[device]
+        if make is lookup:
+            # There, ids of rows travel that a table at home does not need,
+            # and transfers that only say what comes after what.
+            ids = one.bytes_sent - other.bytes_sent
+            assert 0 <= ids <= 16 * 6 * 4 + 8
+            assert other.sent <= one.sent
+            assert other.received <= one.received - 1
+        else:
+            assert other.bytes_sent == one.bytes_sent
+            assert other.sent == one.sent
+            assert other.received == one.received - 1
+        assert other.bytes_received == one.bytes_received - NUMBERS
+
+
+def test_a_large_table_stays_home():
+    moved = count_own_step(lookup(), 2, iterator(dtype="int32"))
+    needed = 8 * 6 * 64 * 4
+    for i in (1, 2):
+        clone = moved[f"/device:CPU:{i}"]
+        assert needed <= clone.bytes_received <= needed + 2_000
+        assert needed <= clone.bytes_sent <= needed + 2_000
+
+
+def test_deploy_sends_what_it_saw_read():
+    def count(num_clones):
+        deployed = deploy(
+            config_of(num_clones),
+            classify(lookup()),
+            optimizer=keras.optimizers.Adam(),
+        )
+        shards = split_batch(next(iterator(dtype="int32")), num_clones)
+        return traffic(count_transfers(lambda: deployed.train_fn(shards)))
+
+    moved = count(2)
+    own = count_own_step(lookup(), 2, iterator(dtype="int32"))
+    for i in (1, 2):
+        device = f"/device:CPU:{i}"
+        # The loss of a clone comes home, and is given back.
+        assert moved[device].bytes_received == own[device].bytes_received + 4
+        assert moved[device].received == own[device].received + 1
+
+
+def test_a_variable_that_was_not_foreseen(float64):
+    """It gets a mirror of its own, and a gradient."""
+    first, rest = keras.layers.Dense(1), keras.layers.Dense(1)
+    for layer in (first, rest):
+        layer.build((None, 6))
+    optimizer, calls = keras.optimizers.SGD(), []
+
+    def model_fn(x):
+        calls.append(x)
+        layer = first if len(calls) < 2 else rest
+        return tf.reduce_sum(layer(x))
+
+    @tf.function
+    def gradients(x):
+        clones = create_clones(config_of(2), model_fn, [split_batch(x, 2)])
+        _, pairs = optimize_clones(
+            clones, optimizer, var_list=[first.kernel, rest.kernel]
+        )
+        return [(variable.path, gradient) for gradient, variable in pairs]
+
+    x, _ = data(4)
+    [(path, gradient)] = gradients(x)
+    assert path.numpy().decode() == rest.kernel.path
+    assert difference(x.sum(axis=0)[:, None] / 2, gradient) < 1e-10
 
 
 def test_losses_count_alike_without_shards_and_by_weights(float64):

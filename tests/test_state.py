@@ -9,16 +9,26 @@ from keras_clones import state
 
 
 @pytest.mark.parametrize(
-    ("policy", "expected"), [("mean", 3.5), ("first", 2.0), ("sum", 9.0)]
+    ("policy", "kind", "expected"),
+    [
+        ("mean", "averaged", 1.5),
+        ("sum", "added", 1.0),
+        ("first", "first", 2.0),
+        ("max", "largest", 2.0),
+        ("min", "smallest", 2.0),
+    ],
 )
-def test_merge(policy, expected):
-    merged = state.merge(
-        policy,
-        tf.constant(1.0),
-        [tf.constant(2.0), tf.constant(8.0)],
-        [tf.constant(0.75), tf.constant(0.25)],
+def test_changes_of_a_clone(policy, kind, expected):
+    changes = state.clone_changes(
+        [policy],
+        [tf.constant(1.0)],
+        [tf.constant(2.0)],
+        lambda value: 0.75 * value,
+        lambda value: value,
     )
-    assert float(merged) == expected
+    found = {k: v for k, v in changes._asdict().items() if v}
+    assert found.keys() == {kind}
+    assert float(found[kind][0]) == expected
 
 
 def test_policies_honour_aggregation():
@@ -52,6 +62,28 @@ def test_policies_honour_aggregation():
     policies = state.Policies("mean", named)
     found = state.merge_policies(model, variables, policies, alike)
     assert found[-1].name == "mean"
+    del variables[4:6]
+
+    def names(model, alike=False, **kwargs):
+        found = state.merge_policies(
+            model, variables, state.Policies(**kwargs), [alike] * 5
+        )
+        return [policy.name for policy in found], [p.known for p in found]
+
+    first = {"batch_norm": "first"}
+    assert names(model, **first) == (
+        ["mean", "sum", "first", "first", "first"],
+        [False, True, True, False, True],
+    )
+    assert names(model)[0][-1] == "mean"
+    assert names(model, alike=True)[0] == [
+        *("first", "sum", "first", "first", "mean")
+    ]
+    assert names(model, alone=True)[0] == ["first"] * 5
+    # What a function's clones do that nobody wrote down.
+    known = [True] * 5
+    own = ["first", "sum", "first", "first", "first"]
+    assert names(None, otherwise="first") == (own, known)
 
 
 def test_seeds_differ_by_clone_and_the_first_is_kept():
