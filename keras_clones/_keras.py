@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import gc
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -73,6 +74,23 @@ def distribution_strategy(model: keras.Model) -> Any:
 def layers(model: keras.Model) -> list[keras.Layer]:
     """Return a model and every layer below: `model.layers` has one level."""
     return list(model._flatten_layers())
+
+
+def living_models(model: keras.Model) -> list[keras.Model]:
+    """Return a model, those below it, and all others that there are.
+
+    What a model shares with others, nothing else in Keras tells. One that is
+    just being made is left out.
+    """
+    # `isinstance` would ask an object for its class, which may run its code.
+    found = [o for o in gc.get_objects() if issubclass(type(o), keras.Model)]
+    below = [one for one in layers(model) if isinstance(one, keras.Model)]
+    made = [
+        one
+        for one in [*below, *found]
+        if {"_layers", "compiled"} <= vars(one).keys()
+    ]
+    return list({id(one): one for one in made}.values())
 
 
 def seed_states(model: keras.Model) -> list[keras.Variable]:

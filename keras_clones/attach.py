@@ -14,11 +14,11 @@ from keras_clones import (
     exactness,
     placement,
     sharding,
-    state,
     steps,
 )
 from keras_clones.config import DeploymentConfig
 from keras_clones.deployed import Deployment
+from keras_clones.state import POLICIES, model_variables
 from keras_clones.watch import Watch
 
 _LOSSES = ("auto", "clones", "gather")
@@ -285,17 +285,28 @@ def watch_training(model: keras.Model, watch: Watch | None) -> None:
 
 
 def move_home(model: keras.Model, home: str) -> None:
-    """Move every variable there is so far to the variables device."""
-    variables = [v for group in state.model_variables(model) for v in group]
+    """Move every variable there is so far to the variables device.
+
+    A function that was traced before reads a variable where it was. So every
+    model that has one of those that moved forgets its functions.
+    """
+    moved = placement.move_variables(_all_variables(model), home)
+    ids = {id(variable) for variable in moved}
+    for other in _keras.living_models(model) if moved else []:
+        if any(id(variable) in ids for variable in _all_variables(other)):
+            for optimizer in _keras.optimizers(other):
+                _keras.reindex_optimizer(optimizer)
+            _forget_functions(other)
+
+
+def _all_variables(model: keras.Model) -> list[keras.Variable]:
+    """Return the variables of a model, its metrics and its optimizers."""
+    variables = [v for group in model_variables(model) for v in group]
     if model.compiled:
         variables += model.metrics_variables
-    optimizers = _keras.optimizers(model)
-    for optimizer in optimizers:
+    for optimizer in _keras.optimizers(model):
         variables += optimizer.variables
-    if placement.move_variables(variables, home):
-        for optimizer in optimizers:
-            _keras.reindex_optimizer(optimizer)
-        _forget_functions(model)
+    return variables
 
 
 def _forget_functions(model: keras.Model) -> None:

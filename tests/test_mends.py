@@ -1,0 +1,116 @@
+"""What trained otherwise, or failed in silence, and does so no more."""
+
+import warnings
+
+import cases
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_clones import clone_model, deployment
+from keras_clones.transfers import count_transfers, traffic
+
+SIZES = [12, 7, 12, 2]
+CPUS = ["CPU:0", "CPU:1", "CPU:2"]
+
+
+class OwnStep(keras.Model):
+    """A step of one's own that does what that of Keras does."""
+
+    def train_step(self, data):
+        x, y, _ = keras.utils.unpack_x_y_sample_weight(data)
+        with tf.GradientTape() as tape:
+            y_pred = self(x, training=True)
+            loss = self.compute_loss(x, y, y_pred)
+        gradients = tape.gradient(loss, self.trainable_weights)
+        self.optimizer.apply(gradients, self.trainable_weights)
+        self._loss_tracker.update_state(loss, sample_weight=tf.shape(x)[0])
+        return self.compute_metrics(x, y, y_pred)
+
+
+BOTH_STEPS = pytest.mark.parametrize("kind", [keras.Model, OwnStep])
+
+
+def model_of(layer, kind=keras.Model):
+    x = keras.Input((6,))
+    y = keras.layers.Dense(1, name="head")(layer(x))
+    return kind(x, y)
+
+
+def data_of(sizes=SIZES):
+    x = cases.arrays(sum(sizes))["mlp"][0]
+    return cases.batches(x, x[:, :1] ** 2, sizes)
+
+
+def fit(make, num_clones=None, sizes=SIZES, epochs=2, **clone):
+    """Train a model, and return it with its history."""
+    keras.utils.set_random_seed(7)
+    model = make()
+    if num_clones:
+        clone_model(model, devices=CPUS[:num_clones], **clone)
+    model.compile(keras.optimizers.Adam(0.01), "mse")
+    data = data_of(sizes)
+    # Keras warns of data sets that it is asked to shuffle.
+    history = model.fit(data, epochs=epochs, shuffle=False, verbose=0)
+    return model, history.history
+
+
+def all_of(model, history):
+    slots = [np.asarray(v) for v in model.optimizer.variables]
+    return {"weights": cases.weights(model), "slots": slots, "logs": history}
+
+
+def assert_same(make, num_clones=3, **clone):
+    """Check that clones train what plain Keras trains; return their model."""
+    expected = all_of(*fit(make))
+    model, history = fit(make, num_clones, **clone)
+    received = all_of(model, history)
+    assert set(expected["logs"]) == set(received["logs"])
+    assert cases.difference(expected, received) < 1e-10
+    return model
+
+
+@pytest.fixture
+def strictly():
+    """Let a test fail by any warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        yield
+
+
+def encoder_and_autoencoder(nested):
+    x = keras.Input((6,))
+    code = keras.layers.Dense(3, "tanh")(x)
+    encoder = keras.Model(x, code)
+    decoder = keras.layers.Dense(6)
+    outputs = decoder(encoder(x) if nested else code)
+    return encoder, keras.Model(x, outputs)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_models_that_share_moved_layers_see_them_train(nested, float64):
+    x = cases.arrays(12)["mlp"][0]
+    found = []
+    for clone in (False, True):
+        keras.utils.set_random_seed(7)
+        with tf.device("CPU:1"):
+            encoder, model = encoder_and_autoencoder(nested)
+            encoder.compile(keras.optimizers.Adam(0.1), "mse")
+            encoder.fit(x, x[:, :3], verbose=0)
+            encoder.evaluate(x, x[:, :3], verbose=0)
+            encoder.predict(x, verbose=0)
+        if clone:
+            clone_model(model, devices=CPUS)
+        model.compile(keras.optimizers.Adam(0.1), "mse")
+        model.fit(x, x, verbose=0)
+        found.append(
+            [
+                encoder.predict(x, verbose=0),
+                encoder.evaluate(x, x[:, :3], verbose=0),
+                encoder.fit(x, x[:, :3], verbose=0).history["loss"],
+                *cases.weights(model),
+            ]
+        )
+    assert cases.difference(*found) < 1e-10
