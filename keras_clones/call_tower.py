@@ -487,7 +487,9 @@ def trace(
             )
         return (output, residuals), notes
 
-    made = exchange.callable_tower(with_residuals, inline, jit_compile)
+    made = exchange.callable_tower(
+        body.layer, with_residuals, inline, jit_compile
+    )
     tower = exchange.trace(made, layout, synchronized, in_graph)
     if tower.concrete is None:
         return CallTower(tower._replace(call=body), None, [])

@@ -196,6 +196,7 @@ def _towers(step: Step) -> exchange.CallableTower:
     needed = not with_metrics and combine.needs_outputs(model)
     devices = [clone.device for clone in options.clones]
     return exchange.callable_tower(
+        model,
         tower,
         exchange.inlines(devices, len(step.variables.trainable)),
         step.jit_compile,

@@ -114,3 +114,42 @@ def test_models_that_share_moved_layers_see_them_train(nested, float64):
             ]
         )
     assert cases.difference(*found) < 1e-10
+
+
+class Pos(keras.layers.Layer):
+    """Keeps a count where clones cannot merge it."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.calls = tf.Variable(0, trainable=False)
+
+    def call(self, x):
+        self.calls.assign_add(1)
+        return x * 2
+
+
+@BOTH_STEPS
+def test_a_raw_variable_that_a_layer_assigns_is_named(kind, float64):
+    with pytest.warns(UserWarning, match=r"Pos\.calls.*add_weight"):
+        fit(lambda: model_of(Pos(), kind), 3)
+
+
+class Writing(keras.layers.Layer):
+    def call(self, x):
+        tf.summary.scalar("rows", tf.reduce_sum(x))
+        return x * 2
+
+
+@BOTH_STEPS
+def test_a_summary_is_written_once(kind, float64, tmp_path):
+    pytest.importorskip("tensorboard")
+    with tf.summary.create_file_writer(str(tmp_path)).as_default(step=0):
+        fit(lambda: model_of(Writing(), kind), 3, epochs=1)
+    [path] = tmp_path.iterdir()
+    events = tf.data.TFRecordDataset(str(path)).as_numpy_iterator()
+    written = [
+        value.tag.rpartition("/")[2]
+        for event in events
+        for value in tf.compat.v1.Event.FromString(event).summary.value
+    ]
+    assert written == ["rows"] * len(SIZES)
