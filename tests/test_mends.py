@@ -153,3 +153,82 @@ def test_a_summary_is_written_once(kind, float64, tmp_path):
         for value in tf.compat.v1.Event.FromString(event).summary.value
     ]
     assert written == ["rows"] * len(SIZES)
+
+
+class Counter(keras.layers.Layer):
+    """Counts batches, or rows."""
+
+    def __init__(self, of="batches", aggregation=None, **kwargs):
+        super().__init__(**kwargs)
+        self.of = of
+        self.count = self.add_weight(
+            shape=(),
+            dtype="int64",
+            initializer="zeros",
+            trainable=False,
+            aggregation=aggregation,
+            name="count",
+        )
+
+    def call(self, x):
+        rows = keras.ops.shape(x)[0]
+        added = rows if self.of == "rows" else 1
+        self.count.assign_add(keras.ops.cast(added, "int64"))
+        return x * 2
+
+
+@BOTH_STEPS
+def test_a_count_of_batches_is_that_of_one_device(kind, float64, strictly):
+    assert_same(lambda: model_of(Counter(), kind))
+
+
+@BOTH_STEPS
+def test_a_count_of_rows_that_adds_up(kind, float64, strictly):
+    assert_same(lambda: model_of(Counter("rows", "sum"), kind))
+
+
+@BOTH_STEPS
+@pytest.mark.parametrize("how", ["fit", "train_on_batch", "drop_remainder"])
+def test_a_count_of_rows_is_warned_of(kind, how, float64):
+    model = model_of(Counter("rows", name="counter"), kind)
+    clone_model(model, devices=CPUS).compile("sgd", "mse")
+    x = np.ones((12, 6))
+    with pytest.warns(UserWarning, match="counter/count.*aggregation='sum'"):
+        if how == "fit":
+            model.fit(data_of(), verbose=0)
+        elif how == "train_on_batch":
+            model.train_on_batch(x, x[:, :1])
+        else:
+            data = tf.data.Dataset.from_tensor_slices((x, x[:, :1]))
+            model.fit(data.batch(6, drop_remainder=True), verbose=0)
+
+
+def mixed(kind):
+    """A model with state, noise and a loss of a layer."""
+
+    def make():
+        regularizer = keras.layers.ActivityRegularization(0.1)
+        layers = [Counter("rows", "sum"), regularizer]
+        return model_of(keras.Sequential(layers), kind)
+
+    return make
+
+
+WITH_EMPTY = [0, 12, 0, 7, 2, 0]
+
+
+@pytest.mark.parametrize("num_clones", [1, 3])
+@pytest.mark.parametrize("loss", ["auto", "gather"])
+def test_a_batch_of_no_rows_changes_nothing(num_clones, loss, float64):
+    make = mixed(keras.Model)
+    expected = all_of(*fit(make, sizes=[12, 7, 2]))
+    received = fit(make, num_clones, sizes=WITH_EMPTY, loss=loss)
+    assert cases.difference(expected, all_of(*received)) < 1e-10
+
+
+@pytest.mark.parametrize("num_clones", [1, 3])
+def test_an_own_step_does_what_it_does_with_no_rows(num_clones, float64):
+    make = mixed(OwnStep)
+    expected = all_of(*fit(make, sizes=WITH_EMPTY))
+    received = all_of(*fit(make, num_clones, sizes=WITH_EMPTY))
+    assert cases.difference(expected, received) < 1e-10
