@@ -232,3 +232,161 @@ def test_an_own_step_does_what_it_does_with_no_rows(num_clones, float64):
     expected = all_of(*fit(make, sizes=WITH_EMPTY))
     received = all_of(*fit(make, num_clones, sizes=WITH_EMPTY))
     assert cases.difference(expected, received) < 1e-10
+
+
+class Sum(keras.layers.Layer):
+    def call(self, x):
+        self.add_loss(0.01 * keras.ops.sum(keras.ops.square(x)))
+        return x
+
+
+class Mean(keras.layers.Layer):
+    def call(self, x):
+        self.add_loss(0.1 * keras.ops.mean(keras.ops.square(x)))
+        return x
+
+
+def regularized(kind):
+    def make():
+        hidden = keras.layers.Dense(4, "tanh", activity_regularizer="l2")
+        layers = [hidden, Sum(name="total")]
+        return model_of(keras.Sequential(layers), kind)
+
+    return make
+
+
+@BOTH_STEPS
+@pytest.mark.parametrize("how", ["sum", {"total": "sum"}])
+def test_losses_that_are_sums_beside_activity_regularizers(
+    kind, how, float64, strictly
+):
+    assert_same(regularized(kind), layer_losses=how)
+
+
+def sums_and_means(kind):
+    def make():
+        dense = keras.layers.Dense(4, "tanh")
+        layers = [dense, Sum(name="total"), Mean(name="average")]
+        return model_of(keras.Sequential(layers), kind)
+
+    return make
+
+
+@BOTH_STEPS
+def test_losses_are_sums_or_means_by_layer(kind, float64, strictly):
+    how = {"total": "sum", "average": "mean"}
+    model = assert_same(sums_and_means(kind), layer_losses=how)
+    assert deployment(model).layer_losses == how
+
+
+def test_a_layer_left_out_is_warned_of(float64):
+    with pytest.warns(UserWarning, match=r"\['average'\] pass scalars"):
+        fit(sums_and_means(keras.Model), 3, layer_losses={"total": "sum"})
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        ("median", ValueError, "Argument `layer_losses` must be"),
+        (3, TypeError, "Argument `layer_losses` must be"),
+        ({"total": "median"}, ValueError, "'total': 'median'"),
+        ({3: "sum"}, TypeError, "Argument `layer_losses` must be"),
+        ({"totals": "sum"}, ValueError, r"totals.*'total'"),
+    ],
+)
+def test_layer_losses_are_checked(value, error, message):
+    with pytest.raises(error, match=message):
+        clone_model(regularized(keras.Model)(), 2, layer_losses=value)
+
+
+def test_layers_of_a_model_that_is_not_built_may_have_any_name():
+    clone_model(cases.subclassed(), 2, layer_losses={"total": "sum"})
+
+
+class Keeper(keras.layers.Layer):
+    """Keeps what a function makes of its old value and of its rows."""
+
+    def __init__(self, function, dtype_of="float64", **kwargs):
+        super().__init__(**kwargs)
+        self.function = function
+        self.kept = self.add_weight(
+            shape=(), dtype=dtype_of, initializer="ones", name="kept"
+        )
+        self.kept.trainable = False
+
+    def call(self, x):
+        value = self.function(tf.convert_to_tensor(self.kept.value), x)
+        self.kept.assign(value)
+        return x * 2
+
+
+KEEPERS = {
+    "mean": lambda old, x: 0.9 * old + 0.1 * tf.reduce_mean(x),
+    "sum": lambda old, x: old + tf.reduce_sum(x),
+    "max": lambda old, x: tf.maximum(old, tf.reduce_max(x)),
+    "min": lambda old, x: tf.minimum(old, tf.reduce_min(x)),
+    "first": lambda old, x: 0.5 * old + x[0, 0],
+}
+
+
+@BOTH_STEPS
+@pytest.mark.parametrize("policy", KEEPERS)
+def test_state_merges_as_it_is_said_to(policy, kind, float64, strictly):
+    def make():
+        return model_of(Keeper(KEEPERS[policy], name="keeper"), kind)
+
+    patterns = {"*/other": "mean", "keeper/k*": policy, "*": "mean"}
+    model = assert_same(make, state=patterns)
+    assert deployment(model).state == patterns
+
+
+@BOTH_STEPS
+def test_whole_numbers_merge_as_they_are_said_to(kind, float64, strictly):
+    assert_same(
+        lambda: model_of(Counter("rows", name="rows"), kind),
+        state={"rows/count": "sum"},
+    )
+
+
+class Averaging(keras.layers.Layer):
+    """Keeps an average of the weights of a layer."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.dense = keras.layers.Dense(4)
+
+    def build(self, shape):
+        self.dense.build(shape)
+        self.average = self.add_weight(
+            shape=(shape[-1], 4), initializer="zeros", trainable=False
+        )
+
+    def call(self, x):
+        self.average.assign(0.9 * self.average + 0.1 * self.dense.kernel)
+        return self.dense(x)
+
+
+def spectral():
+    dense = keras.layers.Dense(4)
+    return keras.layers.SpectralNormalization(dense, power_iterations=2)
+
+
+@BOTH_STEPS
+@pytest.mark.parametrize("make_layer", [Averaging, spectral])
+def test_state_that_is_alike_in_all_clones_is_not_warned_of(
+    make_layer, kind, float64, strictly
+):
+    assert_same(lambda: model_of(make_layer(), kind))
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        ("sum", TypeError, "Argument `state` must be a dict"),
+        ({3: "sum"}, TypeError, "Argument `state` must be a dict"),
+        ({"*": "median"}, ValueError, r"one of \('mean', .*'median'"),
+    ],
+)
+def test_state_is_checked(value, error, message):
+    with pytest.raises(error, match=message):
+        clone_model(cases.mlp(), 2, state=value)
