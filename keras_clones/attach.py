@@ -11,6 +11,7 @@ from keras_clones import (
     _keras,
     balance,
     build,
+    errors,
     exactness,
     footprint,
     placement,
@@ -287,6 +288,7 @@ def _guarded(
             setattr(model, name, None)
             if message := sharding.disagreement(error):
                 raise ValueError(message) from error
+            errors.add_note_of_run(error, len(made.clones))
             raise
 
     return step_function

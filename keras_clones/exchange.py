@@ -217,7 +217,12 @@ def trace(
         return TracedTower(python, synchronized=synchronized)
     if tf.executing_eagerly() and not in_graph:
         return TracedTower(python)
-    concrete = concrete_tower(tower, layout)
+    try:
+        concrete = concrete_tower(tower, layout)
+    except Exception as error:
+        if len(layout.clones) > 1:
+            errors.add_note_of_trace(error, layout.shards)
+        raise
     output, notes = returned
     warn_of_outside_variables(layer, concrete)
     if traced.calls_python(concrete):
@@ -340,9 +345,9 @@ def each(
             return run_side_by_side(layout.clones, function)
     results = []
     for i, clone in enumerate(layout.clones):
-        with tf.device(clone.device), tf.name_scope(clone.scope or "clone"):
-            with running(layout, i):
-                results.append(function(i))
+        scope = tf.name_scope(clone.scope or "clone")
+        with tf.device(clone.device), scope, running(layout, i):
+            results.append(function(i))
     return results
 
 

@@ -390,3 +390,90 @@ def test_state_that_is_alike_in_all_clones_is_not_warned_of(
 def test_state_is_checked(value, error, message):
     with pytest.raises(error, match=message):
         clone_model(cases.mlp(), 2, state=value)
+
+
+class Fixed(keras.layers.Layer):
+    """Has a batch size of 12 written down."""
+
+    def call(self, x):
+        return x * keras.ops.ones((12, 1))
+
+
+class Pairs(keras.layers.Layer):
+    """Compares all rows with all rows."""
+
+    def call(self, x):
+        return keras.ops.matmul(x, keras.ops.transpose(x))
+
+
+class Refusing(keras.layers.Layer):
+    """Refuses rows that begin with a large number."""
+
+    def call(self, x):
+        check = tf.debugging.Assert(tf.reduce_all(x[:, 0] < 100), [x[:, 0]])
+        with tf.control_dependencies([check]):
+            return tf.identity(x)
+
+
+def error_of(layer, kind, y, known, eagerly=False, **clone):
+    """Return the message of what a batch of unknown size comes to."""
+    keras.utils.set_random_seed(7)
+    x = np.ones((12, 6))
+    x[5] = 200
+    inputs = keras.Input((6,))
+    model = clone_model(kind(inputs, layer(inputs)), devices=CPUS, **clone)
+    model.compile("sgd", "mse", run_eagerly=eagerly)
+    data = tf.data.Dataset.from_tensors((x, y))
+    if not known:
+        data = cases.batches(x, y, [len(x)])
+    with pytest.raises((ValueError, tf.errors.InvalidArgumentError)) as caught:
+        model.fit(data, verbose=0, shuffle=False)
+    return str(caught.value)
+
+
+MAY_MEAN = "an output with as many columns as the batch has rows."
+OF_ROWS = "while clone {} of 3 ran on 4 of 12 rows of the batch. "
+AT_RUN = "while one of 3 clones ran on its rows of the batch. "
+
+
+@BOTH_STEPS
+@pytest.mark.parametrize("known", [True, False])
+def test_an_error_of_a_fixed_batch_size_says_so(kind, known):
+    found = error_of(Fixed(), kind, np.ones((12, 6)), known)
+    assert found.endswith(MAY_MEAN)
+    traced = "what each of 3 clones runs was traced for any number of rows"
+    own = traced if kind is OwnStep else AT_RUN
+    assert (OF_ROWS.format(0) if known else own) in found
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_an_error_of_rows_by_rows_says_so(known):
+    found = error_of(Pairs(), keras.Model, np.ones((12, 12)), known)
+    assert found.endswith(MAY_MEAN)
+    assert (OF_ROWS.format(0) if known else AT_RUN) in found
+
+
+@BOTH_STEPS
+@pytest.mark.parametrize("eagerly", [True, False])
+def test_an_error_of_a_running_clone_says_so(kind, eagerly):
+    y = np.ones((12, 6))
+    found = error_of(Refusing(), kind, y, eagerly, eagerly)
+    assert ("to be true" if eagerly else "assertion failed") in found
+    assert found.endswith(MAY_MEAN)
+    assert (OF_ROWS.format(1) if eagerly else AT_RUN) in found
+
+
+def test_an_error_of_a_clone_with_operations_of_its_own_names_it():
+    layers = [Refusing(), keras.layers.BatchNormalization()]
+    y = np.ones((12, 6))
+    clone = {"batch_norm": "sync", "loss": "clones"}
+    layer = keras.Sequential(layers)
+    found = error_of(layer, keras.Model, y, False, **clone)
+    assert "while clone 1 of 3 ran on its rows of the batch" in found
+    assert found.endswith(MAY_MEAN)
+
+
+def test_an_error_outside_of_clones_says_nothing_of_them():
+    found = error_of(Pairs(), OwnStep, np.ones((12, 12)), False)
+    assert "Incompatible shapes: [12,12] vs. [12,4]" in found
+    assert "This was raised while" not in found
