@@ -14,6 +14,7 @@ import tensorflow as tf
 from keras.src import backend
 from keras.src.backend.common import global_state
 from keras.src.losses.losses import LossFunctionWrapper
+from keras.src.metrics import ALL_OBJECTS_DICT as ALL_METRICS
 from keras.src.random import seed_generator
 
 
@@ -141,10 +142,24 @@ def loss_trackers(model: keras.Model) -> list[keras.metrics.Mean]:
 
 
 def compiled_losses(model: keras.Model) -> list[keras.losses.Loss]:
-    """Return the losses given to `compile`, as Keras resolved them."""
+    """Return the losses given to `compile`, as Keras resolves them.
+
+    It does so in the first step, and tells a cross-entropy by its outputs.
+    """
     if model._compile_loss is None:
         return []
-    return [entry.loss for entry in model._compile_loss._flat_losses or ()]
+    if model._compile_loss._flat_losses is not None:
+        return [entry.loss for entry in model._compile_loss._flat_losses]
+    found = [
+        keras.losses.get(loss)
+        for loss in keras.tree.flatten(model.loss)
+        if loss is not None and loss not in ("crossentropy", "ce")
+    ]
+    plain = LossFunctionWrapper
+    return [
+        loss if isinstance(loss, keras.losses.Loss) else plain(loss)
+        for loss in found
+    ]
 
 
 def loss_function(loss: keras.losses.Loss) -> tuple[Any, dict[str, Any]] | None:
@@ -168,6 +183,23 @@ def compiled_metrics(model: keras.Model) -> list[keras.Metric]:
     if model._compile_metrics is None:
         return []
     return model._compile_metrics.metrics
+
+
+def metrics_to_build(model: keras.Model) -> list[Any]:
+    """Return what `compile` got for metrics, if Keras has not resolved it.
+
+    Names stand for functions and classes. An accuracy or a cross-entropy,
+    which Keras tells by its outputs, is left out.
+    """
+    compiled = model._compile_metrics
+    if compiled is None or compiled.built:
+        return []
+    given = [compiled._user_metrics, compiled._user_weighted_metrics]
+    found = [
+        ALL_METRICS.get(metric) if isinstance(metric, str) else metric
+        for metric in keras.tree.flatten(given)
+    ]
+    return [metric for metric in found if metric is not None]
 
 
 def metric_variables(model: keras.Model) -> list[keras.Variable]:
@@ -360,9 +392,7 @@ def call_context() -> tuple[tuple[str, Any], ...]:
     """Return what outer calls say of inner ones, such as `training`."""
     context = global_state.get_global_attribute("current_call_ctx")
     found = {} if context is None else vars(context)
-    return tuple(
-        sorted((k, v) for k, v in found.items() if k != "entry_layer")
-    )
+    return tuple(sorted((k, v) for k, v in found.items() if k != "entry_layer"))
 
 
 def in_scope_without_state() -> bool:

@@ -477,3 +477,76 @@ def test_an_error_outside_of_clones_says_nothing_of_them():
     found = error_of(Pairs(), OwnStep, np.ones((12, 12)), False)
     assert "Incompatible shapes: [12,12] vs. [12,4]" in found
     assert "This was raised while" not in found
+
+
+class Mine(keras.Model):
+    """A loss of one's own, which has to see all outputs."""
+
+    def compute_loss(self, x, y, y_pred, sample_weight=None, training=True):
+        return super().compute_loss(x, y, y_pred, sample_weight, training)
+
+
+class OwnMetrics(keras.Model):
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        return super().compute_metrics(x, y, y_pred, sample_weight)
+
+
+def classifier(kind=keras.Model, flat=False, normalize=False):
+    x = keras.Input((50,))
+    y = keras.layers.BatchNormalization()(x) if normalize else x
+    y = keras.layers.Dense(1 if flat else 40, "softmax")(y)
+    return kind(x, keras.layers.Reshape(())(y) if flat else y)
+
+
+def largest(y, y_pred):
+    return keras.ops.max(y_pred)
+
+
+CROSSENTROPY = "sparse_categorical_crossentropy"
+PLANS = {
+    "in clones": (classifier, CROSSENTROPY, ["accuracy"], {}),
+    "gathered": (classifier, CROSSENTROPY, None, {"loss": "gather"}),
+    "a metric": (classifier, CROSSENTROPY, ["accuracy"], {"loss": "gather"}),
+    "no logits": (classifier, "mse", None, {"loss": "gather"}),
+    "own loss": (lambda: classifier(Mine), CROSSENTROPY, None, {}),
+    "own metrics": (
+        lambda: classifier(OwnMetrics),
+        CROSSENTROPY,
+        ["accuracy"],
+        {},
+    ),
+    "sum": (classifier, "sum", ["accuracy"], {}),
+    "metric of all rows": (classifier, CROSSENTROPY, [largest], {}),
+    "flat": (lambda: classifier(flat=True), "mse", ["mae"], {}),
+    "synchronized": (
+        lambda: classifier(normalize=True),
+        CROSSENTROPY,
+        ["accuracy"],
+        {"batch_norm": "sync"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_the_bytes_of_a_plan_are_those_that_move(name):
+    make, loss, metrics, clone = PLANS[name]
+    if loss == "sum":
+        loss = keras.losses.SparseCategoricalCrossentropy(reduction="sum")
+    model = clone_model(make(), devices=CPUS, **clone)
+    model.compile("adam", loss, metrics=metrics)
+    shape = {"mse": model.output_shape[1:]}.get(loss, ())
+    data = (np.ones((600, 50), "float32"), np.zeros((600, *shape), "int64"))
+    if loss == "mse":
+        data = (data[0], data[1].astype("float32"))
+    data = tf.data.Dataset.from_tensors(data)
+    found = [deployment(model)._footprint()[0]]
+    moved = traffic(
+        count_transfers(lambda: model.fit(data, verbose=0, shuffle=False))
+    )
+    found.append(deployment(model)._footprint()[0])
+    real = moved["/device:CPU:1"]
+    for size in found:
+        assert size.received.of(200) == pytest.approx(
+            real.bytes_received, rel=0.02
+        )
+        assert size.sent.of(200) == pytest.approx(real.bytes_sent, rel=0.02)
