@@ -124,7 +124,9 @@ def trace_towers(
         has to see the outputs of all clones.
     """
     plan = step.plan
-    if not plan.loss_in_clones:
+    # Outside of a graph, outputs show their masks when it is too late.
+    unseen = tf.executing_eagerly() and plan.may_change
+    if unseen or not plan.loss_in_clones:
         return None
     layout = _lay_out(step)
     with looked_up_at_home(plan.tables, step.options.home):

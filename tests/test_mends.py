@@ -550,3 +550,39 @@ def test_the_bytes_of_a_plan_are_those_that_move(name):
             real.bytes_received, rel=0.02
         )
         assert size.sent.of(200) == pytest.approx(real.bytes_sent, rel=0.02)
+
+
+def masked(layers=()):
+    keras.utils.set_random_seed(7)
+    embedding = keras.layers.Embedding(9, 4, mask_zero=True)
+    words = keras.Input((5,), dtype="int32")
+    head = keras.layers.Dense(3, "softmax")
+    return keras.Sequential([words, embedding, *layers, head])
+
+
+class InPython(keras.layers.Layer):
+    """Runs Python code that has a gradient."""
+
+    supports_masking = True
+
+    def call(self, x):
+        y = tf.py_function(lambda x: x * 2, [x], x.dtype)
+        y.set_shape(x.shape)
+        return y
+
+
+@pytest.mark.parametrize("how", ["eagerly", "python"])
+def test_masks_count_where_a_tower_is_no_function(how, float64):
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(1, 9, (12, 5)), rng.integers(0, 3, (12, 5))
+    x[:4, 1:] = 0
+    found = []
+    for clone in (False, True):
+        model = masked([InPython()] if how == "python" else [])
+        if clone:
+            clone_model(model, devices=CPUS)
+        eagerly = how == "eagerly"
+        model.compile("adam", CROSSENTROPY, run_eagerly=eagerly)
+        model.fit(x, y, batch_size=12, epochs=3, verbose=0)
+        found.append(cases.weights(model))
+    assert cases.difference(*found) < 1e-10
