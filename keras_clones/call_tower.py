@@ -30,7 +30,6 @@ from keras_clones.tower import (
     tensors_in,
 )
 
-
 # Stands where an argument is a tensor.
 _TENSOR = object()
 
@@ -104,7 +103,9 @@ class Arguments(NamedTuple):
             [] for _ in shards.sizes
         ]
 
-    def _split(self, leaf: Any, first: Any, shards: sharding.Shards) -> list[Any]:
+    def _split(
+        self, leaf: Any, first: Any, shards: sharding.Shards
+    ) -> list[Any]:
         many = len(shards.sizes)
         if many == 1 or not sharding.has_rows(leaf):
             return [leaf] * many
@@ -201,6 +202,7 @@ class Body:
         )
 
     def __call__(self, inputs: TowerInput) -> tuple[CallOutput, CallNotes]:
+        """Call the layer as a clone does."""
         layer, options = self.layer, self._options
         weights = Weights(inputs, self._may_be_idle)
         before = kept_tensors(layer)
@@ -248,11 +250,7 @@ class _Joining:
         self._weights = weights
         self._many = many
         self._is_alike = alike_in_all(inputs)
-        self._rows = {
-            leaf.shape[0]
-            for leaf in inputs.data
-            if leaf.shape.rank
-        }
+        self._rows = {leaf.shape[0] for leaf in inputs.data if leaf.shape.rank}
         weights_of = [m for m in inputs.mirrors if m is not None]
         self._from_weights = traced.dependence(weights_of)
 

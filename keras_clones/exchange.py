@@ -389,7 +389,10 @@ def merge_changes(
     """
     firsts = bring_home(layout, [changes[0].first])[0]
     merged = {**firsts, **averaged}
-    for reduce, kind in ((tf.reduce_max, "largest"), (tf.reduce_min, "smallest")):
+    for reduce, kind in (
+        (tf.reduce_max, "largest"),
+        (tf.reduce_min, "smallest"),
+    ):
         columns = bring_home(layout, [getattr(c, kind) for c in changes])
         for i in columns[0]:
             merged[i] = reduce(tf.stack([c[i] for c in columns]), axis=0)

@@ -54,9 +54,10 @@ def _parts(
     while joined.op.type in ("Identity", "Cast"):
         joined = joined.op.inputs[0]
     both = values.op, joined.op
-    if any(op.type != "ConcatV2" for op in both) or len(
-        {len(op.inputs) for op in both}
-    ) > 1:
+    if (
+        any(op.type != "ConcatV2" for op in both)
+        or len({len(op.inputs) for op in both}) > 1
+    ):
         return [(values, indices)]
     return [
         part
