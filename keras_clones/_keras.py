@@ -5,6 +5,7 @@
 
 import contextlib
 import functools
+import gc
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -40,6 +41,7 @@ _global_seed_generator = _private(
     "keras.src.random.seed_generator.global_seed_generator"
 )
 _LossFunctionWrapper = _private("keras.src.losses.losses.LossFunctionWrapper")
+_ALL_METRICS = _private("keras.src.metrics.ALL_OBJECTS_DICT")
 
 
 def get_mask(tensor: Any) -> Any:
@@ -101,6 +103,23 @@ def layers(model: keras.Model) -> list[keras.Layer]:
     return list(model._flatten_layers())
 
 
+def living_models(model: keras.Model) -> list[keras.Model]:
+    """Return a model, those below it, and all others that there are.
+
+    What a model shares with others, nothing else in Keras tells. One that is
+    just being made is left out.
+    """
+    # `isinstance` would ask an object for its class, which may run its code.
+    found = [o for o in gc.get_objects() if issubclass(type(o), keras.Model)]
+    below = [one for one in layers(model) if isinstance(one, keras.Model)]
+    made = [
+        one
+        for one in [*below, *found]
+        if {"_layers", "compiled"} <= vars(one).keys()
+    ]
+    return list({id(one): one for one in made}.values())
+
+
 def seed_states(model: keras.Model) -> list[keras.Variable]:
     """Return the states of the model's seed generators, the global one last.
 
@@ -149,10 +168,24 @@ def loss_trackers(model: keras.Model) -> list[keras.metrics.Mean]:
 
 
 def compiled_losses(model: keras.Model) -> list[keras.losses.Loss]:
-    """Return the losses given to `compile`, as Keras resolved them."""
+    """Return the losses given to `compile`, as Keras resolves them.
+
+    It does so in the first step, and tells a cross-entropy by its outputs.
+    """
     if model._compile_loss is None:
         return []
-    return [entry.loss for entry in model._compile_loss._flat_losses or ()]
+    if model._compile_loss._flat_losses is not None:
+        return [entry.loss for entry in model._compile_loss._flat_losses]
+    found = [
+        keras.losses.get(loss)
+        for loss in keras.tree.flatten(model.loss)
+        if loss is not None and loss not in ("crossentropy", "ce")
+    ]
+    plain = _LossFunctionWrapper
+    return [
+        loss if isinstance(loss, keras.losses.Loss) else plain(loss)
+        for loss in found
+    ]
 
 
 def loss_function(loss: keras.losses.Loss) -> tuple[Any, dict[str, Any]] | None:
@@ -180,6 +213,23 @@ def compiled_metrics(model: keras.Model) -> list[keras.Metric]:
     if model._compile_metrics is None:
         return []
     return model._compile_metrics.metrics
+
+
+def metrics_to_build(model: keras.Model) -> list[Any]:
+    """Return what `compile` got for metrics, if Keras has not resolved it.
+
+    Names stand for functions and classes. An accuracy or a cross-entropy,
+    which Keras tells by its outputs, is left out.
+    """
+    compiled = model._compile_metrics
+    if compiled is None or compiled.built:
+        return []
+    given = [compiled._user_metrics, compiled._user_weighted_metrics]
+    found = [
+        _ALL_METRICS.get(metric) if isinstance(metric, str) else metric
+        for metric in keras.tree.flatten(given)
+    ]
+    return [metric for metric in found if metric is not None]
 
 
 def metric_variables(model: keras.Model) -> list[keras.Variable]:

@@ -1,7 +1,7 @@
 """Attach clones to a model and take them off: the only file that changes it."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -12,18 +12,21 @@ from keras_clones import (
     balance,
     build,
     checks,
+    errors,
     exactness,
+    footprint,
     placement,
     sharding,
-    state,
     steps,
 )
 from keras_clones.config import DeploymentConfig
 from keras_clones.deployed import Deployment
+from keras_clones.state import POLICIES, model_variables
 from keras_clones.watch import Watch
 
 _LOSSES = ("auto", "clones", "gather")
 _BATCH_NORMS = ("mean", "first", "sync")
+_LAYER_LOSSES = ("mean", "sum")
 _STEPS = ("train_step", "test_step", "predict_step")
 _MAKERS = ("make_train_function", "make_test_function", "make_predict_function")
 # The underscores keep it out of what Keras walks through to save a model.
@@ -39,7 +42,8 @@ def clone_model(
     config: DeploymentConfig | None = None,
     loss: str = "auto",
     batch_norm: str = "mean",
-    layer_losses: str | None = None,
+    layer_losses: str | Mapping[str, str] | None = None,
+    state: Mapping[str, str] | None = None,
     jit_compile: bool | str = "auto",
     shares: Sequence[float] | str | None = None,
 ) -> keras.Model:
@@ -75,8 +79,20 @@ def clone_model(
             device does and as a layer made with `synchronized=True` always
             does; XLA compiles no clone then. Defaults to `"mean"`.
         layer_losses: String, `"mean"` or `"sum"`: what the scalars that layers
-            pass to `add_loss` are of the rows of a batch. Defaults to `None`:
-            means, with a warning that names the layers.
+            pass to `add_loss` are of the rows of a batch. Or a dict of layer
+            names to these, such as `{"vq": "sum"}`. Activity regularizers
+            are means in any case. Defaults to `None`: means, with a warning
+            that names the layers, as for those that a dict leaves out.
+        state: Dict of patterns of variables' paths, such as
+            `{"*/norm/count": "sum"}`, to what becomes of a variable that the
+            forward pass assigns: `"mean"` averages the clones' values by
+            their rows, `"sum"` adds up what the clones added, `"max"` and
+            `"min"` take the largest and the smallest entries, `"first"` the
+            first clone's. The first pattern that fits counts, before the
+            variable's own `aggregation`. Defaults to `None`: what every
+            clone assigns alike is assigned; else floating values are
+            averaged and the first clone's whole numbers count, with a
+            warning that names the variables.
         jit_compile: Boolean, whether XLA compiles the function that each
             clone runs. Defaults to `"auto"`: on GPUs, if the model supports
             it, or where `compile` got `jit_compile=True`.
@@ -110,7 +126,8 @@ def clone_model(
     _check_model(model)
     _check_choice("loss", loss, _LOSSES)
     _check_choice("batch_norm", batch_norm, _BATCH_NORMS)
-    _check_choice("layer_losses", layer_losses, (None, "mean", "sum"))
+    _check_layer_losses(model, layer_losses)
+    _check_state(state)
     _check_choice("jit_compile", jit_compile, (True, False, "auto"))
     if config is None:
         config = placement.choose_config(num_clones, devices, clone_on_cpu)
@@ -143,6 +160,7 @@ def clone_model(
         jit_compile,
         checked,
         model,
+        state,
     )
     _attach(model, made)
     return model
@@ -275,6 +293,7 @@ def _guarded(
             setattr(model, name, None)
             if message := sharding.disagreement(error):
                 raise ValueError(message) from error
+            errors.add_note_of_run(error, len(made.clones))
             raise
 
     return step_function
@@ -301,17 +320,28 @@ def watch_training(
 
 
 def move_home(model: keras.Model, home: str) -> None:
-    """Move every variable there is so far to the variables device."""
-    variables = [v for group in state.model_variables(model) for v in group]
+    """Move every variable there is so far to the variables device.
+
+    A function that was traced before reads a variable where it was. So every
+    model that has one of those that moved forgets its functions.
+    """
+    moved = placement.move_variables(_all_variables(model), home)
+    ids = {id(variable) for variable in moved}
+    for other in _keras.living_models(model) if moved else []:
+        if any(id(variable) in ids for variable in _all_variables(other)):
+            for optimizer in _keras.optimizers(other):
+                _keras.reindex_optimizer(optimizer)
+            _forget_functions(other)
+
+
+def _all_variables(model: keras.Model) -> list[keras.Variable]:
+    """Return the variables of a model, its metrics and its optimizers."""
+    variables = [v for group in model_variables(model) for v in group]
     if model.compiled:
         variables += model.metrics_variables
-    optimizers = _keras.optimizers(model)
-    for optimizer in optimizers:
+    for optimizer in _keras.optimizers(model):
         variables += optimizer.variables
-    if placement.move_variables(variables, home):
-        for optimizer in optimizers:
-            _keras.reindex_optimizer(optimizer)
-        _forget_functions(model)
+    return variables
 
 
 def _forget_functions(model: keras.Model) -> None:
@@ -348,3 +378,48 @@ def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
             f"Argument `{name}` must be one of {choices}. "
             f"Received: {name}={value!r}"
         )
+
+
+def _check_layer_losses(model: keras.Model, value: Any) -> None:
+    """Check what scalars that layers pass to `add_loss` are said to be."""
+    if value is None or (isinstance(value, str) and value in _LAYER_LOSSES):
+        return
+    expected = (
+        "Argument `layer_losses` must be 'mean', 'sum', a dict of layer names "
+        f"to these, or `None`. Received: layer_losses={value!r}"
+    )
+    if isinstance(value, str):
+        raise ValueError(expected)
+    if not _maps_strings(value):
+        raise TypeError(expected)
+    if any(kind not in _LAYER_LOSSES for kind in value.values()):
+        raise ValueError(expected)
+    names = {layer.name for layer in _keras.layers(model)}
+    unknown = sorted(set(value) - names)
+    if unknown and footprint.is_built(model):
+        raise ValueError(
+            f"Argument `layer_losses` names layers {unknown}, which the model "
+            f"does not have. Its layers are {sorted(names)}. "
+            f"Received: layer_losses={dict(value)!r}"
+        )
+
+
+def _check_state(value: Any) -> None:
+    """Check what is said of variables that the forward pass assigns."""
+    if value is None:
+        return
+    expected = (
+        "Argument `state` must be a dict of patterns of variables' paths to "
+        f"one of {POLICIES}, such as {{'*/norm/count': 'sum'}}. "
+        f"Received: state={value!r}"
+    )
+    if not _maps_strings(value):
+        raise TypeError(expected)
+    if any(policy not in POLICIES for policy in value.values()):
+        raise ValueError(expected)
+
+
+def _maps_strings(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(part, str) for pair in value.items() for part in pair
+    )

@@ -1,16 +1,15 @@
 """Begin a step of Keras: check its batch, and build what the model lacks."""
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
 from keras_clones import exactness, sharding, state
-from keras_clones.build import build, resolve_jit_compile
+from keras_clones.build import build
 from keras_clones.options import StepOptions
+from keras_clones.plan import Plan, plan_step
 from keras_clones.state import Variables
-from keras_clones.tables import large_tables
 
 
 class Step(NamedTuple):
@@ -22,8 +21,7 @@ class Step(NamedTuple):
     batch: tuple[Any, Any, Any]
     rows: sharding.Rows
     training: bool
-    tables: Sequence[keras.Variable]
-    jit_compile: bool
+    plan: Plan
 
 
 def begin(
@@ -45,7 +43,7 @@ def begin(
     build(model, batch, options.home, training)
     if len(options.clones) > 1:
         exactness.check_layers(model)
-    jit_compile = resolve_jit_compile(model, options)
+    num_clones = sharding.enough(rows, len(options.clones))
     return Step(
         model=model,
         options=options,
@@ -53,8 +51,7 @@ def begin(
         batch=batch,
         rows=rows,
         training=training,
-        tables=[] if jit_compile else large_tables(model),
-        jit_compile=jit_compile,
+        plan=plan_step(model, options, training, num_clones),
     )
 
 

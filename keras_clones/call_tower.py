@@ -97,6 +97,7 @@ class Body:
         return alike_in_all(inputs, self._given.differing(inputs.data))
 
     def __call__(self, inputs: TowerInput) -> tuple[CallOutput, CallNotes]:
+        """Call the layer as a clone does."""
         layer, options = self.layer, self._options
         weights = Weights(inputs, self._may_be_idle)
         before = kept_tensors(layer)
@@ -241,7 +242,9 @@ def trace(
             )
         return (output, residuals), notes
 
-    made = exchange.callable_tower(with_residuals, inline, jit_compile)
+    made = exchange.callable_tower(
+        body.layer, with_residuals, inline, jit_compile
+    )
     tower = exchange.trace(made, layout, synchronized, in_graph)
     if tower.concrete is None:
         return CallTower(tower._replace(call=body), None, [])

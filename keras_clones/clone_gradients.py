@@ -86,7 +86,9 @@ def merge(
         parts,
     )
     merged = {**there, **dict(zip(away, found, strict=True))}
-    return bringing_home.Merged([merged[i] for i in range(len(variables))], rest)
+    return bringing_home.Merged(
+        [merged[i] for i in range(len(variables))], rest
+    )
 
 
 def add(

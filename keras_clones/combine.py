@@ -7,7 +7,6 @@ import keras
 import tensorflow as tf
 
 from keras_clones import (
-    _keras,
     balance,
     bringing_home,
     exactness,
@@ -75,7 +74,7 @@ def run(
     if step.training and step.options.balance is not None:
         _observe(step.options.balance, layout, results)
     outputs, masks = None, []
-    if not exactness.metrics_add_up(step.model) and needs_outputs(step.model):
+    if step.plan.outputs_leave:
         outputs, masks = _join_outputs(results)
     return StepResult(
         outputs=outputs,
@@ -182,10 +181,3 @@ def _join_outputs(results: list[TowerOutput]) -> tuple[Any, list[Any]]:
     outputs = sharding.join([result.outputs for result in results])
     masks = sharding.join([result.masks for result in results])
     return outputs, masks
-
-
-def needs_outputs(model: keras.Model) -> bool:
-    """Say whether metrics have to see the outputs."""
-    return _keras.has_compiled_metrics(model) or exactness.overrides(
-        model, "compute_metrics"
-    )

@@ -2,7 +2,7 @@
 
 import os
 import weakref
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import keras
@@ -24,7 +24,10 @@ class Deployment:
         optimizer_device: Device string, where the optimizer runs.
         loss: String, `"auto"`, `"clones"` or `"gather"`.
         batch_norm: String, `"mean"`, `"first"` or `"sync"`.
-        layer_losses: String, `"mean"` or `"sum"`, or `None`.
+        layer_losses: String, `"mean"` or `"sum"`, a dict of layer names to
+            these, or `None`.
+        state: Dict of patterns of variables' paths to `"mean"`, `"sum"`,
+            `"first"`, `"max"` or `"min"`, how the clones' values merge.
         jit_compile: Boolean or `"auto"`, whether XLA compiles each clone.
         shares: Tuple of the clones' shares of the rows, which add up to 1,
             `"auto"`, or `None` for even ones.
@@ -36,10 +39,11 @@ class Deployment:
         clones: tuple[Clone, ...],
         loss: str,
         batch_norm: str,
-        layer_losses: str | None,
+        layer_losses: str | Mapping[str, str] | None,
         jit_compile: bool | str,
         shares: tuple[float, ...] | str | None = None,
         model: keras.Model | None = None,
+        state: Mapping[str, str] | None = None,
     ) -> None:
         self.config = config
         self.clones = clones
@@ -48,7 +52,9 @@ class Deployment:
         self.optimizer_device = config.optimizer_device()
         self.loss = loss
         self.batch_norm = batch_norm
-        self.layer_losses = layer_losses
+        per_layer = isinstance(layer_losses, Mapping)
+        self.layer_losses = dict(layer_losses) if per_layer else layer_losses
+        self.state = dict(state or {})
         self.jit_compile = jit_compile
         self.shares = shares
         self.balance = None
@@ -77,6 +83,7 @@ class Deployment:
             batch_norm=self.batch_norm,
             layer_losses=self.layer_losses,
             jit_compile=self.jit_compile,
+            state=tuple(self.state.items()),
             shares=self.fractions,
             balance=self.balance,
             towers=self.towers,

@@ -7,48 +7,82 @@ import tensorflow as tf
 
 from keras_clones import sharding
 
+_RAISED = "This was raised while"
 _MAY_MEAN = (
     "If the model runs on one device, look for a batch size that is fixed, in "
     "`keras.Input` or in a layer, and for an output with as many columns as "
     "the batch has rows."
 )
+# Where an operation was made, TensorFlow tells in the errors that it raises.
+# A clone's are made in a tower function, and all clones run the same one.
+_IN_TOWER = re.compile(
+    r'keras_clones.*tower\.py", line \d+, in (tower|__call__)'
+)
+# Other lines have names, too, of operations that only were to get the result.
+_IN_CLONE = re.compile(r"\{\{node [^}]*?clone_(\d+)/")
 
 
 def add_note(error: Exception, i: int, shards: sharding.Shards) -> None:
     """Say in an error which clone ran, on how many of how many rows."""
-    size, rows = (
-        n if isinstance(n, int) else "unknown"
-        for n in (shards.sizes[i], shards.rows)
-    )
-    of = f"{size} of {rows} rows"
-    if "unknown" in (size, rows):
-        of = "a part of a batch whose size is not known yet"
+    size, rows = shards.sizes[i], shards.rows
+    known = isinstance(size, int) and isinstance(rows, int)
+    of = f"{size} of {rows} rows" if known else "rows of no known number"
+    _append(error, f"clone {i} of {len(shards.sizes)} ran on {of}")
+
+
+def add_note_of_trace(error: Exception, shards: sharding.Shards) -> None:
+    """Say in an error that the function which all clones run was traced."""
+    sizes, rows = shards.sizes, shards.rows
+    if isinstance(rows, int) and len(set(sizes)) == 1:
+        add_note(error, 0, shards)
+        return
+    of = f"some of {rows}" if isinstance(rows, int) else "any number of"
     _append(
-        error,
-        f"This was raised while clone {i} of {len(shards.sizes)} ran on "
-        f"{of}. {_MAY_MEAN}",
+        error, f"what each of {len(sizes)} clones runs was traced for {of} rows"
     )
 
 
 def add_note_of_run(error: Exception, num_clones: int) -> None:
-    """Say in an error of a running step which clone it came from."""
-    if not isinstance(error, tf.errors.OpError) or num_clones == 1:
+    """Say in an error of a running step that it came from a clone.
+
+    Which clone it was, TensorFlow tells where each has operations of its own.
+    """
+    if num_clones == 1:
         return
-    found = re.search(r"clone_(\d+)/", str(error))
-    if found:
-        _append(
-            error,
-            f"This was raised while clone {found[1]} of {num_clones} ran on "
-            f"its rows of the batch. {_MAY_MEAN}",
-        )
+    text = str(error)
+    if not isinstance(error, tf.errors.OpError) or _RAISED in text:
+        _move_to_end(error)
+    elif found := _IN_CLONE.search(text):
+        _append(error, f"clone {found[1]} of {num_clones} ran on its rows")
+    elif _IN_TOWER.search(text):
+        _append(error, f"one of {num_clones} clones ran on its rows")
 
 
-def _append(error: Any, note: str) -> None:
+def _append(error: Any, where: str) -> None:
     """Append to the message of an error, once."""
-    if getattr(error, "_noted", False):
-        return
-    error._noted = True
+    if _RAISED not in str(error):
+        note = f"{_RAISED} {where} of the batch. {_MAY_MEAN}"
+        _set_message(error, f"{_message(error)}\n\n{note}")
+
+
+def _move_to_end(error: Any) -> None:
+    """Let a note end a message that Keras has put into another."""
+    text = _message(error)
+    before, raised, rest = text.partition(f"\n\n{_RAISED}")
+    where, meaning, after = rest.partition(_MAY_MEAN)
+    if after:
+        _set_message(error, f"{before}{after}{raised}{where}{meaning}")
+
+
+def _message(error: Any) -> str:
     if isinstance(error, tf.errors.OpError):
-        error._message = f"{error._message}\n\n{note}"
-    elif error.args and isinstance(error.args[0], str):
-        error.args = (f"{error.args[0]}\n\n{note}", *error.args[1:])
+        return error.message
+    known = error.args and isinstance(error.args[0], str)
+    return error.args[0] if known else ""
+
+
+def _set_message(error: Any, text: str) -> None:
+    if isinstance(error, tf.errors.OpError):
+        error._message = text
+    elif _message(error):
+        error.args = (text, *error.args[1:])

@@ -192,7 +192,27 @@ def metrics_add_up(model: keras.Model) -> bool:
     comes to is added up; the outputs stay in the clones.
     """
     return not overrides(model, "compute_metrics") and all(
-        adds_up(metric) for metric in _keras.compiled_metrics(model)
+        adds_up(metric) if isinstance(metric, keras.Metric) else _will(metric)
+        for metric in [
+            *_keras.compiled_metrics(model),
+            *_keras.metrics_to_build(model),
+        ]
+    )
+
+
+def _will(metric: Any) -> bool:
+    """Say whether the metric that Keras makes of a value will add up."""
+    kind = keras.metrics.MeanMetricWrapper
+    if isinstance(metric, type):
+        known = metric.__module__.startswith("keras.")
+        return metric in ADDITIVE or (known and issubclass(metric, kind))
+    return any(metric is one for one in _JUDGED_BY_ROW)
+
+
+def needs_outputs(model: keras.Model) -> bool:
+    """Say whether metrics have to see the outputs."""
+    return _keras.has_compiled_metrics(model) or overrides(
+        model, "compute_metrics"
     )
 
 
@@ -253,8 +273,7 @@ def why_not_on(y: Any, y_pred: Any, masks: list[Any]) -> str | None:
     leaves = keras.tree.flatten((y, y_pred))
     if any(sharding.is_composite(leaf) for leaf in leaves):
         return "a target or an output is ragged or sparse"
-    if any(
-        leaf.shape.rank in (None, 0, 1) for leaf in keras.tree.flatten(y_pred)
-    ):
+    shapes = [leaf.shape for leaf in keras.tree.flatten(y_pred)]
+    if any(shape.rank is None or shape.rank < 2 for shape in shapes):
         return "an output has no axis beside the batch"
     return None

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_clones import traced
+from keras_clones import _keras, errors, traced
 from keras_clones.laying_out import Layout
 from keras_clones.tower import TowerInput
 
@@ -53,15 +53,18 @@ class CallableTower(NamedTuple):
 
     `function` is a `tf.function`, and `returned` holds what the tower
     returned when it was last traced, also what the function leaves out, and
-    its notes. `tower` is the Python function, which returns both.
+    its notes. `tower` is the Python function, which returns both. `layer` is
+    what it calls.
     """
 
     function: Any
     returned: list[Any]
     tower: Callable[[TowerInput], tuple[Any, Any]]
+    layer: keras.Layer
 
 
 def callable_tower(
+    layer: keras.Layer,
     tower: Callable[[TowerInput], tuple[Any, Any]],
     inline: bool,
     jit_compile: bool,
@@ -70,6 +73,7 @@ def callable_tower(
     """Make a tower function callable from any place of a graph.
 
     Args:
+        layer: The `keras.Layer` that it calls.
         tower: Function from `TowerInput` to an output and notes.
         inline: Boolean, whether it becomes part of the step's graph, which it
             cannot where XLA compiles it.
@@ -85,7 +89,7 @@ def callable_tower(
     function = tf.function(
         run_tower, autograph=False, **function_options(inline, jit_compile)
     )
-    return CallableTower(function, returned, tower)
+    return CallableTower(function, returned, tower, layer)
 
 
 def function_options(inline: bool, jit_compile: bool) -> dict[str, Any]:
@@ -116,16 +120,21 @@ def trace(
         in_graph: Boolean, whether to trace outside of a graph, too. Defaults
             to `False`.
     """
-    function, returned, python = tower
+    function, returned, python, layer = tower
     if synchronized:
         return TracedTower(python, synchronized=synchronized)
     if tf.executing_eagerly() and not in_graph:
         return TracedTower(python)
-    concrete = concrete_tower(tower, layout)
+    try:
+        concrete = concrete_tower(tower, layout)
+    except Exception as error:
+        if len(layout.clones) > 1:
+            errors.add_note_of_trace(error, layout.shards)
+        raise
     output, notes = returned
+    warn_of_outside_variables(layer, concrete)
     if traced.calls_python(concrete):
-        return TracedTower(python)
-    warn_of_outside_variables(concrete)
+        return TracedTower(python, output, notes)
     call: Callable[[TowerInput], Any] = concrete
     if not in_graph and traced.has_state_of_no_variable(concrete):
         types = _common_types(layout)
@@ -186,12 +195,19 @@ def types_of(layout: Layout) -> tuple[Any, ...]:
     return tuple(tf.nest.flatten(_common_types(layout)))
 
 
-def warn_of_outside_variables(concrete: Any) -> None:
+def warn_of_outside_variables(layer: keras.Layer, concrete: Any) -> None:
     """Warn of variables that each clone assigns by itself."""
-    names = traced.outside_variables(concrete)
-    if names:
+    variables = traced.outside_variables(concrete)
+    names = {
+        id(value): f"{type(one).__name__}.{name}"
+        for one in _keras.layers(layer)
+        for name, value in list(vars(one).items())
+        if isinstance(value, tf.Variable)
+    }
+    if variables:
+        found = sorted({names.get(id(v), v.name) for v in variables})
         warnings.warn(
-            f"A layer assigns {names}, made by `tf.Variable`, in `call`: every "
+            f"A layer assigns {found}, made by `tf.Variable`, in `call`: every "
             "clone assigns it, once for its own shard. Make such variables "
             "with `self.add_weight(..., trainable=False, aggregation=...)`, "
             "which clones merge as `aggregation` says.",

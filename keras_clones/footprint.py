@@ -7,11 +7,10 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_clones import _keras, combine, exactness
-from keras_clones.begin import StepOptions, resolve_jit_compile
+from keras_clones import _keras, exactness
+from keras_clones.options import StepOptions
+from keras_clones.plan import Plan, plan_step
 from keras_clones.state import Variables, model_variables
-from keras_clones.synchronize import synchronized_layers
-from keras_clones.tables import large_tables
 
 # What a clone gets besides: its share of the rows and the loss scale.
 _SHARE = 16
@@ -98,15 +97,15 @@ def measure(model: keras.Model, options: StepOptions) -> Footprint:
     has_slots = compiled and model.optimizer.built
     slots = list(model.optimizer.variables) if has_slots else []
     others = variables.others + variables.seeds
-    jit_compile = model.compiled and resolve_jit_compile(model, options)
-    tables = {id(t): t for t in ([] if jit_compile else large_tables(model))}
+    plan = _plan(model, options)
+    tables = {id(table): table for table in plan.tables}
     mirrored = [
         v for v in variables.trainable + variables.others if id(v) not in tables
     ]
     gradients = _gradients(model, variables)
     received, sent = None, None
     if not exactness.overrides(model, "train_step"):
-        received, sent = _flows(model, options, tables)
+        received, sent = _flows(model, plan, tables)
         received = received._replace(
             fixed=received.fixed + num_bytes([*mirrored, *variables.seeds])
         )
@@ -166,12 +165,12 @@ def _gradients(model: keras.Model, variables: Variables) -> Flow:
 
 
 def _flows(
-    model: keras.Model, options: StepOptions, tables: dict[int, keras.Variable]
+    model: keras.Model, plan: Plan, tables: dict[int, keras.Variable]
 ) -> tuple[Flow, Flow]:
     """Return what crosses to and from a clone, but mirrors and gradients."""
     inputs = _row_bytes(getattr(model, "inputs", None))
     targets = _target_bytes(model)
-    outputs = _row_bytes(getattr(model, "outputs", None))
+    outputs, gradients = _output_bytes(model)
     rows, ids = _looked_up(model, tables)
     statistics = [
         v
@@ -179,29 +178,60 @@ def _flows(
         if isinstance(layer, keras.layers.BatchNormalization)
         for v in layer.non_trainable_variables
     ]
-    in_clones = _loss_is_in_clones(model, options)
-    add_up = exactness.metrics_add_up(model)
-    metrics = _keras.metric_variables(model) if in_clones and add_up else []
-    joined = combine.needs_outputs(model) and not (in_clones and add_up)
-    out = _total(inputs, rows, targets if in_clones else outputs)
-    back = _total(ids, outputs if joined or not in_clones else 0)
+    in_clones = plan.loss_in_clones
+    metrics = _keras.metric_variables(model) if plan.metrics_in_clones else []
+    out = _total(inputs, rows, targets if in_clones else gradients)
+    if in_clones:
+        outputs = _row_bytes(getattr(model, "outputs", None))
+    back = _total(ids, outputs if plan.outputs_leave else 0)
     return (
         Flow(_SHARE, out),
         Flow(num_bytes([*statistics, *metrics]), back),
     )
 
 
-def _loss_is_in_clones(model: keras.Model, options: StepOptions) -> bool:
-    """Say where the loss is computed, as far as that shows before a step."""
-    if options.loss != "auto" or not model.compiled:
-        return options.loss != "gather"
-    masks = [
-        _keras.get_mask(output) for output in getattr(model, "outputs", [])
-    ]
-    return (
-        exactness.why_not_by_clone(model) is None
-        and all(mask is None for mask in masks)
-        and not synchronized_layers(model, options.batch_norm)
+def _plan(model: keras.Model, options: StepOptions) -> Plan:
+    """Plan a training step, by the outputs too where the model has them."""
+    plan = plan_step(model, options, True, len(options.clones))
+    outputs = getattr(model, "outputs", None)
+    if outputs is None or not model.compiled:
+        return plan
+    masks = [_keras.get_mask(output) for output in outputs]
+    types = [tf.TensorSpec(output.shape, output.dtype) for output in outputs]
+    return plan.knowing(exactness.why_not_on((), types, masks))
+
+
+def _output_bytes(model: keras.Model) -> tuple[int | None, int | None]:
+    """Return the bytes of outputs that leave a clone, and of their gradients.
+
+    A softmax or sigmoid has its logits beside it, from which Keras computes
+    cross-entropies; what is masked has its mask. Both are for a row.
+    """
+    outputs = getattr(model, "outputs", None)
+    if outputs is None:
+        return None, None
+    losses = _losses_of_outputs(model, outputs)
+    leave: list[int | None] = []
+    back: list[int | None] = []
+    for output, loss in zip(outputs, losses, strict=True):
+        size = _row_bytes([output])
+        by_logits = _has_logits(output) and "crossentropy" in _name(loss)
+        apart = by_logits and exactness.needs_outputs(model)
+        mask = _keras.get_mask(output)
+        leave += [size, size if apart else 0]
+        leave.append(0 if mask is None else _row_bytes([mask]))
+        back.append(0 if loss is None else size)
+    return _total(*leave), _total(*back)
+
+
+def _has_logits(output: Any) -> bool:
+    """Say whether Keras hangs logits on an output."""
+    layer, _, index = output._keras_history
+    if isinstance(layer, keras.Model):
+        return _has_logits(layer.outputs[index])
+    squash = (keras.activations.softmax, keras.activations.sigmoid)
+    return isinstance(layer, keras.layers.Softmax) or (
+        getattr(layer, "activation", None) in squash
     )
 
 
@@ -247,9 +277,7 @@ def _target_bytes(model: keras.Model) -> int | None:
     outputs = getattr(model, "outputs", None)
     if outputs is None or not model.compiled:
         return None if outputs is None else 0
-    losses = keras.tree.flatten(model.loss)
-    if len(losses) != len(outputs):
-        losses = [losses[0] if losses else None] * len(outputs)
+    losses = _losses_of_outputs(model, outputs)
     total = 0
     for output, loss in zip(outputs, losses, strict=True):
         elements = _elements(output)
@@ -257,12 +285,25 @@ def _target_bytes(model: keras.Model) -> int | None:
             return None
         if loss is None:
             continue
-        name = f"{type(loss).__name__} {getattr(loss, '__name__', loss)}"
-        if "sparse" in name.lower() and len(output.shape) > 1:
+        if "sparse" in _name(loss) and len(output.shape) > 1:
             total += elements // output.shape[-1] * _CLASS
         else:
             total += elements * tf.as_dtype(output.dtype).size
     return total
+
+
+def _losses_of_outputs(model: keras.Model, outputs: Sequence[Any]) -> list[Any]:
+    """Return what `compile` got for a loss of each output."""
+    losses = keras.tree.flatten(model.loss) if model.compiled else []
+    if len(losses) == len(outputs):
+        return losses
+    return [losses[0] if losses else None] * len(outputs)
+
+
+def _name(loss: Any) -> str:
+    """Return what a loss is called, in small letters and one word."""
+    name = f"{type(loss).__name__} {getattr(loss, '__name__', loss)}"
+    return name.lower().replace("_", "")
 
 
 def _row_bytes(tensors: Sequence[Any] | None) -> int | None:

@@ -47,6 +47,7 @@ class Joining:
         self.kinds.append(kind)
 
     def add_outputs(self, outputs: Any) -> Callable[[Any], Any]:
+        """Add what the call returned, with masks and logits that hang on it."""
         flat = keras.tree.flatten(outputs)
         flat = [
             tf.convert_to_tensor(x) if isinstance(x, keras.Variable) else x

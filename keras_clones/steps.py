@@ -24,7 +24,6 @@ from keras_clones import (
 )
 from keras_clones.begin import Step, as_tensors, begin, unpack
 from keras_clones.options import StepOptions
-from keras_clones.synchronize import synchronized_layers
 from keras_clones.tables import looked_up_at_home
 from keras_clones.tower import make_tower
 
@@ -126,37 +125,37 @@ def trace_towers(
         The `Layout` of the batch and the `TracedTower`, or `None` if the loss
         has to see the outputs of all clones.
     """
-    model, options = step.model, step.options
-    if options.loss == "gather":
-        return None
-    reason = exactness.why_not_by_clone(model)
-    if reason and options.loss == "auto":
+    plan = step.plan
+    # Outside of a graph, outputs show their masks when it is too late.
+    unseen = tf.executing_eagerly() and plan.may_change
+    if unseen or not plan.loss_in_clones:
         return None
     layout = _lay_out(step)
-    synchronized = []
-    if step.training and len(layout.clones) > 1:
-        synchronized = synchronized_layers(model, options.batch_norm)
-    if synchronized and options.loss == "auto":
-        return None
-    with looked_up_at_home(step.tables, options.home):
-        tower = exchange.trace(_towers(step), layout, synchronized)
+    with looked_up_at_home(plan.tables, step.options.home):
+        tower = exchange.trace(_towers(step), layout, plan.synchronized)
     if tower.returns is not None:
-        reason = reason or exactness.why_not_on(
-            step.batch[1], tower.returns.outputs, tower.returns.masks
-        )
-        if tower.notes.keeps and exactness.overrides(model, "compute_metrics"):
-            reason = reason or "layers keep tensors for `compute_metrics`"
-    if reason and options.loss == "auto":
+        plan = plan.knowing(_why_not(step, tower))
+    if not plan.loss_in_clones:
         return None
-    if reason:
+    if plan.reason:
         warnings.warn(
             "The losses of the clones do not average to the loss of the "
-            f"global batch: {reason}. With loss='clones' the model trains "
+            f"global batch: {plan.reason}. With loss='clones' the model trains "
             "on their average all the same; loss='auto' computes the loss "
             "of the global batch.",
             stacklevel=1,
         )
     return layout, tower
+
+
+def _why_not(step: Step, tower: exchange.TracedTower) -> str | None:
+    """Say why losses of shards do not average, going by a traced tower."""
+    own_metrics = exactness.overrides(step.model, "compute_metrics")
+    if tower.notes.keeps and own_metrics:
+        return "layers keep tensors for `compute_metrics`"
+    return exactness.why_not_on(
+        step.batch[1], tower.returns.outputs, tower.returns.masks
+    )
 
 
 def _lay_out(step: Step) -> laying_out.Layout:
@@ -171,7 +170,9 @@ def _lay_out(step: Step) -> laying_out.Layout:
     with tf.name_scope("split_batch"):
         data = sharding.split_rows(step.batch, shards)
     mirrors = laying_out.send_mirrors(
-        laying_out.read_variables(variables, step.tables), options.home, clones
+        laying_out.read_variables(variables, step.plan.tables),
+        options.home,
+        clones,
     )
     scale = step.model.optimizer.scale_loss(1.0) if step.training else 1.0
     return laying_out.lay_out(
@@ -182,7 +183,7 @@ def _lay_out(step: Step) -> laying_out.Layout:
 def _towers(step: Step) -> exchange.CallableTower:
     """Return the tower function of a step, callable from any place."""
     model, options = step.model, step.options
-    with_metrics = exactness.metrics_add_up(model)
+    with_metrics = step.plan.metrics_in_clones
     num = sharding.enough(step.rows, len(options.clones))
     tower = make_tower(
         model,
@@ -193,12 +194,13 @@ def _towers(step: Step) -> exchange.CallableTower:
         with_metrics=with_metrics,
         may_be_idle=num > 1 and not isinstance(step.rows, int),
     )
-    needed = not with_metrics and combine.needs_outputs(model)
+    needed = step.plan.outputs_leave
     devices = [clone.device for clone in options.clones]
     return exchange.callable_tower(
+        model,
         tower,
         exchange.inlines(devices, len(step.variables.trainable)),
-        step.jit_compile,
+        step.plan.jit_compile,
         lambda output: (
             output if needed else output._replace(outputs=None, masks=[])
         ),
@@ -210,7 +212,7 @@ def run_by_towers(
 ) -> dict:
     """Run a step whose clones compute their own losses and gradients."""
     model, variables = step.model, step.variables.trainable
-    with looked_up_at_home(step.tables, step.options.home):
+    with looked_up_at_home(step.plan.tables, step.options.home):
         result = combine.run(
             step,
             layout,
@@ -325,7 +327,7 @@ def update_metrics(step: Step, result: combine.StepResult) -> dict:
         _keras.metric_variables(model), result.metrics, strict=False
     ):
         variable.assign_add(added)
-    if result.metrics or not combine.needs_outputs(model):
+    if result.metrics or not exactness.needs_outputs(model):
         return model.get_metrics_result()
     for output, mask in zip(
         keras.tree.flatten(result.outputs), result.masks, strict=True

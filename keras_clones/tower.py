@@ -295,11 +295,15 @@ def find_changes(
     values = {id(v): m for v, m in mapping(variables, inputs)}
     old = [values.get(id(v), _keras.tf_variable(v)) for v in assigned]
     new = [scope.get_current_value(v) for v in assigned]
+    alike = [
+        id(v) in seeds or is_alike(value)
+        for v, value in zip(assigned, new, strict=True)
+    ]
     found = state.merge_policies(
         layer,
         assigned,
         policies,
-        [id(v) in seeds or is_alike(value) for v, value in zip(assigned, new)],
+        alike,
     )
     pairs = list(zip(assigned, found, strict=True))
     changes = state.clone_changes(

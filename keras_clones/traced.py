@@ -204,15 +204,14 @@ def has_state_of_no_variable(concrete: Any) -> bool:
     )
 
 
-def outside_variables(concrete: Any) -> list[str]:
-    """Return the names of the variables that a function assigns itself."""
+def outside_variables(concrete: Any) -> list[tf.Variable]:
+    """Return the variables that a function assigns itself."""
     inner = {id(i): o for o, i in concrete.graph.captures}
-    assigned = [
-        inner[id(op.inputs[0])]
+    assigned = {
+        id(inner[id(op.inputs[0])])
         for op in concrete.graph.get_operations()
         if op.type.startswith(("Assign", "ResourceScatter"))
         and op.inputs
         and id(op.inputs[0]) in inner
-    ]
-    by_handle = {id(v.handle): v.name for v in concrete.graph.variables}
-    return sorted({by_handle.get(id(h), "a tf.Variable") for h in assigned})
+    }
+    return [v for v in concrete.graph.variables if id(v.handle) in assigned]

@@ -1,0 +1,588 @@
+"""What trained otherwise, or failed in silence, and does so no more."""
+
+import warnings
+
+import cases
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_clones import clone_model, deployment
+from keras_clones.transfers import count_transfers, traffic
+
+SIZES = [12, 7, 12, 2]
+CPUS = ["CPU:0", "CPU:1", "CPU:2"]
+
+
+class OwnStep(keras.Model):
+    """A step of one's own that does what that of Keras does."""
+
+    def train_step(self, data):
+        x, y, _ = keras.utils.unpack_x_y_sample_weight(data)
+        with tf.GradientTape() as tape:
+            y_pred = self(x, training=True)
+            loss = self.compute_loss(x, y, y_pred)
+        gradients = tape.gradient(loss, self.trainable_weights)
+        self.optimizer.apply(gradients, self.trainable_weights)
+        self._loss_tracker.update_state(loss, sample_weight=tf.shape(x)[0])
+        return self.compute_metrics(x, y, y_pred)
+
+
+BOTH_STEPS = pytest.mark.parametrize("kind", [keras.Model, OwnStep])
+
+
+def model_of(layer, kind=keras.Model):
+    x = keras.Input((6,))
+    y = keras.layers.Dense(1, name="head")(layer(x))
+    return kind(x, y)
+
+
+def data_of(sizes=SIZES):
+    x = cases.arrays(sum(sizes))["mlp"][0]
+    return cases.batches(x, x[:, :1] ** 2, sizes)
+
+
+def fit(make, num_clones=None, sizes=SIZES, epochs=2, **clone):
+    """Train a model, and return it with its history."""
+    keras.utils.set_random_seed(7)
+    model = make()
+    if num_clones:
+        clone_model(model, devices=CPUS[:num_clones], **clone)
+    model.compile(keras.optimizers.Adam(0.01), "mse")
+    data = data_of(sizes)
+    # Keras warns of data sets that it is asked to shuffle.
+    history = model.fit(data, epochs=epochs, shuffle=False, verbose=0)
+    return model, history.history
+
+
+def all_of(model, history):
+    slots = [np.asarray(v) for v in model.optimizer.variables]
+    return {"weights": cases.weights(model), "slots": slots, "logs": history}
+
+
+def assert_same(make, num_clones=3, **clone):
+    """Check that clones train what plain Keras trains; return their model."""
+    expected = all_of(*fit(make))
+    model, history = fit(make, num_clones, **clone)
+    received = all_of(model, history)
+    assert set(expected["logs"]) == set(received["logs"])
+    assert cases.difference(expected, received) < 1e-10
+    return model
+
+
+@pytest.fixture
+def strictly():
+    """Let a test fail by any warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        yield
+
+
+def encoder_and_autoencoder(nested):
+    x = keras.Input((6,))
+    code = keras.layers.Dense(3, "tanh")(x)
+    encoder = keras.Model(x, code)
+    decoder = keras.layers.Dense(6)
+    outputs = decoder(encoder(x) if nested else code)
+    return encoder, keras.Model(x, outputs)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_models_that_share_moved_layers_see_them_train(nested, float64):
+    x = cases.arrays(12)["mlp"][0]
+    found = []
+    for clone in (False, True):
+        keras.utils.set_random_seed(7)
+        with tf.device("CPU:1"):
+            encoder, model = encoder_and_autoencoder(nested)
+            encoder.compile(keras.optimizers.Adam(0.1), "mse")
+            encoder.fit(x, x[:, :3], verbose=0)
+            encoder.evaluate(x, x[:, :3], verbose=0)
+            encoder.predict(x, verbose=0)
+        if clone:
+            clone_model(model, devices=CPUS)
+        model.compile(keras.optimizers.Adam(0.1), "mse")
+        model.fit(x, x, verbose=0)
+        found.append(
+            [
+                encoder.predict(x, verbose=0),
+                encoder.evaluate(x, x[:, :3], verbose=0),
+                encoder.fit(x, x[:, :3], verbose=0).history["loss"],
+                *cases.weights(model),
+            ]
+        )
+    assert cases.difference(*found) < 1e-10
+
+
+class Pos(keras.layers.Layer):
+    """Keeps a count where clones cannot merge it."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.calls = tf.Variable(0, trainable=False)
+
+    def call(self, x):
+        self.calls.assign_add(1)
+        return x * 2
+
+
+@BOTH_STEPS
+def test_a_raw_variable_that_a_layer_assigns_is_named(kind, float64):
+    with pytest.warns(UserWarning, match=r"Pos\.calls.*add_weight"):
+        fit(lambda: model_of(Pos(), kind), 3)
+
+
+class Writing(keras.layers.Layer):
+    def call(self, x):
+        tf.summary.scalar("rows", tf.reduce_sum(x))
+        return x * 2
+
+
+@BOTH_STEPS
+def test_a_summary_is_written_once(kind, float64, tmp_path):
+    pytest.importorskip("tensorboard")
+    with tf.summary.create_file_writer(str(tmp_path)).as_default(step=0):
+        fit(lambda: model_of(Writing(), kind), 3, epochs=1)
+    [path] = tmp_path.iterdir()
+    events = tf.data.TFRecordDataset(str(path)).as_numpy_iterator()
+    written = [
+        value.tag.rpartition("/")[2]
+        for event in events
+        for value in tf.compat.v1.Event.FromString(event).summary.value
+    ]
+    assert written == ["rows"] * len(SIZES)
+
+
+class Counter(keras.layers.Layer):
+    """Counts batches, or rows."""
+
+    def __init__(self, of="batches", aggregation=None, **kwargs):
+        super().__init__(**kwargs)
+        self.of = of
+        self.count = self.add_weight(
+            shape=(),
+            dtype="int64",
+            initializer="zeros",
+            trainable=False,
+            aggregation=aggregation,
+            name="count",
+        )
+
+    def call(self, x):
+        rows = keras.ops.shape(x)[0]
+        added = rows if self.of == "rows" else 1
+        self.count.assign_add(keras.ops.cast(added, "int64"))
+        return x * 2
+
+
+@BOTH_STEPS
+def test_a_count_of_batches_is_that_of_one_device(kind, float64, strictly):
+    assert_same(lambda: model_of(Counter(), kind))
+
+
+@BOTH_STEPS
+def test_a_count_of_rows_that_adds_up(kind, float64, strictly):
+    assert_same(lambda: model_of(Counter("rows", "sum"), kind))
+
+
+@BOTH_STEPS
+@pytest.mark.parametrize("how", ["fit", "train_on_batch", "drop_remainder"])
+def test_a_count_of_rows_is_warned_of(kind, how, float64):
+    model = model_of(Counter("rows", name="counter"), kind)
+    clone_model(model, devices=CPUS).compile("sgd", "mse")
+    x = np.ones((12, 6))
+    with pytest.warns(UserWarning, match="counter/count.*aggregation='sum'"):
+        if how == "fit":
+            model.fit(data_of(), verbose=0)
+        elif how == "train_on_batch":
+            model.train_on_batch(x, x[:, :1])
+        else:
+            data = tf.data.Dataset.from_tensor_slices((x, x[:, :1]))
+            model.fit(data.batch(6, drop_remainder=True), verbose=0)
+
+
+def mixed(kind):
+    """A model with state, noise and a loss of a layer."""
+
+    def make():
+        regularizer = keras.layers.ActivityRegularization(0.1)
+        layers = [Counter("rows", "sum"), regularizer]
+        return model_of(keras.Sequential(layers), kind)
+
+    return make
+
+
+WITH_EMPTY = [0, 12, 0, 7, 2, 0]
+
+
+@pytest.mark.parametrize("num_clones", [1, 3])
+@pytest.mark.parametrize("loss", ["auto", "gather"])
+def test_a_batch_of_no_rows_changes_nothing(num_clones, loss, float64):
+    make = mixed(keras.Model)
+    expected = all_of(*fit(make, sizes=[12, 7, 2]))
+    received = fit(make, num_clones, sizes=WITH_EMPTY, loss=loss)
+    assert cases.difference(expected, all_of(*received)) < 1e-10
+
+
+@pytest.mark.parametrize("num_clones", [1, 3])
+def test_an_own_step_does_what_it_does_with_no_rows(num_clones, float64):
+    make = mixed(OwnStep)
+    expected = all_of(*fit(make, sizes=WITH_EMPTY))
+    received = all_of(*fit(make, num_clones, sizes=WITH_EMPTY))
+    assert cases.difference(expected, received) < 1e-10
+
+
+class Sum(keras.layers.Layer):
+    def call(self, x):
+        self.add_loss(0.01 * keras.ops.sum(keras.ops.square(x)))
+        return x
+
+
+class Mean(keras.layers.Layer):
+    def call(self, x):
+        self.add_loss(0.1 * keras.ops.mean(keras.ops.square(x)))
+        return x
+
+
+def regularized(kind):
+    def make():
+        hidden = keras.layers.Dense(4, "tanh", activity_regularizer="l2")
+        layers = [hidden, Sum(name="total")]
+        return model_of(keras.Sequential(layers), kind)
+
+    return make
+
+
+@BOTH_STEPS
+@pytest.mark.parametrize("how", ["sum", {"total": "sum"}])
+def test_losses_that_are_sums_beside_activity_regularizers(
+    kind, how, float64, strictly
+):
+    assert_same(regularized(kind), layer_losses=how)
+
+
+def sums_and_means(kind):
+    def make():
+        dense = keras.layers.Dense(4, "tanh")
+        layers = [dense, Sum(name="total"), Mean(name="average")]
+        return model_of(keras.Sequential(layers), kind)
+
+    return make
+
+
+@BOTH_STEPS
+def test_losses_are_sums_or_means_by_layer(kind, float64, strictly):
+    how = {"total": "sum", "average": "mean"}
+    model = assert_same(sums_and_means(kind), layer_losses=how)
+    assert deployment(model).layer_losses == how
+
+
+def test_a_layer_left_out_is_warned_of(float64):
+    with pytest.warns(UserWarning, match=r"\['average'\] pass scalars"):
+        fit(sums_and_means(keras.Model), 3, layer_losses={"total": "sum"})
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        ("median", ValueError, "Argument `layer_losses` must be"),
+        (3, TypeError, "Argument `layer_losses` must be"),
+        ({"total": "median"}, ValueError, "'total': 'median'"),
+        ({3: "sum"}, TypeError, "Argument `layer_losses` must be"),
+        ({"totals": "sum"}, ValueError, r"totals.*'total'"),
+    ],
+)
+def test_layer_losses_are_checked(value, error, message):
+    with pytest.raises(error, match=message):
+        clone_model(regularized(keras.Model)(), 2, layer_losses=value)
+
+
+def test_layers_of_a_model_that_is_not_built_may_have_any_name():
+    clone_model(cases.subclassed(), 2, layer_losses={"total": "sum"})
+
+
+class Keeper(keras.layers.Layer):
+    """Keeps what a function makes of its old value and of its rows."""
+
+    def __init__(self, function, dtype_of="float64", **kwargs):
+        super().__init__(**kwargs)
+        self.function = function
+        self.kept = self.add_weight(
+            shape=(), dtype=dtype_of, initializer="ones", name="kept"
+        )
+        self.kept.trainable = False
+
+    def call(self, x):
+        value = self.function(tf.convert_to_tensor(self.kept.value), x)
+        self.kept.assign(value)
+        return x * 2
+
+
+KEEPERS = {
+    "mean": lambda old, x: 0.9 * old + 0.1 * tf.reduce_mean(x),
+    "sum": lambda old, x: old + tf.reduce_sum(x),
+    "max": lambda old, x: tf.maximum(old, tf.reduce_max(x)),
+    "min": lambda old, x: tf.minimum(old, tf.reduce_min(x)),
+    "first": lambda old, x: 0.5 * old + x[0, 0],
+}
+
+
+@BOTH_STEPS
+@pytest.mark.parametrize("policy", KEEPERS)
+def test_state_merges_as_it_is_said_to(policy, kind, float64, strictly):
+    def make():
+        return model_of(Keeper(KEEPERS[policy], name="keeper"), kind)
+
+    patterns = {"*/other": "mean", "keeper/k*": policy, "*": "mean"}
+    model = assert_same(make, state=patterns)
+    assert deployment(model).state == patterns
+
+
+@BOTH_STEPS
+def test_whole_numbers_merge_as_they_are_said_to(kind, float64, strictly):
+    assert_same(
+        lambda: model_of(Counter("rows", name="rows"), kind),
+        state={"rows/count": "sum"},
+    )
+
+
+class Averaging(keras.layers.Layer):
+    """Keeps an average of the weights of a layer."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.dense = keras.layers.Dense(4)
+
+    def build(self, shape):
+        self.dense.build(shape)
+        self.average = self.add_weight(
+            shape=(shape[-1], 4), initializer="zeros", trainable=False
+        )
+
+    def call(self, x):
+        self.average.assign(0.9 * self.average + 0.1 * self.dense.kernel)
+        return self.dense(x)
+
+
+def spectral():
+    dense = keras.layers.Dense(4)
+    return keras.layers.SpectralNormalization(dense, power_iterations=2)
+
+
+@BOTH_STEPS
+@pytest.mark.parametrize("make_layer", [Averaging, spectral])
+def test_state_that_is_alike_in_all_clones_is_not_warned_of(
+    make_layer, kind, float64, strictly
+):
+    assert_same(lambda: model_of(make_layer(), kind))
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        ("sum", TypeError, "Argument `state` must be a dict"),
+        ({3: "sum"}, TypeError, "Argument `state` must be a dict"),
+        ({"*": "median"}, ValueError, r"one of \('mean', .*'median'"),
+    ],
+)
+def test_state_is_checked(value, error, message):
+    with pytest.raises(error, match=message):
+        clone_model(cases.mlp(), 2, state=value)
+
+
+class Fixed(keras.layers.Layer):
+    """Has a batch size of 12 written down."""
+
+    def call(self, x):
+        return x * keras.ops.ones((12, 1))
+
+
+class Pairs(keras.layers.Layer):
+    """Compares all rows with all rows."""
+
+    def call(self, x):
+        return keras.ops.matmul(x, keras.ops.transpose(x))
+
+
+class Refusing(keras.layers.Layer):
+    """Refuses rows that begin with a large number."""
+
+    def call(self, x):
+        check = tf.debugging.Assert(tf.reduce_all(x[:, 0] < 100), [x[:, 0]])
+        with tf.control_dependencies([check]):
+            return tf.identity(x)
+
+
+def error_of(layer, kind, y, known, eagerly=False, **clone):
+    """Return the message of what a batch of unknown size comes to."""
+    keras.utils.set_random_seed(7)
+    x = np.ones((12, 6))
+    x[5] = 200
+    inputs = keras.Input((6,))
+    model = clone_model(kind(inputs, layer(inputs)), devices=CPUS, **clone)
+    model.compile("sgd", "mse", run_eagerly=eagerly)
+    data = tf.data.Dataset.from_tensors((x, y))
+    if not known:
+        data = cases.batches(x, y, [len(x)])
+    with pytest.raises((ValueError, tf.errors.InvalidArgumentError)) as caught:
+        model.fit(data, verbose=0, shuffle=False)
+    return str(caught.value)
+
+
+MAY_MEAN = "an output with as many columns as the batch has rows."
+OF_ROWS = "while clone {} of 3 ran on 4 of 12 rows of the batch. "
+AT_RUN = "while one of 3 clones ran on its rows of the batch. "
+
+
+@BOTH_STEPS
+@pytest.mark.parametrize("known", [True, False])
+def test_an_error_of_a_fixed_batch_size_says_so(kind, known):
+    found = error_of(Fixed(), kind, np.ones((12, 6)), known)
+    assert found.endswith(MAY_MEAN)
+    traced = "what each of 3 clones runs was traced for any number of rows"
+    own = traced if kind is OwnStep else AT_RUN
+    assert (OF_ROWS.format(0) if known else own) in found
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_an_error_of_rows_by_rows_says_so(known):
+    found = error_of(Pairs(), keras.Model, np.ones((12, 12)), known)
+    assert found.endswith(MAY_MEAN)
+    assert (OF_ROWS.format(0) if known else AT_RUN) in found
+
+
+@BOTH_STEPS
+@pytest.mark.parametrize("eagerly", [True, False])
+def test_an_error_of_a_running_clone_says_so(kind, eagerly):
+    y = np.ones((12, 6))
+    found = error_of(Refusing(), kind, y, eagerly, eagerly)
+    assert ("to be true" if eagerly else "assertion failed") in found
+    assert found.endswith(MAY_MEAN)
+    assert (OF_ROWS.format(1) if eagerly else AT_RUN) in found
+
+
+def test_an_error_of_a_clone_with_operations_of_its_own_names_it():
+    layers = [Refusing(), keras.layers.BatchNormalization()]
+    y = np.ones((12, 6))
+    clone = {"batch_norm": "sync", "loss": "clones"}
+    layer = keras.Sequential(layers)
+    found = error_of(layer, keras.Model, y, False, **clone)
+    assert "while clone 1 of 3 ran on its rows of the batch" in found
+    assert found.endswith(MAY_MEAN)
+
+
+def test_an_error_outside_of_clones_says_nothing_of_them():
+    found = error_of(Pairs(), OwnStep, np.ones((12, 12)), False)
+    assert "Incompatible shapes: [12,12] vs. [12,4]" in found
+    assert "This was raised while" not in found
+
+
+class Mine(keras.Model):
+    """A loss of one's own, which has to see all outputs."""
+
+    def compute_loss(self, x, y, y_pred, sample_weight=None, training=True):
+        return super().compute_loss(x, y, y_pred, sample_weight, training)
+
+
+class OwnMetrics(keras.Model):
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        return super().compute_metrics(x, y, y_pred, sample_weight)
+
+
+def classifier(kind=keras.Model, flat=False, normalize=False):
+    x = keras.Input((50,))
+    y = keras.layers.BatchNormalization()(x) if normalize else x
+    y = keras.layers.Dense(1 if flat else 40, "softmax")(y)
+    return kind(x, keras.layers.Reshape(())(y) if flat else y)
+
+
+def largest(y, y_pred):
+    return keras.ops.max(y_pred)
+
+
+CROSSENTROPY = "sparse_categorical_crossentropy"
+PLANS = {
+    "in clones": (classifier, CROSSENTROPY, ["accuracy"], {}),
+    "gathered": (classifier, CROSSENTROPY, None, {"loss": "gather"}),
+    "a metric": (classifier, CROSSENTROPY, ["accuracy"], {"loss": "gather"}),
+    "no logits": (classifier, "mse", None, {"loss": "gather"}),
+    "own loss": (lambda: classifier(Mine), CROSSENTROPY, None, {}),
+    "own metrics": (
+        lambda: classifier(OwnMetrics),
+        CROSSENTROPY,
+        ["accuracy"],
+        {},
+    ),
+    "sum": (classifier, "sum", ["accuracy"], {}),
+    "metric of all rows": (classifier, CROSSENTROPY, [largest], {}),
+    "flat": (lambda: classifier(flat=True), "mse", ["mae"], {}),
+    "synchronized": (
+        lambda: classifier(normalize=True),
+        CROSSENTROPY,
+        ["accuracy"],
+        {"batch_norm": "sync"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_the_bytes_of_a_plan_are_those_that_move(name):
+    make, loss, metrics, clone = PLANS[name]
+    if loss == "sum":
+        loss = keras.losses.SparseCategoricalCrossentropy(reduction="sum")
+    model = clone_model(make(), devices=CPUS, **clone)
+    model.compile("adam", loss, metrics=metrics)
+    shape = {"mse": model.output_shape[1:]}.get(loss, ())
+    data = (np.ones((600, 50), "float32"), np.zeros((600, *shape), "int64"))
+    if loss == "mse":
+        data = (data[0], data[1].astype("float32"))
+    data = tf.data.Dataset.from_tensors(data)
+    found = [deployment(model)._footprint()[0]]
+    moved = traffic(
+        count_transfers(lambda: model.fit(data, verbose=0, shuffle=False))
+    )
+    found.append(deployment(model)._footprint()[0])
+    real = moved["/device:CPU:1"]
+    for size in found:
+        assert size.received.of(200) == pytest.approx(
+            real.bytes_received, rel=0.02
+        )
+        assert size.sent.of(200) == pytest.approx(real.bytes_sent, rel=0.02)
+
+
+def masked(layers=()):
+    keras.utils.set_random_seed(7)
+    embedding = keras.layers.Embedding(9, 4, mask_zero=True)
+    words = keras.Input((5,), dtype="int32")
+    head = keras.layers.Dense(3, "softmax")
+    return keras.Sequential([words, embedding, *layers, head])
+
+
+class InPython(keras.layers.Layer):
+    """Runs Python code that has a gradient."""
+
+    supports_masking = True
+
+    def call(self, x):
+        y = tf.py_function(lambda x: x * 2, [x], x.dtype)
+        y.set_shape(x.shape)
+        return y
+
+
+@pytest.mark.parametrize("how", ["eagerly", "python"])
+def test_masks_count_where_a_tower_is_no_function(how, float64):
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(1, 9, (12, 5)), rng.integers(0, 3, (12, 5))
+    x[:4, 1:] = 0
+    found = []
+    for clone in (False, True):
+        model = masked([InPython()] if how == "python" else [])
+        if clone:
+            clone_model(model, devices=CPUS)
+        eagerly = how == "eagerly"
+        model.compile("adam", CROSSENTROPY, run_eagerly=eagerly)
+        model.fit(x, y, batch_size=12, epochs=3, verbose=0)
+        found.append(cases.weights(model))
+    assert cases.difference(*found) < 1e-10
