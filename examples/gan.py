@@ -136,11 +136,11 @@ class WGAN(keras.Model):
         return loss
 
 
-def make_model():
+def make_model(n_critic=3):
     """Make the same model each time it is called."""
     keras.utils.set_random_seed(0)
     with tf.device("CPU:0"):
-        model = WGAN()
+        model = WGAN(n_critic=n_critic)
     model.compile(
         keras.optimizers.Adam(1e-3, beta_1=0.5, beta_2=0.9),
         keras.optimizers.Adam(1e-3, beta_1=0.5, beta_2=0.9),
