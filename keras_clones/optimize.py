@@ -110,6 +110,13 @@ def optimize_clones(
             merged = clone_gradients.add(
                 merged, extra, scale, variables, scopes_of(clones)
             )
+    return total, _pairs(merged, variables)
+
+
+def _pairs(
+    merged: Sequence[Any], variables: Sequence[keras.Variable]
+) -> list[tuple[Any, keras.Variable]]:
+    """Return the gradients that there are, each with its variable."""
     pairs = [
         (gradient, variable)
         for gradient, variable in zip(merged, variables, strict=True)
@@ -121,7 +128,7 @@ def optimize_clones(
             "operations that have gradients. Received: losses without a "
             f"gradient for any of {[v.path for v in variables]}"
         )
-    return total, pairs
+    return pairs
 
 
 def find_losses(clones: Sequence[Clone]) -> list[tf.Tensor]:
