@@ -97,6 +97,7 @@ class Body:
         return alike_in_all(inputs, self._given.differing(inputs.data))
 
     def __call__(self, inputs: TowerInput) -> tuple[CallOutput, CallNotes]:
+        """Call the layer on one clone's shard, with its mirrors."""
         layer, options = self.layer, self._options
         weights = Weights(inputs, self._may_be_idle)
         before = kept_tensors(layer)

@@ -47,6 +47,7 @@ class Joining:
         self.kinds.append(kind)
 
     def add_outputs(self, outputs: Any) -> Callable[[Any], Any]:
+        """Add the tensors that a layer returned, with what hangs on them."""
         flat = keras.tree.flatten(outputs)
         flat = [
             tf.convert_to_tensor(x) if isinstance(x, keras.Variable) else x

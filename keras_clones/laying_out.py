@@ -124,9 +124,12 @@ def each(
             return run_side_by_side(layout.clones, function)
     results = []
     for i, clone in enumerate(layout.clones):
-        with tf.device(clone.device), tf.name_scope(clone.scope or "clone"):
-            with running(layout, i):
-                results.append(function(i))
+        with (
+            tf.device(clone.device),
+            tf.name_scope(clone.scope or "clone"),
+            running(layout, i),
+        ):
+            results.append(function(i))
     return results
 
 

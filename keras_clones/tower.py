@@ -299,7 +299,10 @@ def find_changes(
         layer,
         assigned,
         policies,
-        [id(v) in seeds or is_alike(value) for v, value in zip(assigned, new)],
+        [
+            id(v) in seeds or is_alike(value)
+            for v, value in zip(assigned, new, strict=True)
+        ],
     )
     pairs = list(zip(assigned, found, strict=True))
     changes = state.clone_changes(
