@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_clones import _keras, sharding
+from keras_clones import _keras, sharding, traced
 
 # Stands where an argument is a tensor.
 TENSOR = object()
@@ -106,7 +106,7 @@ class Arguments(NamedTuple):
         if leaf is first:
             return sharding.split_leaf(leaf, shards)
         if isinstance(shards.rows, int) and known:
-            if leaf.shape[0] != shards.rows:
+            if leaf.shape[0] != shards.rows or _is_a_bank(leaf):
                 return [leaf] * many
             return sharding.split_leaf(leaf, shards)
         if known:
@@ -126,3 +126,13 @@ class Arguments(NamedTuple):
             for start, size in zip(shards.starts, shards.sizes, strict=True)
         ]
         return [sharding.slice_rows(leaf, *part) for part in parts]
+
+
+def _is_a_bank(leaf: Any) -> bool:
+    """Say whether a tensor only happens to have as many rows as the call.
+
+    One that is made of variables alone is not of the batch.
+    """
+    if tf.executing_eagerly() or sharding.is_composite(leaf):
+        return False
+    return traced.comes_from_variables(leaf)

@@ -14,19 +14,18 @@ from keras_clones import (
     checks,
     errors,
     exactness,
-    footprint,
+    option_checks,
     placement,
     sharding,
     steps,
 )
 from keras_clones.config import DeploymentConfig
 from keras_clones.deployed import Deployment
-from keras_clones.state import POLICIES, model_variables
+from keras_clones.state import model_variables
 from keras_clones.watch import Watch
 
 _LOSSES = ("auto", "clones", "gather")
 _BATCH_NORMS = ("mean", "first", "sync")
-_LAYER_LOSSES = ("mean", "sum")
 _STEPS = ("train_step", "test_step", "predict_step")
 _MAKERS = ("make_train_function", "make_test_function", "make_predict_function")
 # The underscores keep it out of what Keras walks through to save a model.
@@ -124,11 +123,13 @@ def clone_model(
     - TF-Slim, `deployment/model_deploy.py`.
     """
     _check_model(model)
-    _check_choice("loss", loss, _LOSSES)
-    _check_choice("batch_norm", batch_norm, _BATCH_NORMS)
-    _check_layer_losses(model, layer_losses)
-    _check_state(state)
-    _check_choice("jit_compile", jit_compile, (True, False, "auto"))
+    option_checks.check_choice("loss", loss, _LOSSES)
+    option_checks.check_choice("batch_norm", batch_norm, _BATCH_NORMS)
+    option_checks.check_layer_losses(model, layer_losses)
+    option_checks.check_state(state)
+    option_checks.check_choice(
+        "jit_compile", jit_compile, (True, False, "auto")
+    )
     if config is None:
         config = placement.choose_config(num_clones, devices, clone_on_cpu)
     elif not isinstance(config, DeploymentConfig):
@@ -370,56 +371,3 @@ def _check_model(model: keras.Model) -> None:
             "it again outside of `strategy.scope()`."
         )
     checks.check_no_strategy()
-
-
-def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    if not any(value is choice or value == choice for choice in choices):
-        raise ValueError(
-            f"Argument `{name}` must be one of {choices}. "
-            f"Received: {name}={value!r}"
-        )
-
-
-def _check_layer_losses(model: keras.Model, value: Any) -> None:
-    """Check what scalars that layers pass to `add_loss` are said to be."""
-    if value is None or (isinstance(value, str) and value in _LAYER_LOSSES):
-        return
-    expected = (
-        "Argument `layer_losses` must be 'mean', 'sum', a dict of layer names "
-        f"to these, or `None`. Received: layer_losses={value!r}"
-    )
-    if isinstance(value, str):
-        raise ValueError(expected)
-    if not _maps_strings(value):
-        raise TypeError(expected)
-    if any(kind not in _LAYER_LOSSES for kind in value.values()):
-        raise ValueError(expected)
-    names = {layer.name for layer in _keras.layers(model)}
-    unknown = sorted(set(value) - names)
-    if unknown and footprint.is_built(model):
-        raise ValueError(
-            f"Argument `layer_losses` names layers {unknown}, which the model "
-            f"does not have. Its layers are {sorted(names)}. "
-            f"Received: layer_losses={dict(value)!r}"
-        )
-
-
-def _check_state(value: Any) -> None:
-    """Check what is said of variables that the forward pass assigns."""
-    if value is None:
-        return
-    expected = (
-        "Argument `state` must be a dict of patterns of variables' paths to "
-        f"one of {POLICIES}, such as {{'*/norm/count': 'sum'}}. "
-        f"Received: state={value!r}"
-    )
-    if not _maps_strings(value):
-        raise TypeError(expected)
-    if any(policy not in POLICIES for policy in value.values()):
-        raise ValueError(expected)
-
-
-def _maps_strings(value: Any) -> bool:
-    return isinstance(value, Mapping) and all(
-        isinstance(part, str) for pair in value.items() for part in pair
-    )

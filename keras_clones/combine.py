@@ -73,7 +73,8 @@ def run(
     total = merged.parts
     if step.training and step.options.balance is not None:
         _observe(step.options.balance, layout, results)
-    outputs, masks = None, []
+    outputs: Any = None
+    masks: list[Any] = []
     if step.plan.outputs_leave:
         outputs, masks = _join_outputs(results)
     return StepResult(
@@ -130,8 +131,7 @@ def _call(
     pairs = laying_out.each(
         layout, lambda i: tower.call(layout.inputs[i]), tower.synchronized
     )
-    results, notes = zip(*pairs, strict=True)
-    return list(results), notes[0]
+    return [result for result, _ in pairs], pairs[0][1]
 
 
 def _clone_losses(

@@ -52,8 +52,9 @@ class Deployment:
         self.optimizer_device = config.optimizer_device()
         self.loss = loss
         self.batch_norm = batch_norm
-        per_layer = isinstance(layer_losses, Mapping)
-        self.layer_losses = dict(layer_losses) if per_layer else layer_losses
+        if isinstance(layer_losses, Mapping):
+            layer_losses = dict(layer_losses)
+        self.layer_losses = layer_losses
         self.state = dict(state or {})
         self.jit_compile = jit_compile
         self.shares = shares

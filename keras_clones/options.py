@@ -2,8 +2,8 @@
 
 from typing import Any, NamedTuple
 
-from keras_clones import layer_losses
 from keras_clones.balance import Balance
+from keras_clones.layer_losses import Kinds
 from keras_clones.placement import Clone
 from keras_clones.state import Policies
 from keras_clones.watch import Watch
@@ -23,7 +23,7 @@ class StepOptions(NamedTuple):
     home: str
     loss: str
     batch_norm: str
-    layer_losses: layer_losses.Kinds
+    layer_losses: Kinds
     jit_compile: bool | str
     state: tuple[tuple[str, str], ...] = ()
     shares: Any = None
@@ -38,6 +38,6 @@ class StepOptions(NamedTuple):
         return Policies(self.batch_norm, dict(self.state), alone)
 
     @property
-    def scalar_losses(self) -> layer_losses.Kinds:
+    def scalar_losses(self) -> Kinds:
         """What scalars that layers pass to `add_loss` are of the rows."""
         return self.layer_losses if len(self.clones) > 1 else "mean"

@@ -276,6 +276,7 @@ class _Backward(NamedTuple):
         if all(g is None for g in upstream):
             return [None] * len(sources)
         if run.tape is None:
+            assert self.made.backward is not None  # where no tape runs it
             return call_tower.run_backward(
                 self.made.backward, inputs, run.residuals, values, upstream
             )

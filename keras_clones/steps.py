@@ -26,6 +26,7 @@ from keras_clones.begin import Step, as_tensors, begin, unpack
 from keras_clones.options import StepOptions
 from keras_clones.tables import looked_up_at_home
 from keras_clones.tower import make_tower
+from keras_clones.watch import Watch
 
 
 def train_step(model: keras.Model, options: StepOptions, data: Any) -> dict:
@@ -219,8 +220,9 @@ def run_by_towers(
             tower,
             lambda: exchange.trace(_towers(step), layout, in_graph=True),
         )
-    if step.options.watch is not None and step.training:
-        _record(step, result.clone_losses, result.gradients)
+    watch = step.options.watch
+    if watch is not None and step.training:
+        _record(watch, step, result.clone_losses, result.gradients)
     bringing_home.assign(result.variables, result.assigned, result.added)
     if step.training and variables:
         model.optimizer.apply_gradients(
@@ -256,8 +258,10 @@ def _train_once(step: Step) -> dict:
         scaled = model.optimizer.scale_loss(loss)
     if variables:
         gradients = tape.gradient(scaled, variables)
-        if step.options.watch is not None:
-            _record(step, _clone_losses(step, outputs), gradients)
+        watch = step.options.watch
+        if watch is not None:
+            losses = _clone_losses(watch, step, outputs)
+            _record(watch, step, losses, gradients)
         model.optimizer.apply_gradients(zip(gradients, variables, strict=True))
     else:
         _warn_of_no_weights()
@@ -265,7 +269,7 @@ def _train_once(step: Step) -> dict:
         return model.compute_metrics(x, y, outputs, sample_weight)
 
 
-def _clone_losses(step: Step, outputs: Any) -> tf.Tensor:
+def _clone_losses(watch: Watch, step: Step, outputs: Any) -> tf.Tensor:
     """Return the loss of each clone's rows by itself, if it is wanted."""
     model, options = step.model, step.options
     num = sharding.enough(step.rows, len(options.clones))
@@ -294,11 +298,11 @@ def _clone_losses(step: Step, outputs: Any) -> tf.Tensor:
     def unwanted() -> tf.Tensor:
         return tf.zeros([num], tf.float64)
 
-    return tf.cond(options.watch.wanted, wanted, unwanted)
+    return tf.cond(watch.wanted, wanted, unwanted)
 
 
-def _record(step: Step, losses: Any, gradients: Any) -> None:
-    step.options.watch.record(
+def _record(watch: Watch, step: Step, losses: Any, gradients: Any) -> None:
+    watch.record(
         losses,
         gradients,
         step.variables.trainable,

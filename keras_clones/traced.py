@@ -7,6 +7,11 @@ import tensorflow as tf
 
 _SAME_VALUES = ("Identity", "Cast", "Reshape")
 _UNIQUE = ("Unique", "UniqueV2")
+# What a function is given, or another one gives back.
+_GIVEN = (
+    *("Placeholder", "IteratorGetNext", "OptionalGetValue"),
+    *("PartitionedCall", "StatefulPartitionedCall"),
+)
 # What passes no gradient on, whatever its inputs are.
 _STOPS = ("StopGradient", "PreventGradient")
 
@@ -70,8 +75,16 @@ def _parts(
 
 def _is_unique(ids: tf.Tensor) -> bool:
     """Say whether ids have each row once."""
-    while ids.op.type in _SAME_VALUES:
-        ids = ids.op.inputs[0]
+    while True:
+        captures = getattr(ids.graph, "captures", ())
+        outer = [out for out, inner in captures if inner is ids]
+        if outer:
+            # A function that runs another backward captures its tensors.
+            ids = outer[0]
+        elif ids.op.type in _SAME_VALUES:
+            ids = ids.op.inputs[0]
+        else:
+            break
     # Gradients of rows that were added up by segments list each row once.
     by_segments = ids.op.type.startswith("SparseSegment")
     return by_segments or ids.op.type in _UNIQUE
@@ -94,6 +107,27 @@ def dependence(sources: Iterable[tf.Tensor]) -> Callable[[tf.Tensor], bool]:
         return False
 
     return depends
+
+
+def comes_from_variables(tensor: tf.Tensor) -> bool:
+    """Say whether a tensor is made of variables, and of no data or numbers.
+
+    In a graph, that is what reads variables, but nothing that a function is
+    given and nothing that is drawn.
+    """
+    reads, stack, seen = False, [tensor], set()
+    while stack:
+        one = stack.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        if one.op.type == "ReadVariableOp":
+            reads = True
+        elif "Random" in one.op.type or one.op.type in _GIVEN:
+            return False
+        else:
+            stack += one.op.inputs
+    return reads
 
 
 def reaching(targets: Sequence[tf.Tensor]) -> set[int]:

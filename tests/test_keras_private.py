@@ -156,7 +156,9 @@ def test_what_a_model_is_made_of():
     assert _keras.layer_metrics(model) == []
     assert _keras.loss_tracker(model).name == "loss"
     assert _keras.has_compiled_metrics(model)
-    assert _keras.num_weight_regularizers(model) == 1
+    (penalty,) = _keras.weight_regularizers(model)
+    kernel = model.layers[-1].kernel
+    assert float(penalty) == float(model.layers[-1].kernel_regularizer(kernel))
 
 
 def test_what_compile_made_of_its_losses():
@@ -208,7 +210,7 @@ def test_losses_are_overridden_in_a_scope(in_graph):
     def overridden():
         with keras.StatelessScope(collect_losses=True):
             model(tf.ones((2, 2)), training=True)
-            assert len(_keras.activity_losses(model)) == 1
+            assert len(_keras.own_losses(model.layers[0])) == 1
             with _keras.overriding_losses(model, [tf.constant(3.0)]):
                 return keras.ops.stack(model.losses)
 
@@ -227,17 +229,144 @@ def test_activity_losses_are_what_they_are_said_to_be():
     np.testing.assert_allclose(loss_of(6) / loss_of(2), ratio, rtol=1e-6)
 
 
-def test_layers_with_scalar_losses():
-    class Adds(keras.layers.Layer):
+def test_losses_of_layers():
+    model = small()
+    layer = model.layers[0]
+    model(tf.ones((2, 2)), training=True)
+    assert _keras.own_losses(model) == []
+    (regularizer,) = _keras.own_losses(layer)
+    added = tf.constant(3.0)
+    _keras.add_own_loss(layer, added)
+    assert _keras.own_losses(layer) == [regularizer, added]
+    assert any(loss is added for loss in model.losses)
+    _keras.clear_losses(model)
+    assert _keras.own_losses(layer) == []
+    assert len(model.losses) == len(_keras.weight_regularizers(model)) == 1
+
+
+@pytest.mark.parametrize("in_graph", [True, False])
+def test_losses_are_cleared_in_a_scope(in_graph):
+    model = small()
+
+    def cleared():
+        with keras.StatelessScope(collect_losses=True):
+            for _ in range(2):
+                model(tf.ones((2, 2)), training=True)
+                model.layers[0].add_loss(tf.ones(()))
+                assert len(_keras.own_losses(model.layers[0])) == 2
+                _keras.clear_losses(model)
+                assert _keras.own_losses(model.layers[0]) == []
+        return tf.ones(())
+
+    (tf.function(cleared) if in_graph else cleared)()
+
+
+class Notes(keras.layers.Layer):
+    """Notes what its calls know of those outside of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def call(self, x):
+        context = dict(_keras.call_context())
+        self.seen.append((context, _keras.in_scope_without_state()))
+        return x
+
+
+def test_what_outer_calls_say():
+    notes = Notes()
+    model = keras.Sequential([notes])
+    assert _keras.call_context() == ()
+    model(tf.ones((2, 2)), training=True)
+    model(tf.ones((2, 2)), training=False)
+    assert [c["training"] for c, _ in notes.seen[-2:]] == [True, False]
+    assert all("entry_layer" not in context for context, _ in notes.seen)
+    assert _keras.call_context() == ()
+
+
+def test_scopes_without_state():
+    assert not _keras.in_scope_without_state()
+    with keras.StatelessScope():
+        assert _keras.in_scope_without_state()
+    notes = Notes()
+    notes(tf.ones((2, 2)))
+    notes(keras.Input((2,)))
+    assert [without for _, without in notes.seen] == [False, True]
+
+
+def test_the_variable_behind_one_that_is_cast():
+    seen = []
+
+    class Reads(keras.layers.Layer):
+        def build(self, shape):
+            self.weight = self.add_weight(shape=())
+
         def call(self, x):
-            self.add_loss(tf.reduce_mean(x))
+            seen.append((self.weight.value, _keras.tf_variable(self.weight)))
             return x
 
-    model = keras.Sequential([keras.Input((2,)), Adds(name="adds")])
-    model.add(keras.layers.Dense(1, activity_regularizer="l2"))
-    with keras.StatelessScope(collect_losses=True):
-        model(tf.ones((2, 2)))
-        assert _keras.layers_with_scalar_losses(model) == ["adds"]
+    layer = Reads(dtype="mixed_bfloat16")
+    layer(tf.ones((2, 2)))
+    ((cast, behind),) = seen
+    assert cast.dtype == tf.bfloat16
+    assert isinstance(behind, tf.Variable) and behind.dtype == tf.float32
+    assert behind is layer.weight.value
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_logits(activation):
+    outputs = keras.layers.Activation(activation)(tf.constant([[1.0, 2.0]]))
+    np.testing.assert_array_equal(_keras.get_logits(outputs), [[1.0, 2.0]])
+    plain = tf.identity(outputs)
+    _keras.set_logits(plain, None)
+    assert _keras.get_logits(plain) is None
+    logits = tf.constant([[5.0, 1.0]])
+    _keras.set_logits(plain, logits)
+    assert _keras.get_logits(plain) is logits
+    loss = {
+        "softmax": keras.losses.categorical_crossentropy,
+        "sigmoid": keras.losses.binary_crossentropy,
+    }[activation]
+    target = tf.constant([[0.0, 1.0]])
+    np.testing.assert_allclose(
+        loss(target, plain), loss(target, logits, from_logits=True)
+    )
+
+
+def test_what_a_call_changes():
+    def changed(layer, function, argument):
+        plain = (bool, int, float, str, type(None))
+        before = dict(vars(layer))
+        function(argument)
+        return {
+            name
+            for name, value in vars(layer).items()
+            if isinstance(value, plain) and value != before.get(name, value)
+        }
+
+    layer = keras.layers.Dense(2, activity_regularizer="l2")
+    built = changed(layer, layer.build, (1, 2))
+    called = changed(layer, layer, tf.ones((1, 2)))
+    assert "built" in built
+    assert called == {"_called"}
+    assert changed(layer, layer, tf.ones((1, 2))) == set()
+    assert set(_keras.CHANGING) == {"built", *called}
+
+
+def test_steps_are_counted():
+    variable = keras.Variable(1.0)
+    optimizer = keras.optimizers.SGD(1.0)
+    optimizer.build([variable])
+    optimizer.apply([tf.ones(())], [variable])
+    assert int(_keras.iterations(optimizer)) == 1
+    _keras.iterations(optimizer).assign(5)
+    assert int(optimizer.iterations) == 5
+    # It does not count a step whose gradients are not finite.
+    scaled = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(1.0))
+    scaled.build([variable])
+    assert _keras.iterations(scaled) is None
+    assert _keras.iterations(None) is None
 
 
 def test_optimizers():
@@ -293,18 +422,6 @@ def test_compute_loss(takes_training):
     assert float(loss) == 9.0
 
 
-def test_a_scope_keeps_what_is_assigned():
-    one = keras.Variable(1.0)
-    with _keras.CloneScope() as scope:
-        assert scope.get_current_value(one) is one._value
-        assert scope.assigned(one) is None
-        one.assign(5.0)
-        assert float(scope.get_current_value(one)) == 5.0
-        assert float(scope.assigned(one)) == 5.0
-        assert scope.assigned_variables() == [one]
-    assert float(one) == 1.0
-
-
 def test_moments_of_batch_normalization():
     layer = keras.layers.BatchNormalization(momentum=0.0, epsilon=0.0)
     x = tf.constant([[1.0], [3.0]])
@@ -351,3 +468,140 @@ def test_functions_are_read_as_graphs():
     graph, names = _tf.function_def_to_graph_def(double.function_def)
     assert any(node.op == "Mul" for node in graph.node)
     assert set(double.function_def.ret.values()) <= set(names)
+
+
+def test_tapes_are_stopped():
+    x = tf.constant(2.0)
+    with (
+        tf.GradientTape(persistent=True) as outer,
+        tf.GradientTape(persistent=True) as inner,
+    ):
+        outer.watch(x)
+        inner.watch(x)
+        with _tf.stop_recording():
+            y = x * 3
+        z = x * 3
+    for tape in (outer, inner):
+        assert tape.gradient(y, x) is None
+        assert float(tape.gradient(z, x)) == 3.0
+
+
+@pytest.mark.parametrize("in_graph", [True, False])
+def test_tapes_are_told_of_an_operation(in_graph):
+    def gradients():
+        x, other = tf.constant(2.0), tf.constant(1.0)
+        given = []
+
+        def backward(*upstream):
+            given.append(upstream)
+            return 7 * upstream[0] + upstream[1], None
+
+        with (
+            tf.GradientTape() as outer,
+            tf.GradientTape(persistent=True) as inner,
+        ):
+            outer.watch(x)
+            inner.watch([x, other])
+            with _tf.stop_recording():
+                y, z = x * 3, x * 5
+            _tf.record_operation("Own", [y, z], [x, other], backward)
+            total = y * 2 + z
+        assert inner.gradient(total, other) is None
+        found = outer.gradient(total, x), inner.gradient(z, x)
+        assert all(len(upstream) == 2 for upstream in given)
+        return found
+
+    run = tf.function(gradients) if in_graph else gradients
+    assert [float(g) for g in run()] == [15.0, 1.0]
+
+
+def test_tapes_that_watch_are_counted():
+    x, other = tf.constant(2.0), tf.constant(1.0)
+    assert _tf.num_watching([x]) == 0
+    with tf.GradientTape() as one:
+        one.watch(x)
+        assert _tf.num_watching([other]) == 0
+        assert _tf.num_watching([other, x]) == 1
+        assert _tf.num_watching([x * 2]) == 1
+        with tf.GradientTape() as two:
+            assert _tf.num_watching([x]) == 1
+            two.watch(x)
+            assert _tf.num_watching([x]) == 2
+        with _tf.stop_recording():
+            assert _tf.num_watching([x]) == 0
+    with tf.GradientTape(persistent=True) as one:
+        one.watch(x)
+        assert _tf.num_watching([x]) == 2
+
+
+def test_tapes_are_told_of_a_variable():
+    variable = tf.Variable(1.0)
+    fixed = tf.Variable(1.0, trainable=False)
+    with tf.GradientTape() as outer, tf.GradientTape() as inner:
+        assert _tf.num_watching([variable.handle]) == 0
+        _tf.variable_accessed(variable)
+        _tf.variable_accessed(fixed)
+        assert _tf.num_watching([variable.handle]) == 2
+        assert _tf.num_watching([fixed.handle]) == 0
+    for tape in (outer, inner):
+        (watched,) = tape.watched_variables()
+        assert watched is variable
+
+
+def test_writes_are_counted():
+    variable, table = tf.Variable(1.0), tf.Variable(tf.ones((2, 2)))
+    counts = []
+
+    @tf.function
+    def reads():
+        return variable + 1.0
+
+    @tf.function
+    def writes():
+        return variable.assign(2.0)
+
+    @tf.function
+    def run(flag):
+        value = tf.identity(variable.read_value())
+        rows = table.read_value()
+
+        def count():
+            counts.append((_tf.num_writes(value), _tf.num_writes(rows)))
+
+        count()
+        variable.read_value(), tf.gather(table, [0]), tf.shape(table)
+        reads()
+        tf.cond(flag, lambda: variable + 1.0, lambda: variable * 2.0)
+        count()
+        variable.assign_add(1.0)
+        count()
+        writes()
+        count()
+        tf.cond(flag, lambda: variable.assign(1.0), lambda: variable + 0.0)
+        count()
+        table.scatter_update(tf.IndexedSlices(tf.ones((1, 2)), [0]))
+        count()
+        return value
+
+    run(tf.constant(True))
+    assert counts == [(0, 0), (0, 0), (1, 0), (2, 0), (3, 0), (3, 1)]
+
+
+def test_living_models_are_found_without_asking_what_they_are():
+    inner = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    outer = keras.Sequential([keras.Input((2,)), inner])
+    found = [id(model) for model in _keras.living_models(outer)]
+    assert {id(inner), id(outer)} <= set(found)
+    assert len(found) == len(set(found))
+
+
+def test_metrics_to_build_are_those_that_keras_has_not_resolved():
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    mine = keras.metrics.MeanSquaredError("of_mine")
+    model.compile("sgd", "mse", metrics=["mae", mine])
+    found = _keras.metrics_to_build(model)
+    assert found[0] is keras.metrics.MeanAbsoluteError
+    assert found[1] is mine
+    x = tf.ones((2, 2))
+    model.train_on_batch(x, tf.ones((2, 1)))
+    assert _keras.metrics_to_build(model) == []

@@ -626,11 +626,6 @@ class Squares(keras.Model):
         return {"squares": loss}
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="rows of a sparse input are squared clone by clone: the operation "
-    "that lists each row once is not seen from the way back",
-)
 def test_sparse_input_with_adam(float64):
     def make():
         x = keras.Input((5,), sparse=True)
@@ -660,11 +655,6 @@ class Banked(keras.Model):
         return {"near": near}
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="where the rows of a batch are known, a tensor with as many is "
-    "taken for rows of it",
-)
 def test_a_bank_of_as_many_rows_as_a_batch(float64):
     rows = tf.data.Dataset.from_tensor_slices(reals(8, 4))
     assert_alike(Banked, rows.batch(8, drop_remainder=True))

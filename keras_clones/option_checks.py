@@ -1,0 +1,65 @@
+"""What is wrong with what `clone_model` is asked for, if anything is."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+
+from keras_clones import _keras, footprint
+from keras_clones.state import POLICIES
+
+_LAYER_LOSSES = ("mean", "sum")
+
+
+def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    """Check that an argument is one of a few."""
+    if not any(value is choice or value == choice for choice in choices):
+        raise ValueError(
+            f"Argument `{name}` must be one of {choices}. "
+            f"Received: {name}={value!r}"
+        )
+
+
+def check_layer_losses(model: keras.Model, value: Any) -> None:
+    """Check what scalars that layers pass to `add_loss` are said to be."""
+    if value is None or (isinstance(value, str) and value in _LAYER_LOSSES):
+        return
+    expected = (
+        "Argument `layer_losses` must be 'mean', 'sum', a dict of layer names "
+        f"to these, or `None`. Received: layer_losses={value!r}"
+    )
+    if isinstance(value, str):
+        raise ValueError(expected)
+    if not _maps_strings(value):
+        raise TypeError(expected)
+    if any(kind not in _LAYER_LOSSES for kind in value.values()):
+        raise ValueError(expected)
+    names = {layer.name for layer in _keras.layers(model)}
+    unknown = sorted(set(value) - names)
+    if unknown and footprint.is_built(model):
+        raise ValueError(
+            f"Argument `layer_losses` names layers {unknown}, which the model "
+            f"does not have. Its layers are {sorted(names)}. "
+            f"Received: layer_losses={dict(value)!r}"
+        )
+
+
+def check_state(value: Any) -> None:
+    """Check what is said of variables that the forward pass assigns."""
+    if value is None:
+        return
+    expected = (
+        "Argument `state` must be a dict of patterns of variables' paths to "
+        f"one of {POLICIES}, such as {{'*/norm/count': 'sum'}}. "
+        f"Received: state={value!r}"
+    )
+    if not _maps_strings(value):
+        raise TypeError(expected)
+    if any(policy not in POLICIES for policy in value.values()):
+        raise ValueError(expected)
+
+
+def _maps_strings(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(part, str) for pair in value.items() for part in pair
+    )
