@@ -25,8 +25,8 @@ def check_layer_losses(model: keras.Model, value: Any) -> None:
     if value is None or (isinstance(value, str) and value in _LAYER_LOSSES):
         return
     expected = (
-        "Argument `layer_losses` must be 'mean', 'sum', a dict of layer names "
-        f"to these, or `None`. Received: layer_losses={value!r}"
+        "Argument `layer_losses` must be one of 'mean', 'sum', a dict of "
+        f"layer names to these, or `None`. Received: layer_losses={value!r}"
     )
     if isinstance(value, str):
         raise ValueError(expected)

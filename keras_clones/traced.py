@@ -242,10 +242,27 @@ def outside_variables(concrete: Any) -> list[tf.Variable]:
     """Return the variables that a function assigns itself."""
     inner = {id(i): o for o, i in concrete.graph.captures}
     assigned = {
-        id(inner[id(op.inputs[0])])
+        id(inner[id(handle)])
         for op in concrete.graph.get_operations()
-        if op.type.startswith(("Assign", "ResourceScatter"))
-        and op.inputs
-        and id(op.inputs[0]) in inner
+        for handle in _assigned(op)
+        if id(handle) in inner
     }
     return [v for v in concrete.graph.variables if id(v.handle) in assigned]
+
+
+def _assigned(op: tf.Operation) -> Sequence[tf.Tensor]:
+    """Return what an operation assigns, also within a branch or a loop."""
+    if op.type.startswith(("Assign", "ResourceScatter")):
+        return list(op.inputs)[:1]
+    if not op.type.endswith(("If", "Case", "While", "PartitionedCall")):
+        return []
+    # TensorFlow notes on such an operation which resources it only reads.
+    try:
+        read = op.get_attr("_read_only_resource_inputs")
+    except ValueError:
+        return []
+    return [
+        tensor
+        for i, tensor in enumerate(op.inputs)
+        if tensor.dtype == tf.resource and i not in read
+    ]

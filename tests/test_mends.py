@@ -128,10 +128,33 @@ class Pos(keras.layers.Layer):
         return x * 2
 
 
+class Reading(Pos):
+    """Reads its count in a branch, and assigns nothing."""
+
+    def call(self, x):
+        return tf.cond(self.calls > 0, lambda: x + 1.0, lambda: x * 2.0)
+
+
+class InBranch(Pos):
+    def call(self, x):
+        def count():
+            return self.calls.assign_add(1)
+
+        tf.cond(tf.reduce_sum(x) > 0, count, self.calls.read_value)
+        return x * 2
+
+
 @BOTH_STEPS
-def test_a_raw_variable_that_a_layer_assigns_is_named(kind, float64):
-    with pytest.warns(UserWarning, match=r"Pos\.calls.*add_weight"):
-        fit(lambda: model_of(Pos(), kind), 3)
+@pytest.mark.parametrize("layer", [Pos, InBranch])
+def test_a_raw_variable_that_a_layer_assigns_is_named(layer, kind, float64):
+    name = layer.__name__
+    with pytest.warns(UserWarning, match=rf"{name}\.calls.*add_weight"):
+        fit(lambda: model_of(layer(), kind), 3)
+
+
+@BOTH_STEPS
+def test_a_raw_variable_that_is_only_read_is_no_matter(kind, float64, strictly):
+    assert_same(lambda: model_of(Reading(), kind))
 
 
 class Writing(keras.layers.Layer):
