@@ -110,8 +110,8 @@ class Deployment:
         Args:
             batch_size: Integer, the rows of the global batch.
         """
-        num_shards = len(self.clones) if batch_size >= len(self.clones) else 1
-        fractions = self.fractions if num_shards > 1 else None
+        num_shards = sharding.enough(batch_size, len(self.clones))
+        fractions = self.fractions if num_shards == len(self.clones) else None
         if self.balance is not None and fractions is not None:
             fractions = fractions.numpy().tolist()
         sizes = sharding.shard_sizes(batch_size, num_shards, fractions)

@@ -57,7 +57,7 @@ def test_deployment_tells_the_clones_and_devices():
     assert made.inputs_device == "/device:CPU:0"
     assert made.optimizer_device == "/device:CPU:0"
     assert made.shard_sizes(8) == [3, 3, 2]
-    assert made.shard_sizes(2) == [2, 0, 0]
+    assert made.shard_sizes(2) == [1, 1, 0]
     assert "CPU:2" in repr(made)
     assert deployment(cases.mlp()) is None
 
@@ -368,13 +368,13 @@ def test_rank_0_inputs_go_to_every_clone(float64):
     assert cases.difference(*results) < 1e-12
 
 
-def test_an_output_without_a_batch_axis_is_refused():
+def test_an_output_that_clones_cannot_join_is_refused():
     class Total(keras.Model):
         def call(self, x):
-            return keras.ops.sum(x)
+            return keras.ops.sum(x, axis=0)
 
     model = clone_model(Total(), 2)
-    with pytest.raises(ValueError, match="to have a batch axis"):
+    with pytest.raises(ValueError, match="to have the rows of its input"):
         model.predict(np.ones((4, 2)), verbose=0)
 
 
