@@ -59,7 +59,10 @@ def fake_cells(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ("--models mlp,vgg", "mlp,cnn,transformer,wide,embedding,mobilenet"),
+        (
+            "--models mlp,vgg",
+            "mlp,cnn,own,transformer,wide,embedding,mobilenet",
+        ),
         ("--models=", "mlp,cnn"),
         ("--models mlp,mlp", "once"),
         ("--against horovod", "plain,mirrored,central"),
