@@ -141,7 +141,24 @@ def warn_of_inexact_state(
     metrics = {
         id(v): m for m in _keras.layer_metrics(model) for v in m.variables
     }
-    inexact = [v for v in unknown if id(v) not in metrics]
+    _warn_of_unknown([v for v in unknown if id(v) not in metrics])
+    not_sums = {
+        metrics[i].name
+        for i in ids & metrics.keys()
+        if not isinstance(metrics[i], _SUMS)
+    }
+    if not_sums:
+        warnings.warn(
+            f"Metrics {sorted(not_sums)} are updated in a layer, by each "
+            "clone with its own shard, and what they add is added up. That "
+            "is exact for a metric whose state is a sum. Update any other "
+            "in `compute_metrics`, which sees the global batch.",
+            stacklevel=1,
+        )
+
+
+def _warn_of_unknown(inexact: Sequence[keras.Variable]) -> None:
+    """Warn of variables of which nothing says how their values merge."""
     floats = [v.path for v in inexact if keras.backend.is_float_dtype(v.dtype)]
     if floats:
         warnings.warn(
@@ -161,19 +178,6 @@ def warn_of_inexact_state(
             "count of rows counts the first clone's. Make the variable with "
             "`aggregation='sum'` to add up what the clones add, or say it "
             f"here: `clone_model(..., state={{{counts[0]!r}: 'sum'}})`.",
-            stacklevel=1,
-        )
-    not_sums = {
-        metrics[i].name
-        for i in ids & metrics.keys()
-        if not isinstance(metrics[i], _SUMS)
-    }
-    if not_sums:
-        warnings.warn(
-            f"Metrics {sorted(not_sums)} are updated in a layer, by each "
-            "clone with its own shard, and what they add is added up. That "
-            "is exact for a metric whose state is a sum. Update any other "
-            "in `compute_metrics`, which sees the global batch.",
             stacklevel=1,
         )
 

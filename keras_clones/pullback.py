@@ -47,7 +47,7 @@ class Run(NamedTuple):
     output: call_tower.CallOutput
     notes: Any
     residuals: Any = ()
-    tape: tf.GradientTape | None = None
+    tape: Any = None
     extra: tuple[tf.Variable, ...] = ()
 
 
@@ -275,10 +275,10 @@ class _Backward(NamedTuple):
         sources = [*known, *floating(inputs.data), *self.extra]
         if all(g is None for g in upstream):
             return [None] * len(sources)
-        if run.tape is None:
-            assert self.made.backward is not None  # where no tape runs it
+        backward = self.made.backward
+        if backward is not None:
             return call_tower.run_backward(
-                self.made.backward, inputs, run.residuals, values, upstream
+                backward, inputs, run.residuals, values, upstream
             )
         pairs = zip(values, upstream, strict=True)
         found = _gradient(
