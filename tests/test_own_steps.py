@@ -13,7 +13,7 @@ import tensorflow as tf
 from keras import layers as L  # noqa: N812
 from keras import ops
 
-from keras_clones import clone_model
+from keras_clones import clone_model, deployment, sharded_call
 
 
 class Logged(keras.Sequential):
@@ -835,3 +835,44 @@ def test_two_threads_share_a_frozen_teacher(float64):
     assert cases.difference(*found) < 1e-10
     assert Student.seen and all(one == before for one in Student.seen)
     assert keras_classes() == before
+
+
+def test_a_step_runs_on_the_first_clone_and_updates_at_home(
+    monkeypatch, float64
+):
+    noted = []
+    options = deployment(clone_model(cases.make("mlp"), 2)).step_options()
+    on_gpu = options.clones[0]._replace(device="/device:GPU:0")
+    assert sharded_call.device_of_step(options) == "/device:CPU:0"
+    options = options._replace(clones=(on_gpu, *options.clones[1:]))
+    assert sharded_call.device_of_step(options) == "/device:GPU:0"
+
+    class Noted(keras.optimizers.SGD):
+        def apply(self, grads, trainable_variables=None):
+            noted.append(tf.zeros([]).device)
+            super().apply(grads, trainable_variables)
+
+    class Own(keras.Sequential):
+        def train_step(self, data):
+            noted.append(tf.zeros([]).device)
+            return super().train_step(data)
+
+    def train(cloned):
+        keras.utils.set_random_seed(3)
+        model = Own([keras.Input((6,)), keras.layers.Dense(3, "softmax")])
+        if cloned:
+            clone_model(model, devices=["CPU:1", "CPU:2"])
+        model.compile(Noted(0.1), "sparse_categorical_crossentropy")
+        x, y = cases.arrays(10)["mlp"]
+        model.fit(x, y, batch_size=7, shuffle=False, verbose=0)
+        return cases.weights(model)
+
+    plain = train(False)
+    # Logical CPUs stand for GPUs.
+    monkeypatch.setattr(
+        sharded_call, "device_of_step", lambda options: "/device:CPU:1"
+    )
+    noted.clear()
+    assert cases.difference(plain, train(True)) < 1e-10
+    assert {device[-5:] for device in noted[::2]} == {"CPU:1"}
+    assert {device[-5:] for device in noted[1::2]} == {"CPU:0"}
