@@ -1,6 +1,6 @@
 """How what a layer returns and leaves behind is joined from the clones."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -145,6 +145,14 @@ class Joining:
         if self._is_alike(value):
             return "first"
         raise ValueError(unlike(self._layer, value.shape))
+
+
+def check_same(layer: keras.Layer, column: Sequence[Any]) -> None:
+    """Refuse, outside of a graph, what differs by clone and has no rows."""
+    first = column[0]
+    for other in column[1:]:
+        if first.shape != other.shape or not tf.reduce_all(first == other):
+            raise ValueError(unlike(layer, first.shape))
 
 
 def unlike(layer: keras.Layer, shape: Any) -> str:

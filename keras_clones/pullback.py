@@ -167,7 +167,7 @@ def _join(layer: keras.Layer, runs: Sequence[Run]) -> list[Any]:
     joined = []
     for kind, column in zip(runs[0].notes.kinds, columns, strict=True):
         if kind == "same" and len(column) > 1:
-            _check_same(layer, column)
+            joining.check_same(layer, column)
         if len(column) == 1 or kind in ("first", "same"):
             joined.append(column[0])
         elif kind == "rows":
@@ -175,14 +175,6 @@ def _join(layer: keras.Layer, runs: Sequence[Run]) -> list[Any]:
         else:
             joined.append(tf.add_n(column))
     return joined
-
-
-def _check_same(layer: keras.Layer, column: Sequence[Any]) -> None:
-    """Refuse, outside of a graph, what differs by clone and has no rows."""
-    first = column[0]
-    for other in column[1:]:
-        if first.shape != other.shape or not tf.reduce_all(first == other):
-            raise ValueError(joining.unlike(layer, first.shape))
 
 
 def _record(
@@ -269,6 +261,10 @@ class _Backward(NamedTuple):
         return self._merge(pulled, data, leaves, splitting)
 
     def _pull_clone(self, i: int, upstream: list[Any]) -> list[Any]:
+        with tf.name_scope("backward_pass"):
+            return self._run_back(i, upstream)
+
+    def _run_back(self, i: int, upstream: list[Any]) -> list[Any]:
         inputs, run = self.layout.inputs[i], self.runs[i]
         values = floating(run.output.values)
         known = call_tower.wanted(self.sharded.body, inputs)

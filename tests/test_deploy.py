@@ -375,7 +375,7 @@ def test_an_output_that_clones_cannot_join_is_refused():
 
     model = clone_model(Total(), 2)
     with pytest.raises(ValueError, match="to have the rows of its input"):
-        model.predict(np.ones((4, 2)), verbose=0)
+        model.predict(np.ones((6, 2)), verbose=0)
 
 
 def homes(model):
