@@ -148,7 +148,9 @@ def _clone_losses(
             tf.math.divide_no_nan(part, tf.cast(inputs.numbers[0], part.dtype))
             for inputs, part in zip(layout.inputs, parts, strict=True)
         ]
-        return tf.stack([tf.cast(loss, tf.float64) for loss in found])
+        # The last clones have no rows where there are few.
+        with_rows = tf.minimum(step.rows, len(found))
+        return tf.stack([tf.cast(x, tf.float64) for x in found])[:with_rows]
 
     def none() -> tf.Tensor:
         return tf.zeros([len(results)], tf.float64)

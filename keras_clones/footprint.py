@@ -12,8 +12,9 @@ from keras_clones.options import StepOptions
 from keras_clones.plan import Plan, plan_step
 from keras_clones.state import Variables, model_variables
 
-# What a clone gets besides: its share of the rows and the loss scale.
-_SHARE = 16
+# What a clone gets besides: its share of the rows, the loss scale and its
+# index.
+_SHARE = 24
 # What Keras makes of whole numbers from NumPy: int64.
 _CLASS = 8
 # What `Embedding` makes of its ids: int32.

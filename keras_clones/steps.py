@@ -293,7 +293,8 @@ def _clone_losses(watch: Watch, step: Step, outputs: Any) -> tf.Tensor:
 
     def wanted() -> tf.Tensor:
         nest = (x, y, outputs, sample_weight, masks)
-        return tf.stack([loss(s) for s in sharding.split_rows(nest, shards)])
+        found = [loss(shard) for shard in sharding.split_rows(nest, shards)]
+        return tf.stack(found)[: tf.minimum(step.rows, num)]
 
     def unwanted() -> tf.Tensor:
         return tf.zeros([num], tf.float64)

@@ -162,7 +162,7 @@ def test_summary_has_the_bytes_of_every_part(capsys):
     assert found["clone_2"][0][:5] == [
         *("/device:CPU:2", "3", "652 B", "652 B", shard)
     ]
-    assert found["clone_2"][0][5] == f"about {readable(652 + 16 + 16 + 96)}"
+    assert found["clone_2"][0][5] == f"about {readable(652 + 16 + 24 + 96)}"
     [[at_clone]] = [row for row in found["/device:CPU:2"] if len(row) == 1]
     assert at_clone == readable(2 * 652 + 96)
     [[at_home]] = [row for row in found[home] if len(row) == 1]
@@ -198,7 +198,7 @@ def test_rows_of_no_fixed_size_are_not_known(capsys):
     assert found["trainable variables"][0][1] == "1.28 MB"
     assert found["global batch"][0][1] == "not known"
     # Its table stays home: the seed's 16 bytes and the share's go for sure.
-    assert found["clone_1"][0][-2] == "about 32 B + the shard's"
+    assert found["clone_1"][0][-2] == "about 40 B + the shard's"
 
 
 def test_summary_of_a_step_of_the_models_own(capsys):
@@ -217,7 +217,7 @@ def test_clones_without_rows_move_nothing(capsys):
     model = cases.compiled("mlp", clone_model(cases.mlp(), 4))
     deployment(model).summary(batch_size=2)
     found = cells(capsys.readouterr().out)
-    assert [found[f"clone_{i}"][0][1] for i in range(4)] == [*"2000"]
+    assert [found[f"clone_{i}"][0][1] for i in range(4)] == [*"1100"]
     assert found["clone_3"][0][-2:] == ["0 B", "0 B"]
 
 
