@@ -41,6 +41,8 @@ class CallNotes(NamedTuple):
     `kinds` says how each value joins: `"rows"`, `"sum"` of the clones' parts,
     or `"first"` of values that are alike. `finish` makes what the layer
     returns of the joined values, and leaves on layers what it leaves.
+    `backward` says how to run the traced call backward, and `extra` has the
+    variables of nobody that it uses.
     """
 
     assigned: list[keras.Variable]
@@ -48,6 +50,8 @@ class CallNotes(NamedTuple):
     seen: list[keras.Variable]
     kinds: list[str]
     finish: Callable[[list[Any]], Any]
+    backward: "Backward | None" = None
+    extra: Sequence[tf.Variable] = ()
 
 
 class Body:
@@ -179,7 +183,7 @@ class CallTower(NamedTuple):
 
     tower: exchange.TracedTower
     backward: Backward | None
-    extra: list[tf.Variable]
+    extra: Sequence[tf.Variable]
 
     @property
     def is_closed(self) -> bool:
@@ -227,7 +231,6 @@ def trace(
         in_graph: Boolean, whether it is traced also outside of a graph.
             Defaults to `False`: there the Python function itself runs.
     """
-    found: dict[str, Any] = {"backward": None, "extra": []}
     options = exchange.function_options(inline, jit_compile)
 
     def with_residuals(inputs: TowerInput) -> tuple[Any, Any]:
@@ -237,9 +240,11 @@ def trace(
             output, notes = body(inputs)
         residuals: list[tf.Tensor] = []
         if watched and floating(output.values):
-            found["backward"], found["extra"], residuals = _trace_backward(
+            # In the notes, it stays with the trace that it belongs to.
+            backward, extra, residuals = _trace_backward(
                 body, inputs, output, tape, options
             )
+            notes = notes._replace(backward=backward, extra=extra)
         return (output, residuals), notes
 
     made = exchange.callable_tower(
@@ -251,7 +256,7 @@ def trace(
     if jit_compile and watched and traced.has_loops(tower.concrete):
         # What a loop keeps to run backward cannot leave what XLA compiles.
         return trace(body, layout, watched, False, inline)
-    return CallTower(tower, found["backward"], found["extra"])
+    return CallTower(tower, tower.notes.backward, tower.notes.extra)
 
 
 def _trace_backward(

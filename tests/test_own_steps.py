@@ -876,3 +876,44 @@ def test_a_step_runs_on_the_first_clone_and_updates_at_home(
     assert cases.difference(plain, train(True)) < 1e-10
     assert {device[-5:] for device in noted[::2]} == {"CPU:1"}
     assert {device[-5:] for device in noted[1::2]} == {"CPU:0"}
+
+
+def test_the_way_back_is_of_the_trace_that_runs(float64):
+    """State that looks alike is looked at again, in a trace of any size."""
+
+    class Counting(L.Layer):
+        def build(self, shape):
+            self.n = self.add_weight(
+                shape=(), initializer="zeros", trainable=False
+            )
+
+        def call(self, x):
+            self.n.assign(self.n + 1.0)
+            flat = tf.reshape(x, [tf.shape(x)[0], 20])
+            return flat + tf.reduce_mean(flat, axis=1, keepdims=True)
+
+    class Own(keras.Model):
+        def train_step(self, data):
+            x, y = data
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_mean(tf.square(self(x, training=True) - y))
+            weights = self.trainable_variables
+            self.optimizer.apply(tape.gradient(loss, weights), weights)
+            return {"own": loss}
+
+    rng = np.random.default_rng(0)
+    pairs = rng.normal(size=(12, 4, 3)), rng.normal(size=(12, 1))
+    data = tf.data.Dataset.from_tensor_slices(pairs)
+    data = data.batch(6, drop_remainder=True)
+    trained = []
+    for num_clones in (None, 3):
+        keras.utils.set_random_seed(1)
+        inputs = keras.Input((4, 3))
+        x = L.SpectralNormalization(L.Dense(5, "tanh"))(inputs)
+        model = Own(inputs, L.Dense(1)(Counting()(x)))
+        if num_clones:
+            clone_model(model, num_clones)
+        model.compile("adam")
+        model.fit(data, epochs=2, verbose=0)
+        trained.append(cases.weights(model))
+    assert cases.difference(*trained) < 1e-10
