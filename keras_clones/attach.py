@@ -25,7 +25,6 @@ from keras_clones.state import model_variables
 from keras_clones.watch import Watch
 
 _LOSSES = ("auto", "clones", "gather")
-_BATCH_NORMS = ("mean", "first", "sync")
 _STEPS = ("train_step", "test_step", "predict_step")
 _MAKERS = ("make_train_function", "make_test_function", "make_predict_function")
 # The underscores keep it out of what Keras walks through to save a model.
@@ -40,9 +39,13 @@ def clone_model(
     clone_on_cpu: bool = False,
     config: DeploymentConfig | None = None,
     loss: str = "auto",
-    batch_norm: str = "mean",
+    batch_norm: str | None = None,
+    random: str | None = None,
     layer_losses: str | Mapping[str, str] | None = None,
     state: Mapping[str, str] | None = None,
+    whole: Sequence[str | keras.Layer | type] = (),
+    exact: bool = False,
+    check_rows: bool = True,
     jit_compile: bool | str = "auto",
     shares: Sequence[float] | str | None = None,
 ) -> keras.Model:
@@ -76,7 +79,12 @@ def clone_model(
             are averaged over the clones by their rows, or taken from the
             first clone. `"sync"` normalizes over the global batch, as one
             device does and as a layer made with `synchronized=True` always
-            does; XLA compiles no clone then. Defaults to `"mean"`.
+            does; XLA compiles no clone then. Defaults to `None`: `"mean"`, or
+            `"sync"` where `exact=True`.
+        random: String, what layers draw at random. `"clones"` lets each clone
+            draw numbers of its own, `"global"` gives it those that one device
+            draws for its rows. Defaults to `None`: `"clones"`, or `"global"`
+            where `exact=True`.
         layer_losses: String, `"mean"` or `"sum"`: what the scalars that layers
             pass to `add_loss` are of the rows of a batch. Or a dict of layer
             names to these, such as `{"vq": "sum"}`. Activity regularizers
@@ -92,6 +100,16 @@ def clone_model(
             clone assigns alike is assigned; else floating values are
             averaged and the first clone's whole numbers count, with a
             warning that names the variables.
+        whole: List of layers whose `call` sees the global batch, each by its
+            name, as an object, or by its class. It runs once, on the first
+            clone's device; the layers inside of it and around it go on being
+            cloned. Defaults to none.
+        exact: Boolean, whether to refuse, with the layer's name, whatever
+            could train to other weights than one device does. Includes
+            `batch_norm="sync"` and `random="global"`. Defaults to `False`.
+        check_rows: Boolean, whether the first training step looks once
+            whether layers that are not Keras's own mix the rows of a batch,
+            and warns of those that do. Defaults to `True`.
         jit_compile: Boolean, whether XLA compiles the function that each
             clone runs. Defaults to `"auto"`: on GPUs, if the model supports
             it, or where `compile` got `jit_compile=True`.
@@ -124,7 +142,9 @@ def clone_model(
     """
     _check_model(model)
     option_checks.check_choice("loss", loss, _LOSSES)
-    option_checks.check_choice("batch_norm", batch_norm, _BATCH_NORMS)
+    batch_norm, random = option_checks.resolve_exact(
+        exact, batch_norm, random, loss, check_rows
+    )
     option_checks.check_layer_losses(model, layer_losses)
     option_checks.check_state(state)
     option_checks.check_choice(
@@ -149,6 +169,10 @@ def clone_model(
         checked,
         model,
         state,
+        random=random,
+        whole=tuple(whole),
+        exact=exact,
+        check_rows=check_rows,
     )
     _attach(model, made)
     return model

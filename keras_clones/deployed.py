@@ -28,6 +28,11 @@ class Deployment:
             these, or `None`.
         state: Dict of patterns of variables' paths to `"mean"`, `"sum"`,
             `"first"`, `"max"` or `"min"`, how the clones' values merge.
+        random: String, `"clones"` or `"global"`, whose draws layers get.
+        whole: Tuple of the layers that see the global batch, as they were
+            given.
+        exact: Boolean, whether what could differ from one device is refused.
+        check_rows: Boolean, whether layers that mix rows are looked for.
         jit_compile: Boolean or `"auto"`, whether XLA compiles each clone.
         shares: Tuple of the clones' shares of the rows, which add up to 1,
             `"auto"`, or `None` for even ones.
@@ -44,6 +49,11 @@ class Deployment:
         shares: tuple[float, ...] | str | None = None,
         model: keras.Model | None = None,
         state: Mapping[str, str] | None = None,
+        *,
+        random: str = "clones",
+        whole: tuple[Any, ...] = (),
+        exact: bool = False,
+        check_rows: bool = True,
     ) -> None:
         self.config = config
         self.clones = clones
@@ -56,6 +66,10 @@ class Deployment:
             layer_losses = dict(layer_losses)
         self.layer_losses = layer_losses
         self.state = dict(state or {})
+        self.random = random
+        self.whole = whole
+        self.exact = exact
+        self.check_rows = check_rows
         self.jit_compile = jit_compile
         self.shares = shares
         self.balance = None
@@ -88,6 +102,10 @@ class Deployment:
             shares=self.fractions,
             balance=self.balance,
             towers=self.towers,
+            random=self.random,
+            whole=self.whole,
+            exact=self.exact,
+            check_rows=self.check_rows,
             watch=watch.join(self.watches.values()),
         )
 

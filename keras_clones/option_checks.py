@@ -20,6 +20,37 @@ def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
         )
 
 
+def resolve_exact(
+    exact: Any, batch_norm: Any, random: Any, loss: Any, check_rows: Any
+) -> tuple[str, str]:
+    """Return the policies of normalization and of random draws.
+
+    Raises:
+        ValueError: If a value is not one of a few, or `exact=True` is
+            contradicted.
+    """
+    check_choice("exact", exact, (True, False))
+    check_choice("check_rows", check_rows, (True, False))
+    batch_norms = (None, "mean", "first", "sync")
+    check_choice("batch_norm", batch_norm, batch_norms)
+    check_choice("random", random, (None, "clones", "global"))
+    if not exact:
+        return batch_norm or "mean", random or "clones"
+    for name, value, needed in (
+        ("batch_norm", batch_norm, (None, "sync")),
+        ("random", random, (None, "global")),
+        ("loss", loss, ("auto", "gather")),
+        ("check_rows", check_rows, (True,)),
+    ):
+        if value not in needed:
+            raise ValueError(
+                f"Argument `exact=True` needs `{name}={needed[-1]!r}`, which "
+                f"it includes: leave `{name}` out, or pass `exact=False`. "
+                f"Received: exact=True, {name}={value!r}"
+            )
+    return "sync", "global"
+
+
 def check_layer_losses(model: keras.Model, value: Any) -> None:
     """Check what scalars that layers pass to `add_loss` are said to be."""
     if value is None or (isinstance(value, str) and value in _LAYER_LOSSES):

@@ -17,6 +17,9 @@ class StepOptions(NamedTuple):
     even ones. `balance` measures them while the model trains. `watch` gets
     what training steps come to, if anything wants to know. `towers` keeps
     the traced towers of calls while a step function is traced again.
+    `random` says whose draws layers get, `whole` which layers see the global
+    batch, `exact` whether what could differ from one device is refused, and
+    `check_rows` whether layers that mix rows are looked for.
     """
 
     clones: tuple[Clone, ...]
@@ -30,6 +33,10 @@ class StepOptions(NamedTuple):
     balance: Balance | None = None
     watch: Watch | None = None
     towers: dict[Any, Any] = {}  # noqa: RUF012
+    random: str = "clones"
+    whole: tuple[Any, ...] = ()
+    exact: bool = False
+    check_rows: bool = True
 
     @property
     def policies(self) -> Policies:
