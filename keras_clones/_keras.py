@@ -162,6 +162,12 @@ def loss_tracker(model: keras.Model) -> keras.metrics.Mean:
     return model._loss_tracker
 
 
+def compiled_parts(model: keras.Model) -> list[Any]:
+    """Return what a first step builds of the compiled losses and metrics."""
+    parts = (model._compile_loss, model._compile_metrics)
+    return [part for part in parts if part is not None]
+
+
 def loss_trackers(model: keras.Model) -> list[keras.metrics.Mean]:
     """Return the metrics behind the logged losses of single outputs."""
     return [] if model._compile_loss is None else model._compile_loss.metrics
@@ -306,9 +312,8 @@ def overriding_losses(model: keras.Model, losses: list[Any]) -> Iterator[None]:
 
 def is_built(model: keras.Model) -> bool:
     """Say whether every layer, the compiled loss and the metrics are built."""
-    compiled = (model._compile_loss, model._compile_metrics)
     return all(layer.built for layer in layers(model)) and all(
-        part is None or part.built for part in compiled
+        part.built for part in compiled_parts(model)
     )
 
 

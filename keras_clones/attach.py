@@ -10,7 +10,6 @@ import tensorflow as tf
 from keras_clones import (
     _keras,
     balance,
-    build,
     checks,
     errors,
     exactness,
@@ -150,7 +149,9 @@ def clone_model(
     option_checks.check_choice(
         "jit_compile", jit_compile, (True, False, "auto")
     )
-    config = _choose_config(config, num_clones, devices, clone_on_cpu)
+    config = option_checks.choose_config(
+        config, num_clones, devices, clone_on_cpu
+    )
     checked = balance.check_shares(shares, config.num_clones)
     if checked == "auto" and exactness.overrides(model, "train_step"):
         raise ValueError(
@@ -294,8 +295,6 @@ def _guarded(
 
     def step_function(*args: Any) -> Any:
         try:
-            if name == "train_function":
-                build.build_ahead(model, made.variables_device)
             result = function(*args)
             made.report_balance()
             return result
@@ -382,27 +381,3 @@ def _check_model(model: keras.Model) -> None:
             "it again outside of `strategy.scope()`."
         )
     checks.check_no_strategy()
-
-
-def _choose_config(
-    config: Any,
-    num_clones: int | None,
-    devices: Sequence[str] | None,
-    clone_on_cpu: bool,
-) -> DeploymentConfig:
-    """Return the config that is given, or one of the arguments beside it."""
-    if config is None:
-        return placement.choose_config(num_clones, devices, clone_on_cpu)
-    if not isinstance(config, DeploymentConfig):
-        raise TypeError(
-            "Argument `config` must be a `DeploymentConfig`. "
-            f"Received: config={config!r}"
-        )
-    if num_clones is not None or devices is not None or clone_on_cpu:
-        raise ValueError(
-            "Argument `config` takes the place of `num_clones`, `devices` and "
-            "`clone_on_cpu`: pass either it or them. "
-            f"Received: num_clones={num_clones}, devices={devices}, "
-            f"clone_on_cpu={clone_on_cpu}, config={config}"
-        )
-    return config

@@ -1,14 +1,32 @@
 """Build what a model lacks before its clones run: they make no variables."""
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from keras_clones import _keras, exactness, placement
+from keras_clones import _keras, placement
 from keras_clones.options import StepOptions
+
+
+@contextlib.contextmanager
+def outside(home: str) -> Iterator[None]:
+    """Make variables at home, and outside of what is being traced.
+
+    TensorFlow traces a function twice that makes variables, and most of the
+    time of a first step goes into its trace.
+    """
+
+    def at_once(make: Callable[..., Any], **kwargs: Any) -> tf.Variable:
+        kwargs["experimental_enable_variable_lifting"] = False
+        return make(**kwargs)
+
+    at_home = tf.device(home)
+    with tf.init_scope(), at_home, tf.variable_creator_scope(at_once):
+        yield
 
 
 def build(model: keras.Model, batch: Any, home: str, training: bool) -> None:
@@ -20,7 +38,7 @@ def build(model: keras.Model, batch: Any, home: str, training: bool) -> None:
         home: Device string, where variables live.
         training: Boolean, whether the optimizer is needed, too.
     """
-    with tf.init_scope(), tf.device(home):
+    with outside(home):
         if not _keras.is_built(model):
             _look_at(functools.partial(_rehearse, model), *batch)
         if training:
@@ -45,7 +63,7 @@ def build_by_call(
             with keras.StatelessScope(), keras.SymbolicScope():
                 method(*args, **kwargs)
 
-        with tf.init_scope(), tf.device(home):
+        with outside(home):
             _look_at(rehearse, args, kwargs)
     placement.move_variables(layer.variables, home)
 
@@ -57,19 +75,6 @@ def _look_at(function: Callable[..., None], *args: Any) -> None:
     )
     rehearsal = tf.function(function, autograph=False)
     rehearsal.get_concrete_function(*types)
-
-
-def build_ahead(model: keras.Model, home: str) -> None:
-    """Create at home the optimizer's variables, if the model has its own.
-
-    TensorFlow traces a function twice that creates variables, and most of the
-    time of a first step goes into its trace. So what can be built is built
-    before. A step of the user's own says itself what its optimizer updates.
-    """
-    known = all(layer.built for layer in _keras.layers(model))
-    if known and not exactness.overrides(model, "train_step"):
-        with tf.device(home):
-            build_optimizer(model)
 
 
 def build_optimizer(model: keras.Model) -> None:

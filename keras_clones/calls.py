@@ -15,7 +15,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_clones import _keras, sharded_call
+from keras_clones import _keras, build, sharded_call
 from keras_clones.options import StepOptions
 
 _METHODS = ("call", "quantized_call")
@@ -54,9 +54,7 @@ def run(
     with contextlib.ExitStack() as stack:
         stack.enter_context(tf.device(device))
         stack.enter_context(_swapped(layers))
-        if device != options.home:
-            optimizers = _keras.optimizers(model)
-            stack.enter_context(_at_home(optimizers, options.home))
+        stack.enter_context(_at_home(model, device, options.home))
         _active.calls = sharded_call.Calls(model, options, training)
         stack.callback(setattr, _active, "calls", held)
         return step()
@@ -124,25 +122,46 @@ class _Seen:
 
 
 @contextlib.contextmanager
-def _at_home(optimizers: Sequence[Any], home: str) -> Iterator[None]:
-    """Let optimizers apply gradients where the variables are."""
+def _at_home(model: keras.Model, device: str, home: str) -> Iterator[None]:
+    """Let what a step makes and updates of the model be at home."""
 
-    def wrap(apply: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(apply)
-        def at_home(*args: Any, **kwargs: Any) -> Any:
-            with tf.device(home):
-                return apply(*args, **kwargs)
+    def make(method: Any, *args: Any, **kwargs: Any) -> Any:
+        with build.outside(home):
+            return method(*args, **kwargs)
 
-        return at_home
+    def apply(method: Any, *args: Any, **kwargs: Any) -> Any:
+        with tf.device(home):
+            return method(*args, **kwargs)
 
-    found = {id(optimizer): optimizer for optimizer in optimizers}.values()
-    held = [(one, vars(one).get("apply")) for one in found]
-    for optimizer in found:
-        vars(optimizer)["apply"] = wrap(optimizer.apply)
+    with contextlib.ExitStack() as stack:
+        optimizers = _keras.optimizers(model)
+        layers = [layer for layer in _keras.layers(model) if not layer.built]
+        parts = [*optimizers, *_keras.compiled_parts(model), *layers]
+        for one in _apart(parts):
+            stack.enter_context(_around(one, "build", make))
+        for one in _apart(optimizers) if device != home else []:
+            stack.enter_context(_around(one, "apply", apply))
+        yield
+
+
+def _apart(found: Sequence[Any]) -> list[Any]:
+    return list({id(one): one for one in found}.values())
+
+
+@contextlib.contextmanager
+def _around(
+    owner: Any, name: str, function: Callable[..., Any]
+) -> Iterator[None]:
+    """Call a function with a method, in place of the method, of one object."""
+    own = vars(owner).get(name)
+    method = getattr(owner, name)
+    vars(owner)[name] = functools.wraps(method)(
+        functools.partial(function, method)
+    )
     try:
         yield
     finally:
-        for optimizer, own in held:
-            del vars(optimizer)["apply"]
-            if own is not None:
-                vars(optimizer)["apply"] = own
+        if own is None:
+            vars(owner).pop(name, None)
+        else:
+            vars(owner)[name] = own

@@ -1,11 +1,12 @@
 """What is wrong with what `clone_model` is asked for, if anything is."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
 
-from keras_clones import _keras, footprint
+from keras_clones import _keras, footprint, placement
+from keras_clones.config import DeploymentConfig
 from keras_clones.state import POLICIES
 
 _LAYER_LOSSES = ("mean", "sum")
@@ -94,3 +95,27 @@ def _maps_strings(value: Any) -> bool:
     return isinstance(value, Mapping) and all(
         isinstance(part, str) for pair in value.items() for part in pair
     )
+
+
+def choose_config(
+    config: Any,
+    num_clones: int | None,
+    devices: Sequence[str] | None,
+    clone_on_cpu: bool,
+) -> DeploymentConfig:
+    """Return the config that is given, or one of the arguments beside it."""
+    if config is None:
+        return placement.choose_config(num_clones, devices, clone_on_cpu)
+    if not isinstance(config, DeploymentConfig):
+        raise TypeError(
+            "Argument `config` must be a `DeploymentConfig`. "
+            f"Received: config={config!r}"
+        )
+    if num_clones is not None or devices is not None or clone_on_cpu:
+        raise ValueError(
+            "Argument `config` takes the place of `num_clones`, `devices` and "
+            "`clone_on_cpu`: pass either it or them. "
+            f"Received: num_clones={num_clones}, devices={devices}, "
+            f"clone_on_cpu={clone_on_cpu}, config={config}"
+        )
+    return config

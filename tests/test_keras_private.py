@@ -164,8 +164,10 @@ def test_what_a_model_is_made_of():
 def test_what_compile_made_of_its_losses():
     model = small()
     assert not _keras.is_built(model)
+    assert not any(part.built for part in _keras.compiled_parts(model))
     model.train_on_batch(np.ones((4, 2)), np.ones((4, 1)))
     assert _keras.is_built(model)
+    assert all(part.built for part in _keras.compiled_parts(model))
     (loss,) = _keras.compiled_losses(model)
     function, arguments = _keras.loss_function(loss)
     assert function is keras.losses.mean_squared_error

@@ -489,6 +489,31 @@ def test_first_step_is_traced_once(num_clones):
     assert len(traces) == 1
 
 
+@pytest.mark.parametrize("num_clones", [1, 4])
+def test_first_own_step_is_traced_once(num_clones):
+    """Also where it makes the variables of several optimizers and metrics."""
+
+    class Own(keras.Sequential):
+        def train_step(self, data):
+            traces.append(data)
+            logs = super().train_step(data)
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_sum(self(data[0]) ** 2)
+            variables = self.trainable_variables
+            self.second.apply(tape.gradient(loss, variables), variables)
+            return logs
+
+    traces = []
+    model = Own([keras.layers.Dense(4), keras.layers.Dense(2)])
+    model.second = keras.optimizers.Adam()
+    model.compile("adam", "mse", metrics=["mae"])
+    clone_model(model, num_clones)
+    model.fit(np.ones((40, 3)), np.ones((40, 2)), batch_size=20, verbose=0)
+    assert len(traces) == 1
+    assert "build" not in vars(model.second)
+    assert model.second.variables[2].shape == (3, 4)
+
+
 def test_clones_with_a_state_do_not_wait_for_each_other():
     draw = keras.layers.Lambda(lambda x: x + tf.random.normal(tf.shape(x)))
     inner = keras.Sequential(
