@@ -21,7 +21,9 @@ def outside(home: str) -> Iterator[None]:
     """
 
     def at_once(make: Callable[..., Any], **kwargs: Any) -> tf.Variable:
-        kwargs["experimental_enable_variable_lifting"] = False
+        # A value out of the trace itself has to be lifted out of it first.
+        lifted = tf.is_symbolic_tensor(kwargs.get("initial_value"))
+        kwargs["experimental_enable_variable_lifting"] = lifted
         return make(**kwargs)
 
     at_home = tf.device(home)
