@@ -8,7 +8,7 @@ from typing import Any
 import keras
 
 from keras_clones import _keras, compare_copy
-from keras_clones.compare_run import GLOBAL, Plain
+from keras_clones.compare_run import Plain
 from keras_clones.comparison_records import Cause, Run
 
 # The names in a warning of this package, such as "Layers ['a', 'b'] ...".
@@ -36,7 +36,7 @@ def find(
         return []
     known = [
         *_normalizing(model, options),
-        *_drawing(model, options, plain.drew),
+        *_drawing(model, options, plain),
         *(c for text in run.warnings if (c := _from_warning(text, options))),
     ]
     order = [layer.name for layer in _keras.layers(model)]
@@ -126,9 +126,7 @@ def _below(layer: keras.Layer) -> list[keras.Layer]:
     return [one for one in _keras.layers(layer) if one is not layer]
 
 
-def _normalizing(
-    model: keras.Model, options: Mapping[str, Any]
-) -> list[Cause]:
+def _normalizing(model: keras.Model, options: Mapping[str, Any]) -> list[Cause]:
     if options.get("batch_norm") == "sync" or options.get("exact"):
         return []
     names = [
@@ -143,17 +141,20 @@ def _normalizing(
 
 
 def _drawing(
-    model: keras.Model, options: Mapping[str, Any], drew: Sequence[str]
+    model: keras.Model, options: Mapping[str, Any], plain: Plain
 ) -> list[Cause]:
-    if options.get("random") == "global" or options.get("exact") or not drew:
+    known = options.get("random") == "global" or options.get("exact")
+    if known or not plain.draws:
         return []
+    variables = compare_copy.variables(model)
+    states = {id(variables[i]) for i in plain.drew}
     names = [
         layer.name
         for layer in _keras.layers(model)
-        if any(v.path in drew for v in _keras.own_seed_states(layer))
+        if states & {id(v) for v in _keras.own_seed_states(layer)}
     ]
-    if GLOBAL in drew:
-        names.append(GLOBAL)
+    if plain.drew_unseeded:
+        names.append("calls of keras.random without a seed")
     why = "each clone draws random numbers of its own for its rows"
     return [Cause(tuple(names), why, {"random": "global"})]
 
@@ -171,7 +172,9 @@ def _from_warning(text: str, options: Mapping[str, Any]) -> Cause | None:
         )
         given = options.get("layer_losses") or {}
         return Cause(
-            names, why, {"layer_losses": {**given, **dict.fromkeys(names, "sum")}}
+            names,
+            why,
+            {"layer_losses": {**given, **dict.fromkeys(names, "sum")}},
         )
     if "are assigned in the forward pass" in text:
         why = "each clone assigns these variables from its own shard"

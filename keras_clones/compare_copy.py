@@ -2,8 +2,6 @@
 
 import contextlib
 import random
-import tempfile
-import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -11,17 +9,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_clones import _keras, build, exactness, footprint
-
-_INSTEAD = (
-    "Pass a function that makes the compiled model in its place: "
-    "`compare(make_model, ...)`."
-)
-_FLOATING = ("float16", "bfloat16", "float32", "float64")
-
-
-class CannotCopyError(ValueError):
-    """A model that cannot be made once more."""
+from keras_clones import _keras, build, compare_config, exactness, footprint
+from keras_clones.compare_config import FLOATING, INSTEAD, CannotCopyError
 
 
 class Source(NamedTuple):
@@ -67,7 +56,7 @@ def find_source(model: Any, batch: Any) -> Source:
     """
     if isinstance(model, keras.Model):
         check_compiled(model)
-        make = _copier(model)
+        make = compare_config.copier(model)
     elif callable(model):
         make = _maker(model)
     else:
@@ -89,7 +78,7 @@ def find_source(model: Any, batch: Any) -> Source:
         raise CannotCopyError(
             "Expected a model whose copy has the same variables. Received: "
             f"model={model!r}, which is not built, while its copy is. "
-            f"{_INSTEAD}"
+            f"{INSTEAD}"
         )
     found = variables(first)
     names = [v.path for v in _weights(original)]
@@ -158,6 +147,7 @@ def _weights(model: keras.Model) -> list[keras.Variable]:
 
 
 def check_compiled(model: keras.Model) -> None:
+    """Check that a model is compiled."""
     if not model.compiled:
         raise ValueError(
             "Argument `model` must be compiled: its copies train as it would. "
@@ -182,128 +172,6 @@ def _maker(function: Callable[[], Any]) -> Callable[[str | None], keras.Model]:
     return make
 
 
-def _copier(model: keras.Model) -> Callable[[str | None], keras.Model]:
-    """Return what makes a model by the config of another."""
-    known = _own_objects(model)
-    try:
-        config = keras.saving.serialize_keras_object(model)
-    except Exception as error:
-        raise _cannot(model, error) from error
-    config.pop("compile_config", None)
-
-    def make(dtype: str | None) -> keras.Model:
-        try:
-            with keras.saving.custom_object_scope(known):
-                made = keras.saving.deserialize_keras_object(
-                    recast(config, dtype), safe_mode=False
-                )
-                if not isinstance(made, type(model)):
-                    raise TypeError(f"its config makes {made!r}")
-                _compile_alike(model, made, dtype)
-                _copy_assets(model, made)
-        except Exception as error:
-            raise _cannot(model, error) from error
-        if not made.compiled:
-            raise CannotCopyError(
-                "Expected a model whose copy is compiled as it is. Received: "
-                f"model={model!r}, whose class overrides `compile` and not "
-                f"`compile_from_config`. {_INSTEAD}"
-            )
-        return made
-
-    return make
-
-
-def _cannot(model: keras.Model, error: Exception) -> CannotCopyError:
-    reason = (str(error).strip().splitlines() or [""])[0]
-    return CannotCopyError(
-        "Expected a model that can be copied by its config. Received: "
-        f"model={model!r}, which cannot ({type(error).__name__}: {reason}). "
-        f"{_INSTEAD}"
-    )
-
-
-def recast(config: Any, dtype: str | None) -> Any:
-    """Return a config whose layers compute in another type of numbers.
-
-    Policies of mixed precision become that type, too. Types of whole numbers
-    and of strings stay, and so do policies of quantized layers.
-    """
-    if dtype is None:
-        return config
-    if isinstance(config, dict):
-        name = (config.get("config") or {}) if "class_name" in config else {}
-        if config.get("class_name") == "DTypePolicy" and isinstance(name, dict):
-            return {**config, "config": {**name, "name": dtype}}
-        return {
-            key: dtype
-            if key == "dtype" and value in _FLOATING
-            else recast(value, dtype)
-            for key, value in config.items()
-        }
-    if isinstance(config, (list, tuple)):
-        return type(config)(recast(entry, dtype) for entry in config)
-    return config
-
-
-def _own_objects(model: keras.Model) -> dict[str, Any]:
-    """Return the classes and functions that a model's parts are made of.
-
-    Their names alone do not find them where they are local to a function.
-    """
-    found: dict[str, Any] = {}
-    for layer in _keras.layers(model):
-        for part in [layer, *vars(layer).values()]:
-            kind = part if isinstance(part, types.FunctionType) else type(part)
-            own = not kind.__module__.startswith(("keras.", "builtins"))
-            if own and (kind is part or hasattr(part, "get_config")):
-                found[kind.__name__] = kind
-    return found
-
-
-def _compile_alike(
-    model: keras.Model, made: keras.Model, dtype: str | None
-) -> None:
-    """Compile a copy with what the model was compiled with."""
-    kind = type(model)
-    if any(
-        exactness.overrides(model, name)
-        for name in ("compile", "get_compile_config", "compile_from_config")
-    ):
-        if kind.compile_from_config is not keras.Model.compile_from_config:
-            config = recast(model.get_compile_config(), dtype)
-            made.compile_from_config(config)
-        return
-    arguments = _keras.compile_arguments(model) or {}
-    made.compile(
-        **{
-            name: keras.tree.map_structure(lambda x: _again(x, dtype), value)
-            for name, value in arguments.items()
-        }
-    )
-
-
-def _again(part: Any, dtype: str | None) -> Any:
-    """Return an optimizer, metric or loss made once more, else the same."""
-    state = (keras.optimizers.Optimizer, keras.metrics.Metric)
-    if isinstance(part, state):
-        return type(part).from_config(recast(part.get_config(), dtype))
-    if isinstance(part, keras.losses.Loss) and dtype is not None:
-        return type(part).from_config(recast(part.get_config(), dtype))
-    return part
-
-
-def _copy_assets(model: keras.Model, made: keras.Model) -> None:
-    """Give a copy what its layers hold besides variables: vocabularies."""
-    pairs = zip(_keras.layers(model), _keras.layers(made), strict=False)
-    for layer, copy in pairs:
-        save = getattr(type(layer), "save_assets", None)
-        if save is not getattr(keras.Layer, "save_assets", None):
-            with tempfile.TemporaryDirectory() as folder:
-                layer.save_assets(folder)
-                copy.load_assets(folder)
-
-
 def _check_same(model: keras.Model, made: keras.Model) -> None:
     """Check that a copy has the variables of the model, in its order."""
     one, other = _shapes(_weights(model)), _shapes(_weights(made))
@@ -311,7 +179,7 @@ def _check_same(model: keras.Model, made: keras.Model) -> None:
         raise CannotCopyError(
             "Expected a model whose copy has the same variables. Received: "
             f"model={model!r} with {len(one)} variables, whose copy has "
-            f"{len(other)}, or of other shapes. {_INSTEAD}"
+            f"{len(other)}, or of other shapes. {INSTEAD}"
         )
 
 
@@ -331,7 +199,7 @@ def _copy_optimizer_state(model: keras.Model, made: keras.Model) -> None:
             raise CannotCopyError(
                 "Expected an optimizer whose copy has the same variables. "
                 f"Received: optimizer={one!r}, whose copy has others. "
-                f"{_INSTEAD}"
+                f"{INSTEAD}"
             )
         for variable, copy in zip(one.variables, other.variables, strict=True):
             copy.assign(variable.numpy())
@@ -353,7 +221,7 @@ def _assign(model: keras.Model, state: Sequence[np.ndarray]) -> None:
         raise CannotCopyError(
             "Expected copies with the same variables each time. Received: "
             f"{len(found)} variables for {len(state)} arrays, or of other "
-            f"shapes. {_INSTEAD}"
+            f"shapes. {INSTEAD}"
         )
     for variable, value in zip(found, state, strict=False):
         variable.assign(tf.cast(value, variable.dtype))
@@ -369,7 +237,7 @@ def _check_dtype(model: keras.Model, dtype: str) -> None:
     policies = {
         layer.name: layer.compute_dtype
         for layer in _keras.layers(model)
-        if layer.compute_dtype in _FLOATING and layer.compute_dtype != dtype
+        if layer.compute_dtype in FLOATING and layer.compute_dtype != dtype
     }
     if others or policies:
         raise ValueError(

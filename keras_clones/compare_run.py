@@ -1,7 +1,6 @@
 """Training copies step by step, and judging how far they come apart."""
 
-import pathlib
-import tempfile
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ import tensorflow as tf
 from keras_clones import _keras, compare_copy, compare_data
 from keras_clones.compare_copy import Source
 from keras_clones.compare_data import Batches
+from keras_clones.compare_history import History, Recorder, as_numbers
 from keras_clones.comparison_records import Difference
 
 # What is taken for rounding, by the type of numbers, as the package's own
@@ -23,76 +23,30 @@ _FLOORS = {"float64": 1e-10, "float32": 1e-5}
 # those of clones add up in another order.
 SPREAD = 100
 _SEEDS = (1, 2)
-# What draws by calls of `keras.random` without a seed are called.
-GLOBAL = "keras.random"
-# Bytes of what plain Keras came to that are kept in memory.
-_LIMIT = 1 << 30
-
-
-class History:
-    """What a training came to at each step, the larger ones in files."""
-
-    def __init__(self) -> None:
-        self.logs: list[dict[str, float]] = []
-        self._steps: list[Any] = []
-        self._size = 0
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-
-    def add(self, values: Sequence[np.ndarray], logs: dict[str, float]) -> None:
-        """Keep the values after one more step."""
-        self.logs.append(logs)
-        self._size += sum(value.nbytes for value in values)
-        if self._size < _LIMIT:
-            self._steps.append(list(values))
-            return
-        if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory()
-        path = pathlib.Path(self._folder.name, f"{len(self._steps)}.npz")
-        np.savez(path, *values)
-        self._steps.append(path)
-
-    def values(self, step: int) -> list[np.ndarray]:
-        """Return the values after a step, counted from 0."""
-        held = self._steps[step]
-        if isinstance(held, list):
-            return held
-        with np.load(held) as file:
-            return [file[name] for name in file.files]
-
-    def __len__(self) -> int:
-        return len(self._steps)
-
-
-class Recorder(keras.callbacks.Callback):
-    """A callback that hands over each step's values and logs."""
-
-    def __init__(
-        self, record: Callable[[list[np.ndarray], dict[str, float]], Any]
-    ) -> None:
-        super().__init__()
-        self.record = record
-
-    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
-        """Read the variables: they have been updated by now."""
-        found = compare_copy.variables(self.model)
-        values = [_as_numbers(v.numpy()) for v in found]
-        self.record(values, _numbers_in(logs or {}))
 
 
 class Plain(NamedTuple):
     """What plain Keras came to, and what rounding does to it.
 
     `limits` has a row a step and a column a variable, then a log: the
-    difference that rounding explains. `drew` has the names of what drew at
-    random, and `by_order` says whether the order of the rows matters.
+    difference that rounding explains. `drew` has the places, among the
+    variables, of seed generators that were advanced, and `drew_unseeded` says
+    whether the one behind `keras.random` was. `by_order` says whether the
+    order of the rows matters.
     """
 
     history: History
     names: list[str]
     kinds: list[str]
     limits: np.ndarray
-    drew: list[str]
+    drew: list[int]
+    drew_unseeded: bool
     by_order: bool
+
+    @property
+    def draws(self) -> bool:
+        """Whether anything drew at random."""
+        return bool(self.drew) or self.drew_unseeded
 
 
 def train(
@@ -114,15 +68,11 @@ def train(
 
 def texts(caught: Sequence[Any]) -> list[str]:
     """Return the texts of warnings, each once."""
-    found = [
-        str(one.message) for one in caught if one.category is UserWarning
-    ]
+    found = [str(one.message) for one in caught if one.category is UserWarning]
     return list(dict.fromkeys(found))
 
 
-def train_plain(
-    source: Source, batches: Batches, dtype: str | None
-) -> Plain:
+def train_plain(source: Source, batches: Batches, dtype: str | None) -> Plain:
     """Train plain Keras, and again from weights that differ by rounding.
 
     Its own spread is what it comes apart by when each weight changes by one
@@ -138,6 +88,8 @@ def train_plain(
     found = compare_copy.variables(model)
     names, kinds = _labels(source, found, history)
     drew = _what_drew(source, found, history)
+    seed = _keras.global_seed_state().numpy()
+    unseeded = bool((seed != source.global_seed).any())
     floor = _floor(model, dtype)
     epsilon = _epsilon(model)
 
@@ -151,17 +103,18 @@ def train_plain(
         return train_against(again, data, history, dtype)[0]
 
     parts = [
-        spread(lambda m, seed=seed: _nudge(m, epsilon, seed), batches)
+        spread(functools.partial(_nudge, epsilon=epsilon, seed=seed), batches)
         for seed in _SEEDS
     ]
     own = np.maximum.reduce(parts)
     by_order = False
     shuffled = compare_data.permuted(batches, seed=0)
-    if shuffled is not None and not drew:
+    if shuffled is not None and not drew and not unseeded:
         moved = spread(lambda m: None, shuffled)
         by_order = bool((moved > _limits(own, floor)).any())
         own = own if by_order else np.maximum(own, moved)
-    return Plain(history, names, kinds, _limits(own, floor), drew, by_order)
+    limits = _limits(own, floor)
+    return Plain(history, names, kinds, limits, drew, unseeded, by_order)
 
 
 def train_against(
@@ -191,7 +144,9 @@ def train_against(
 def judge(plain: Plain, found: np.ndarray) -> tuple[Difference, ...]:
     """Return each variable's and log's difference, and its first step."""
     differences = []
-    for i, (name, kind) in enumerate(zip(plain.names, plain.kinds, strict=True)):
+    for i, (name, kind) in enumerate(
+        zip(plain.names, plain.kinds, strict=True)
+    ):
         # The step at which it is the furthest from what rounding explains.
         beyond = found[:, i] > plain.limits[:, i]
         worst = int(found[:, i].argmax())
@@ -236,7 +191,7 @@ def _nudge(model: keras.Model, epsilon: float, seed: int) -> None:
     rng = np.random.default_rng(seed)
     for variable in model.weights:
         if keras.backend.is_float_dtype(variable.dtype):
-            value = _as_numbers(variable.numpy())
+            value = as_numbers(variable.numpy())
             signs = rng.choice([-1.0, 1.0], value.shape)
             changed = tf.cast(value * (1 + epsilon * signs), variable.dtype)
             variable.assign(changed)
@@ -251,8 +206,14 @@ def _floats(model: keras.Model) -> set[str]:
 def _epsilon(model: keras.Model) -> float:
     """Return one unit in the last place of the coarsest numbers in use."""
     types = [tf.as_dtype(t).as_numpy_dtype for t in _floats(model)]
-    return max((float(np.finfo(t).eps) if np.dtype(t).kind == "f" else 2.0**-7)
-               for t in types) if types else 0.0
+    return (
+        max(
+            (float(np.finfo(t).eps) if np.dtype(t).kind == "f" else 2.0**-7)
+            for t in types
+        )
+        if types
+        else 0.0
+    )
 
 
 def _floor(model: keras.Model, dtype: str | None) -> float:
@@ -274,30 +235,12 @@ def _labels(
 
 def _what_drew(
     source: Source, found: Sequence[keras.Variable], history: History
-) -> list[str]:
-    """Return the paths of seed generators that were advanced."""
+) -> list[int]:
+    """Return the places of the states of seed generators that advanced."""
     last = history.values(len(history) - 1)
     triples = zip(found, source.state, last, strict=False)
-    paths = [
-        variable.path
-        for variable, old, new in triples
+    return [
+        i
+        for i, (variable, old, new) in enumerate(triples)
         if _keras.is_seed_state(variable) and (old != new).any()
     ]
-    if (_keras.global_seed_state().numpy() != source.global_seed).any():
-        paths.append(GLOBAL)
-    return paths
-
-
-def _as_numbers(array: np.ndarray) -> np.ndarray:
-    """Return an array that NumPy can compute with: it has no bfloat16."""
-    known = array.dtype.kind in "fiub"
-    return array if known else array.astype("float32")
-
-
-def _numbers_in(logs: dict[str, Any]) -> dict[str, float]:
-    """Return the numbers among some logs."""
-    flat = {
-        ".".join(map(str, path)): np.asarray(value)
-        for path, value in keras.tree.flatten_with_path(logs)
-    }
-    return {k: float(v) for k, v in flat.items() if v.size == 1}

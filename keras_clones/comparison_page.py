@@ -1,9 +1,16 @@
 """What a comparison came to in words: tables, text, HTML and records."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
-from keras_clones.comparison_records import Cause, Difference, Findings, Run
+from keras_clones.comparison_records import (
+    Cause,
+    Difference,
+    Findings,
+    Run,
+    named,
+)
 from keras_clones.report import Page, Table, readable
 
 # How many of the variables that differ are shown.
@@ -24,9 +31,7 @@ def page(found: Findings) -> Page:
 def notes(found: Findings) -> list[str]:
     """Return the lines below the tables: the verdict, and what to do."""
     lines = [verdict(found), found.advice.text, found.judged, *found.notes]
-    lines += [
-        f"{run.name}: {run.failed}" for run in found.runs if run.failed
-    ]
+    lines += [f"{run.name}: {run.failed}" for run in found.runs if run.failed]
     fastest = [run for run in found.runs if run.verdict]
     if fastest:
         run = min(fastest, key=lambda run: run.seconds or math.inf)
@@ -36,7 +41,11 @@ def notes(found: Findings) -> list[str]:
 
 def verdict(found: Findings) -> str:
     """Say in one sentence or two whether clones train the same model."""
-    ran = [r for r in found.runs if r.num_clones and not r.failed]
+    ran = [
+        run
+        for run in found.runs
+        if run.num_clones and not (run.failed or run.options)
+    ]
     if not ran:
         return "No clones ran, so nothing is known of them."
     differing = found.differing
@@ -53,17 +62,16 @@ def verdict(found: Findings) -> str:
         f"{first.limit:.1e}. "
     )
     if same:
-        text += f"{_and(same).capitalize()}: the same. "
+        text += f"{_and(same)}: the same. "
     return text + _explanation(found)
 
 
 def _explanation(found: Findings) -> str:
     if found.explained:
-        mends = [c for c in found.causes if c.tried]
-        if not mends:
+        mended = [run for run in found.runs if run.options]
+        if not mended:
             return "What is known to let it differ is in the table."
-        options = _options({k: v for c in mends for k, v in c.mends.items()})
-        return f"With `{options}` it is the same: tried."
+        return f"With `{named(mended[0].options)}` it is the same: tried."
     return (
         "Not explained: please report it, with `comparison.to_dict()` (which "
         "has the versions) and the function that makes the model, or the "
@@ -105,7 +113,10 @@ def _same(run: Run) -> str:
 def _largest(run: Run) -> str:
     if not run.differences or not run.num_clones:
         return ""
-    return f"{max(d.largest for d in run.differences):.1e}"
+    # The one furthest from rounding: of what is nothing but rounding, as a
+    # bias before a normalization, any difference is large beside its size.
+    worst = max(run.differences, key=lambda d: d.largest / d.limit)
+    return f"{worst.largest:.1e}"
 
 
 def _seconds(seconds: float | None) -> str:
@@ -168,7 +179,7 @@ def _causes_table(causes: tuple[Cause, ...]) -> Table:
             [
                 _some(cause.layers),
                 cause.why,
-                _options(cause.mends) or "no option",
+                named(cause.mends) or "no option",
                 tried[cause.tried] if cause.mends else "",
             ]
         )
@@ -178,10 +189,6 @@ def _causes_table(causes: tuple[Cause, ...]) -> Table:
 def _some(names: tuple[str, ...]) -> str:
     more = [f"{len(names) - 3} more"] if len(names) > 3 else []
     return ", ".join([*names[:3], *more])
-
-
-def _options(options: dict[str, Any]) -> str:
-    return ", ".join(f"{key}={value!r}" for key, value in options.items())
 
 
 def _and(names: list[str]) -> str:
@@ -222,6 +229,7 @@ def _run(run: Run) -> dict[str, Any]:
         **{name: list(getattr(run, name)) for name in lists},
         "differences": [_difference(d) for d in run.differences],
         "same": run.same,
+        "options": _plain(run.options),
         "memory": dict(run.memory) if run.memory is not None else None,
     }
 
@@ -232,7 +240,7 @@ def _difference(difference: Difference) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     """Return options as JSON has them."""
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {str(key): _plain(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(entry) for entry in value]

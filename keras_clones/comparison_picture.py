@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from keras_clones.comparison_records import Findings, Run
+from keras_clones.comparison_records import Findings, Run, named
 from keras_clones.timeline import PHASES
 
 # Below this, a logarithmic axis has no room: no difference at all.
@@ -44,14 +44,22 @@ def _draw_times(axes: Any, found: Findings) -> None:
     """Draw the step by number of clones, with plain Keras and the ideal."""
     plain = found.runs[0]
     runs = [run for run in found.runs if run.num_clones and run.seconds]
-    counts = [run.num_clones for run in runs]
-    color = PHASES["forward"]
-    axes.plot(counts, [_ms(r) for r in runs], "o-", color=color, label="clones")
+    counts = sorted({run.num_clones for run in runs})
+    for mended, color in ((False, "forward"), (True, "backward")):
+        own = [run for run in runs if bool(run.options) == mended]
+        if own:
+            label = f"clones with {named(own[0].options)}"
+            axes.plot(
+                [run.num_clones for run in own],
+                [_ms(run) for run in own],
+                "o-",
+                color=PHASES[color],
+                label=label if mended else "clones",
+            )
     if plain.seconds:
         axes.axhline(_ms(plain), color="gray", label="plain Keras")
-        if counts:
-            ideal = [_ms(plain) / n for n in counts]
-            axes.plot(counts, ideal, ":", color="gray", label="ideal")
+        ideal = [_ms(plain) / n for n in counts]
+        axes.plot(counts, ideal, ":", color="gray", label="ideal")
     axes.set_xticks(counts)
     axes.set_ylim(bottom=0)
     axes.set(title="Time of a step", xlabel="clones", ylabel="ms")

@@ -1,5 +1,6 @@
 """Records of what a comparison of clones with plain Keras found."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 
@@ -27,7 +28,8 @@ class Run(NamedTuple):
     step and `first_seconds` the time to the end of the first one. `memory` is
     the peak by device, in bytes, `None` where it is not measured. `received`
     and `sent` say in words what crosses to and from each clone. `warnings`
-    are those of keras_clones. `failed` says why there is no more.
+    are those of keras_clones. `failed` says why there is no more. `options`
+    are those that mend a difference, where the clones train with them.
     """
 
     num_clones: int
@@ -43,13 +45,15 @@ class Run(NamedTuple):
     verdict: str | None = None
     warnings: tuple[str, ...] = ()
     failed: str | None = None
+    options: Mapping[str, Any] = {}
 
     @property
     def name(self) -> str:
         """What the run is called."""
         if not self.num_clones:
             return "plain Keras"
-        return f"{self.num_clones} clone{'s' if self.num_clones > 1 else ''}"
+        text = f"{self.num_clones} clone{'s' if self.num_clones > 1 else ''}"
+        return f"{text} with {named(self.options)}" if self.options else text
 
     @property
     def wrong(self) -> tuple[Difference, ...]:
@@ -61,6 +65,11 @@ class Run(NamedTuple):
     def same(self) -> bool:
         """Whether it trained the same model, up to rounding."""
         return self.failed is None and not self.wrong
+
+
+def named(options: Mapping[str, Any]) -> str:
+    """Return arguments as they are written in a call."""
+    return ", ".join(f"{key}={value!r}" for key, value in options.items())
 
 
 class Cause(NamedTuple):

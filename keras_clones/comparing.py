@@ -1,6 +1,6 @@
-"""`compare`: do clones of a model train what plain Keras trains, how fast?"""
+"""`compare`: whether clones train what plain Keras trains, and how fast."""
 
-import platform
+import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,30 +10,21 @@ import numpy as np
 import tensorflow as tf
 
 from keras_clones import (
-    _keras,
     checks,
+    compare_advice,
     compare_causes,
+    compare_check,
     compare_copy,
     compare_data,
     compare_run,
     compare_time,
-    placement,
 )
 from keras_clones.attach import clone_model
 from keras_clones.compare_copy import Source
 from keras_clones.compare_data import Batches
 from keras_clones.compare_run import Plain
 from keras_clones.comparison import Comparison
-from keras_clones.comparison_records import Advice, Cause, Findings, Run
-from keras_clones.config import check_integer
-from keras_clones.option_checks import check_choice
-
-_DTYPES = (None, "float64", "float32")
-# Options of `clone_model` that say how many clones there are, or where.
-_NUMBERS = ("config", "devices", "num_clones", "model")
-_NUM_CLONES = (1, 2, 4)
-# What is faster by less than this is as fast.
-_GAIN = 1.05
+from keras_clones.comparison_records import Cause, Findings, Run
 
 
 def compare(
@@ -42,7 +33,7 @@ def compare(
     y: Any = None,
     *,
     batch_size: int | None = None,
-    num_clones: Sequence[int] = _NUM_CLONES,
+    num_clones: Sequence[int] = compare_check.NUM_CLONES,
     steps: int = 10,
     dtype: str | None = None,
     verbose: int = 1,
@@ -109,66 +100,22 @@ def compare(
     True
     """
     checks.check_backend()
-    counts = _check(num_clones, batch_size, steps, dtype, verbose, options)
+    counts = compare_check.check(
+        num_clones, batch_size, steps, dtype, verbose, options
+    )
     if isinstance(model, keras.Model):
         compare_copy.check_compiled(model)
     say = print if verbose else _say_nothing
     batches = compare_data.read(x, y, batch_size, steps)
     with compare_copy.keeping_global_state():
         source = compare_copy.find_source(model, batches.parts[0])
-        return Comparison(_compare(source, batches, counts, dtype, options, say))
+        return Comparison(
+            _compare(source, batches, counts, dtype, options, say)
+        )
 
 
 def _say_nothing(text: str) -> None:
     pass
-
-
-def _check(
-    num_clones: Any,
-    batch_size: Any,
-    steps: Any,
-    dtype: Any,
-    verbose: Any,
-    options: Mapping[str, Any],
-) -> list[int]:
-    """Check the arguments; return the numbers of clones that there can be."""
-    if batch_size is not None:
-        check_integer("batch_size", batch_size, 1)
-    check_integer("steps", steps, 1)
-    check_choice("dtype", dtype, _DTYPES)
-    check_choice("verbose", verbose, (0, 1, 2))
-    given = sorted(set(options) & set(_NUMBERS))
-    known = set(clone_model.__kwdefaults__ or {}) - set(_NUMBERS)
-    unknown = sorted(set(options) - known - set(_NUMBERS))
-    if given or unknown:
-        raise TypeError(
-            f"Expected arguments of `clone_model` out of {sorted(known)}: the "
-            "numbers of clones are in `num_clones`, and each takes the first "
-            f"devices. Received: {[*given, *unknown]}"
-        )
-    if isinstance(num_clones, (str, bytes)) or not isinstance(
-        num_clones, Sequence
-    ):
-        raise TypeError(
-            "Argument `num_clones` must be a list of integers, such as "
-            f"`[1, 2]`. Received: num_clones={num_clones!r}"
-        )
-    counts = [check_integer("num_clones", n, 1) for n in num_clones]
-    if not counts:
-        raise ValueError(
-            "Argument `num_clones` must have at least one number of clones. "
-            f"Received: num_clones={num_clones!r}"
-        )
-    gpus = placement.logical_devices("GPU")
-    on_cpu = options.get("clone_on_cpu", False)
-    if num_clones is _NUM_CLONES and gpus and not on_cpu:
-        counts = [n for n in counts if n <= len(gpus)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for n in counts:
-            config = placement.choose_config(n, None, on_cpu)
-            placement.place_clones(config)
-    return sorted(set(counts))
 
 
 def _compare(
@@ -186,40 +133,61 @@ def _compare(
 
     def train(n: int, more: Mapping[str, Any]) -> Run:
         asked = compare_causes.joined(options, more)
-        return _train_clones(source, batches, plain, exact, n, asked)
+        run = _train_clones(source, batches, plain, exact, n, asked)
+        run = run._replace(options=more)
+        say(f"{run.name}: {_told(run)}.")
+        return run
 
-    runs = []
-    for n in counts:
-        runs.append(train(n, {}))
-        say(f"{runs[-1].name}: {_told(runs[-1])}.")
+    runs = [train(n, {}) for n in counts]
+    differing = next((run for run in runs if run.wrong), None)
     causes: list[Cause] = []
-    first = next((run for run in runs if run.wrong), None)
-    if first is not None:
+    if differing is not None:
         model = compare_copy.copy_of(source, exact)
-        causes = compare_causes.find(model, first, plain, options)
-
-        def attempt(more: dict[str, Any]) -> Run:
-            say(f"Trying {first.name} with {_named(more)}.")
-            return train(first.num_clones, more)
-
-        causes = compare_causes.attempt(causes, attempt)
-    say("Timing a step of each.")
+        causes = compare_causes.find(model, differing, plain, options)
+        runs, causes = _mend(runs, differing, causes, train)
+    say("Timing a step of each, in turns.")
     rows = _num_rows(batches.parts[0])
-    runs = _time(source, batches, rows, runs, options)
-    mends = compare_causes.mending(causes)
-    own = keras.config.dtype_policy().name
+    timed = _time(source, batches, rows, [Run(0), *runs], options)
+    named_type = exact or keras.config.floatx()
     return Findings(
-        runs=tuple(runs),
+        runs=tuple(timed),
         causes=tuple(causes),
-        explained=first is not None and _explains(causes),
-        advice=_advise(runs, options, mends, first),
-        dtype=exact or own,
-        judged=_how_judged(exact or own, plain),
-        notes=tuple([note for note in [batches.note, *notes] if note]),
+        explained=bool(differing) and compare_advice.explains(causes),
+        advice=compare_advice.advise(timed, options),
+        dtype=named_type,
+        judged=compare_advice.how_judged(named_type, plain),
+        notes=tuple(note for note in [batches.note, *notes] if note),
         rows=rows,
-        versions=_versions(),
+        versions=compare_advice.versions(),
         options={key: repr(value) for key, value in options.items()},
     )
+
+
+def _mend(
+    runs: list[Run],
+    differing: Run,
+    causes: list[Cause],
+    train: Callable[[int, Mapping[str, Any]], Run],
+) -> tuple[list[Run], list[Cause]]:
+    """Try what mends the fewest clones that differ, then with all others."""
+    done: list[Run] = []
+
+    def attempt(more: Mapping[str, Any]) -> Run:
+        done.append(train(differing.num_clones, more))
+        return done[-1]
+
+    causes = compare_causes.attempt(causes, attempt)
+    mends = compare_causes.mending(causes)
+    if not mends:
+        return runs, causes
+    for run in [run for run in runs if run.wrong]:
+        same = [
+            one
+            for one in done
+            if (one.num_clones, one.options) == (run.num_clones, mends)
+        ]
+        runs = [*runs, *(same[:1] or [train(run.num_clones, mends)])]
+    return runs, causes
 
 
 def _train_plain(
@@ -277,7 +245,7 @@ def _train_clones(
         differences=compare_run.judge(plain, found),
         by_step=tuple(found[at].tolist()),
         limits=tuple(plain.limits[at].tolist()),
-        warnings=tuple([*compare_run.texts(caught), *warned]),
+        warnings=(*compare_run.texts(caught), *warned),
     )
 
 
@@ -299,10 +267,6 @@ def _told(run: Run) -> str:
     return f"differs at step {run.wrong[0].first}, first {run.wrong[0].name!r}"
 
 
-def _named(options: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key}={value!r}" for key, value in options.items())
-
-
 def _time(
     source: Source,
     batches: Batches,
@@ -310,103 +274,37 @@ def _time(
     runs: Sequence[Run],
     options: dict[str, Any],
 ) -> list[Run]:
-    """Time plain Keras and each number of clones that trained, in turns."""
+    """Time plain Keras and the clones that trained, in turns."""
 
-    def make(n: int) -> keras.Model:
+    def make(run: Run) -> keras.Model:
         model = compare_copy.copy_of(source)
-        return clone_model(model, num_clones=n, **options) if n else model
+        if not run.num_clones:
+            return model
+        asked = compare_causes.joined(options, run.options)
+        return clone_model(model, num_clones=run.num_clones, **asked)
 
-    found: dict[int, Run] = {}
+    found = list(runs)
     candidates: dict[int, compare_time.Candidate] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for run in [Run(0), *runs]:
-            n = run.num_clones
-            found[n] = run
+        for i, run in enumerate(runs):
             if run.failed:
                 continue
             try:
-                candidates[n] = compare_time.Candidate(
-                    lambda n=n: make(n), batches
+                candidates[i] = compare_time.Candidate(
+                    functools.partial(make, run), batches
                 )
             except (tf.errors.ResourceExhaustedError, MemoryError) as error:
-                found[n] = run._replace(failed=_why_failed(error))
+                found[i] = run._replace(failed=_why_failed(error))
         compare_time.take_turns(list(candidates.values()))
-        for n, candidate in candidates.items():
+        for i, candidate in candidates.items():
             timing = candidate.timing(rows)
-            found[n] = found[n]._replace(**timing._asdict())
-    return list(found.values())
-
-
-def _advise(
-    runs: Sequence[Run],
-    options: dict[str, Any],
-    mends: dict[str, Any],
-    differing: Run | None,
-) -> Advice:
-    """Say which number of clones and options to use, and by how much."""
-    plain = runs[0]
-    needed = mends if differing is not None else {}
-    fit = [
-        run
-        for run in runs[1:]
-        if run.seconds and (run.same or (mends and not run.failed))
-    ]
-    best = min(fit, key=lambda run: run.seconds or 0.0, default=None)
-    if best is None or not plain.seconds or not best.seconds:
-        text = "Use plain Keras: no number of clones trained the same model."
-        return Advice(0, {}, 1.0, text)
-    gain = plain.seconds / best.seconds
-    if gain < _GAIN:
-        text = (
-            f"Use plain Keras: {best.name}, the fastest, take a step in "
-            f"{1 / gain:.2f} times its time."
-        )
-        return Advice(0, {}, 1.0, text)
-    used = compare_causes.joined(options, {} if best.same else needed)
-    call = ", ".join([f"num_clones={best.num_clones}", *filter(None, [_named(used)])])
-    text = f"Use `clone_model(model, {call})`: {gain:.2f} times as fast as plain Keras"
-    text += "." if best.same else ", timed without the option that mends it."
-    return Advice(best.num_clones, used, gain, text)
-
-
-def _explains(causes: Sequence[Cause]) -> bool:
-    """Say whether causes explain a difference: tried, or with no option.
-
-    Where options were tried and mend nothing, something else is wrong, too.
-    """
-    tried = [cause.tried for cause in causes if cause.tried is not None]
-    return any(tried) if tried else any(not c.suspected for c in causes)
-
-
-def _how_judged(dtype: str, plain: Plain) -> str:
-    text = (
-        f"Judged in {dtype}. Rounding is what is within "
-        f"{compare_run.SPREAD} times the spread of plain Keras itself, from "
-        "weights that differ by one unit in the last place"
-    )
-    if plain.drew:
-        return text + " (its batches drawn at random, rows keep their places)."
-    if plain.by_order:
-        return text + ". Plain Keras goes by the order of a batch's rows."
-    return text + " and with the rows of each batch in another order."
+            found[i] = found[i]._replace(**timing._asdict())
+    return found
 
 
 def _num_rows(batch: Any) -> int:
     leaves = keras.tree.flatten(batch)
-    return next(int(x.shape[0]) for x in leaves if x is not None and len(x.shape))
-
-
-def _versions() -> dict[str, str]:
-    from keras_clones import __version__
-
-    return {
-        "keras_clones": __version__,
-        "tensorflow": tf.__version__,
-        "keras": keras.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-        "devices": ", ".join(
-            d.name for d in tf.config.list_logical_devices()
-        ),
-    }
+    return next(
+        int(x.shape[0]) for x in leaves if x is not None and len(x.shape)
+    )
