@@ -1,5 +1,6 @@
 """Making a model once more by its config, with what it was compiled with."""
 
+import copy
 import tempfile
 import types
 from collections.abc import Callable
@@ -68,7 +69,8 @@ def recast(config: Any, dtype: str | None) -> Any:
     and of strings stay, and so do policies of quantized layers.
     """
     if dtype is None:
-        return config
+        # Keras takes apart what it makes a model of.
+        return copy.deepcopy(config)
     if isinstance(config, dict):
         name = (config.get("config") or {}) if "class_name" in config else {}
         if config.get("class_name") == "DTypePolicy" and isinstance(name, dict):
@@ -134,9 +136,9 @@ def _again(part: Any, dtype: str | None) -> Any:
 def _copy_assets(model: keras.Model, made: keras.Model) -> None:
     """Give a copy what its layers hold besides variables: vocabularies."""
     pairs = zip(_keras.layers(model), _keras.layers(made), strict=False)
-    for layer, copy in pairs:
+    for layer, other in pairs:
         save = getattr(type(layer), "save_assets", None)
         if save is not getattr(keras.Layer, "save_assets", None):
             with tempfile.TemporaryDirectory() as folder:
                 layer.save_assets(folder)
-                copy.load_assets(folder)
+                other.load_assets(folder)

@@ -131,13 +131,16 @@ def _is_fixed(x: Any) -> bool:
     """Say whether a dataset knows the rows of all of its batches."""
     if not isinstance(x, tf.data.Dataset):
         return False
-    shapes = [spec.shape for spec in tf.nest.flatten(x.element_spec)]
+    specs = tf.nest.flatten(x.element_spec)
+    shapes = [spec.shape for spec in specs if hasattr(spec, "shape")]
     return all(s.rank is not None and (not s.rank or s[0]) for s in shapes)
 
 
 def _batches(x: Any) -> Iterator[Any]:
     if not isinstance(x, keras.utils.PyDataset):
-        yield from x
+        # `yield from` would close a generator that is not read to its end.
+        for batch in x:  # noqa: UP028
+            yield batch
         return
     i = 0
     while x.num_batches is None or i < x.num_batches:

@@ -24,7 +24,7 @@ from keras_clones.compare_copy import Source
 from keras_clones.compare_data import Batches
 from keras_clones.compare_run import Plain
 from keras_clones.comparison import Comparison
-from keras_clones.comparison_records import Cause, Findings, Run
+from keras_clones.comparison_records import NOISE, Cause, Findings, Run
 
 
 def compare(
@@ -238,7 +238,8 @@ def _train_clones(
         )
     except Exception as error:
         return Run(n, failed=_why_failed(error))
-    beyond = (found / plain.limits).argmax(axis=1)
+    told = (plain.limits < NOISE) | (found > plain.limits)
+    beyond = (np.where(told, found, 0.0) / plain.limits).argmax(axis=1)
     at = np.arange(len(found)), beyond
     return Run(
         n,

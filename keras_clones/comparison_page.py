@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from keras_clones.comparison_records import (
+    NOISE,
     Cause,
     Difference,
     Findings,
@@ -113,10 +114,12 @@ def _same(run: Run) -> str:
 def _largest(run: Run) -> str:
     if not run.differences or not run.num_clones:
         return ""
-    # The one furthest from rounding: of what is nothing but rounding, as a
-    # bias before a normalization, any difference is large beside its size.
-    worst = max(run.differences, key=lambda d: d.largest / d.limit)
-    return f"{worst.largest:.1e}"
+    # Of what is nothing but rounding, as a bias before a normalization, any
+    # difference is large beside its size.
+    told = [
+        d for d in run.differences if d.first is not None or d.limit < NOISE
+    ]
+    return f"{max(d.largest for d in told or run.differences):.1e}"
 
 
 def _seconds(seconds: float | None) -> str:

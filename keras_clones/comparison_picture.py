@@ -63,7 +63,8 @@ def _draw_times(axes: Any, found: Findings) -> None:
     axes.set_xticks(counts)
     axes.set_ylim(bottom=0)
     axes.set(title="Time of a step", xlabel="clones", ylabel="ms")
-    axes.legend(fontsize=8)
+    if counts:
+        axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
 
 

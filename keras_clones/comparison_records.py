@@ -3,6 +3,9 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+# Where rounding explains differences of this size, values are all rounding.
+NOISE = 1e-2
+
 
 class Difference(NamedTuple):
     """How far one variable or log is from plain Keras.
@@ -23,12 +26,12 @@ class Run(NamedTuple):
     """What training with one number of clones came to; 0 is plain Keras.
 
     `differences` has one entry a variable, optimizer variable and log, in the
-    order of the model. `by_step` is the largest of all differences at each
-    step, and `limits` what rounding explains there. `seconds` is the median
-    step and `first_seconds` the time to the end of the first one. `memory` is
-    the peak by device, in bytes, `None` where it is not measured. `received`
-    and `sent` say in words what crosses to and from each clone. `warnings`
-    are those of keras_clones. `failed` says why there is no more. `options`
+    order of the model. `by_step` is, for each step, the difference that is
+    furthest from rounding, and `limits` what rounding explains of it.
+    `seconds` is the median step and `first_seconds` the time to the end of
+    the first one. `memory` is the peak by device, in bytes, `None` where it
+    is not measured. `received` and `sent` say in words what crosses to and
+    from each clone. `warnings` are those of keras_clones. `failed` says why there is no more. `options`
     are those that mend a difference, where the clones train with them.
     """
 
