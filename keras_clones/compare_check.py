@@ -30,15 +30,7 @@ def check(
     check_integer("steps", steps, 1)
     check_choice("dtype", dtype, _DTYPES)
     check_choice("verbose", verbose, (0, 1, 2))
-    given = sorted(set(options) & set(_NUMBERS))
-    known = set(clone_model.__kwdefaults__ or {}) - set(_NUMBERS)
-    unknown = sorted(set(options) - known - set(_NUMBERS))
-    if given or unknown:
-        raise TypeError(
-            f"Expected arguments of `clone_model` out of {sorted(known)}: the "
-            "numbers of clones are in `num_clones`, and each takes the first "
-            f"devices. Received: {[*given, *unknown]}"
-        )
+    _check_options(options)
     if isinstance(num_clones, (str, bytes)) or not isinstance(
         num_clones, Sequence
     ):
@@ -62,3 +54,16 @@ def check(
             config = placement.choose_config(n, None, on_cpu)
             placement.place_clones(config)
     return sorted(set(counts))
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Check that options are arguments of `clone_model`, but for numbers."""
+    given = sorted(set(options) & set(_NUMBERS))
+    known = set(clone_model.__kwdefaults__ or {}) - set(_NUMBERS)
+    unknown = sorted(set(options) - known - set(_NUMBERS))
+    if given or unknown:
+        raise TypeError(
+            f"Expected arguments of `clone_model` out of {sorted(known)}: the "
+            "numbers of clones are in `num_clones`, and each takes the first "
+            f"devices. Received: {[*given, *unknown]}"
+        )

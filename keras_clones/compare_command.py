@@ -10,8 +10,10 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_clones import placement
+from keras_clones import picture, placement
+from keras_clones.compare_config import CannotCopyError
 from keras_clones.comparing import compare
+from keras_clones.comparison import Comparison
 
 
 def add_command(commands: Any) -> None:
@@ -83,11 +85,16 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     if not tf.config.list_physical_devices("GPU"):
         _split_cpu(max(options.clones or (4,)))
     function = _find(parser, options.function)
-    try:
-        # The model is the function's first result, so the data is made once.
-        model, data = _called(function)
-        x, y = _parts(data)
-        found = compare(
+    result = function()
+    if not _is_pair(result):
+        parser.error(
+            "expected a function that returns a compiled model and its data. "
+            f"Received: {type(result).__name__} from {options.function}"
+        )
+    x, y = _parts(result[1])
+
+    def against(model: Any) -> Comparison:
+        return compare(
             model,
             x,
             y,
@@ -98,6 +105,15 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
             **counts,
             **dict(options.option),
         )
+
+    try:
+        if options.plot:
+            picture.check_path(options.plot)
+        try:
+            found = against(result[0])
+        except CannotCopyError:
+            # The function makes copies where a config does not.
+            found = against(lambda: function()[0])
         if options.plot:
             found.plot(options.plot)
     except (ImportError, TypeError, ValueError) as error:
@@ -137,16 +153,10 @@ def _find(parser: argparse.ArgumentParser, text: str) -> Any:
     return function
 
 
-def _called(function: Any) -> tuple[Any, Any]:
-    """Return the model and the data that a function gives."""
-    result = function()
+def _is_pair(result: Any) -> bool:
+    """Say whether a function gave a model and data."""
     known = isinstance(result, tuple) and len(result) == 2
-    if not known or not isinstance(result[0], keras.Model):
-        raise TypeError(
-            "Expected a function that returns a compiled `keras.Model` and "
-            f"its data. Received: {type(result).__name__} from {function!r}"
-        )
-    return result
+    return known and isinstance(result[0], keras.Model)
 
 
 def _parts(data: Any) -> tuple[Any, Any]:

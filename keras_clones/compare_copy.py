@@ -116,6 +116,23 @@ def restore(model: keras.Model, source: Source) -> None:
     _keras.global_seed_state().assign(source.global_seed)
 
 
+def check_complete(model: keras.Model, source: Source) -> None:
+    """Check that a copy that was trained has made no weights of its own.
+
+    They would start from another value in each copy.
+
+    Raises:
+        ValueError: If it has.
+    """
+    made = _weights(model)[source.kinds.count("variable") :]
+    if made:
+        raise CannotCopyError(
+            "Expected a model that is built before it trains, for all copies "
+            "to start from the same weights. Received: a model whose first "
+            f"step makes {[v.path for v in made]}. Call it on a batch first."
+        )
+
+
 def variables(model: keras.Model) -> list[keras.Variable]:
     """Return a model's variables in its order, then its optimizers'."""
     found = _weights(model)

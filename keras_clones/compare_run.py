@@ -13,7 +13,7 @@ from keras_clones import _keras, compare_copy, compare_data
 from keras_clones.compare_copy import Source
 from keras_clones.compare_data import Batches
 from keras_clones.compare_history import History, Recorder, as_numbers
-from keras_clones.comparison_records import Difference
+from keras_clones.comparison_records import NOISE, Difference
 
 # What is taken for rounding, by the type of numbers, as the package's own
 # tests do.
@@ -42,6 +42,11 @@ class Plain(NamedTuple):
     drew: list[int]
     drew_unseeded: bool
     by_order: bool
+
+    @property
+    def repeats(self) -> bool:
+        """Whether plain Keras comes to the same when it trains again."""
+        return float(np.median(self.limits[-1])) < NOISE
 
     @property
     def draws(self) -> bool:
@@ -85,6 +90,7 @@ def train_plain(source: Source, batches: Batches, dtype: str | None) -> Plain:
     model = compare_copy.copy_of(source, dtype)
     history = History()
     train(model, batches, Recorder(history.add), dtype)
+    compare_copy.check_complete(model, source)
     found = compare_copy.variables(model)
     names, kinds = _labels(source, found, history)
     drew = _what_drew(source, found, history)

@@ -26,6 +26,12 @@ from keras_clones.compare_run import Plain
 from keras_clones.comparison import Comparison
 from keras_clones.comparison_records import NOISE, Cause, Findings, Run
 
+_NO_REPEAT = (
+    "Plain Keras does not come to the same when it trains again, as where "
+    "Python or `tf.random` draws: what differs by less does not show. Draw "
+    "with `keras.random` and a `keras.random.SeedGenerator`."
+)
+
 
 def compare(
     model: keras.Model | Callable[[], keras.Model],
@@ -129,7 +135,7 @@ def _compare(
     """Train, judge, explain and time; return all that was found."""
     steps = len(batches.parts)
     say(f"Training plain Keras for {steps} steps, and again to see rounding.")
-    plain, exact, notes = _train_plain(source, batches, dtype)
+    plain, exact, note = _train_plain(source, batches, dtype)
 
     def train(n: int, more: Mapping[str, Any]) -> Run:
         asked = compare_causes.joined(options, more)
@@ -147,6 +153,7 @@ def _compare(
         runs, causes = _mend(runs, differing, causes, train)
     say("Timing a step of each, in turns.")
     rows = _num_rows(batches.parts[0])
+    noted = [batches.note, note, "" if plain.repeats else _NO_REPEAT]
     timed = _time(source, batches, rows, [Run(0), *runs], options)
     named_type = exact or keras.config.floatx()
     return Findings(
@@ -156,7 +163,7 @@ def _compare(
         advice=compare_advice.advise(timed, options),
         dtype=named_type,
         judged=compare_advice.how_judged(named_type, plain),
-        notes=tuple(note for note in [batches.note, *notes] if note),
+        notes=tuple(filter(None, noted)),
         rows=rows,
         versions=compare_advice.versions(),
         options={key: repr(value) for key, value in options.items()},
@@ -192,7 +199,7 @@ def _mend(
 
 def _train_plain(
     source: Source, batches: Batches, dtype: str | None
-) -> tuple[Plain, str | None, list[str]]:
+) -> tuple[Plain, str | None, str]:
     """Train plain Keras in float64 if it can, else in the model's own type.
 
     Returns:
@@ -200,10 +207,10 @@ def _train_plain(
         what to note of it.
     """
     if dtype == "float32":
-        return compare_run.train_plain(source, batches, None), None, []
+        return compare_run.train_plain(source, batches, None), None, ""
     try:
         plain = compare_run.train_plain(source, batches, "float64")
-        return plain, "float64", []
+        return plain, "float64", ""
     except (tf.errors.ResourceExhaustedError, MemoryError):
         raise
     except Exception as error:
@@ -216,7 +223,7 @@ def _train_plain(
         reason = _first_line(error)
     plain = compare_run.train_plain(source, batches, None)
     note = f"Judged in the model's own type, since float64 fails: {reason}"
-    return plain, None, [note]
+    return plain, None, note
 
 
 def _train_clones(

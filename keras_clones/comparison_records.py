@@ -125,8 +125,9 @@ class Findings(NamedTuple):
 
     @property
     def same(self) -> bool:
-        """Whether every number of clones that ran trained the same model."""
-        return not any(run.wrong for run in self.runs)
+        """Whether clones ran, and all that did trained the same model."""
+        ran = [run for run in self.runs if run.num_clones and not run.failed]
+        return bool(ran) and not any(run.wrong for run in ran)
 
     @property
     def differing(self) -> Run | None:

@@ -497,7 +497,7 @@ def test_one_number_of_clones_that_fails_leaves_the_others(
     monkeypatch.setattr(comparing, "clone_model", out_of(ValueError("no\nx")))
     found = compared(classifier(), num_clones=[2])
     assert found.runs[1].failed == "ValueError: no"
-    assert "No clones ran" in repr(found)
+    assert "No clones ran" in repr(found) and not found.same
 
 
 @pytest.mark.parametrize(
@@ -548,6 +548,35 @@ def test_more_that_is_refused(monkeypatch):
     )
     with pytest.raises(ValueError, match="at most 2 clones"):
         compared(classifier(), num_clones=[1, 4])
+
+
+def test_draws_that_cannot_be_repeated_are_told(untimed):
+    class Draws(layers.Layer):
+        def call(self, x):
+            return x + tf.random.normal(tf.shape(x), dtype=x.dtype)
+
+    found = compared(classifier(Draws()), num_clones=[1])
+    assert "does not come to the same when it trains again" in repr(found)
+    assert "does not come" not in repr(compared(classifier()))
+
+
+def test_weights_of_the_first_step_are_refused(untimed):
+    class Late(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = layers.Dense(3)
+
+        def train_step(self, data):
+            with tf.GradientTape() as tape:
+                loss = keras.ops.mean(self.dense(data[0]) ** 2)
+            found = self.dense.trainable_variables
+            self.optimizer.apply(tape.gradient(loss, found), found)
+            return {"loss": loss}
+
+    model = Late()
+    model.compile("sgd")
+    with pytest.raises(ValueError, match="Call it on a batch first"):
+        compared(model)
 
 
 def test_float64_that_cannot_be(untimed):
@@ -615,7 +644,7 @@ def test_command(untimed, tmp_path, monkeypatch, capsys):
         (["no_such_module:make"], "cannot find"),
         ([f"{name}:missing"], "cannot find"),
         ([name], "expected module:function"),
-        ([f"{name}:wrong"], "returns a compiled"),
+        ([f"{name}:wrong"], "a compiled model and its data"),
         ([f"{name}:make", "--steps", "99"], "at least 99 batches"),
         ([f"{name}:make", "--clones", "0"], "at least 1"),
         ([f"{name}:make", "--option", "x"], "NAME=VALUE"),
