@@ -27,7 +27,9 @@ def advise(runs: Sequence[Run], options: Mapping[str, Any]) -> Advice:
     fit = [run for run in runs[1:] if run.same and run.seconds]
     best = min(fit, key=lambda run: run.seconds or 0.0, default=None)
     if best is None or not plain.seconds or not best.seconds:
-        text = "Use plain Keras: no number of clones trained the same model."
+        text = (
+            "Use plain Keras: no clones that train the same model were timed."
+        )
         return Advice(0, {}, 1.0, text)
     gain = plain.seconds / best.seconds
     if gain < _GAIN:

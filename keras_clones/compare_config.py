@@ -54,7 +54,11 @@ def copier(model: keras.Model) -> Callable[[str | None], keras.Model]:
 
 
 def _cannot(model: keras.Model, error: Exception) -> CannotCopyError:
-    reason = (str(error).strip().splitlines() or [""])[0]
+    # Keras puts what went wrong behind the whole config.
+    text = str(error)
+    for before in ("Exception encountered: ", "during deserialization: "):
+        text = text.rpartition(before)[2].strip()
+    reason = (text.splitlines() or [""])[0]
     return CannotCopyError(
         "Expected a model that can be copied by its config. Received: "
         f"model={model!r}, which cannot ({type(error).__name__}: {reason}). "

@@ -150,9 +150,10 @@ def _batches(x: Any) -> Iterator[Any]:
 
 def _slices(x: Any, y: Any, batch_size: int) -> Iterator[Any]:
     """Give the batches that `fit` makes of arrays, in their order."""
-    data = x if y is None else (x, y)
+    data = (x, y)
     if y is None:
-        data = (x,)
+        # As `fit` packs it.
+        data = (x,) if isinstance(x, (list, tuple)) else x
     data = keras.tree.map_structure(_as_array, data)
     rows = {len(leaf) for leaf in keras.tree.flatten(data)}
     if len(rows) != 1:

@@ -336,6 +336,8 @@ def test_what_fit_takes():
             for array, same in zip(one, other, strict=True):
                 np.testing.assert_array_equal(array, same)
         assert not found.fixed
+    assert compare_data.read(x, None, 9, 3).parts[0].shape == (9, 6)
+    assert len(compare_data.read([x, x], None, 9, 3).parts[0][0]) == 2
     assert batches.read == [0, 1, 2]
     assert next(generator) == "the next"
     fixed = data.take(2).unbatch().batch(9, drop_remainder=True)
@@ -573,10 +575,16 @@ def test_weights_of_the_first_step_are_refused(untimed):
             self.optimizer.apply(tape.gradient(loss, found), found)
             return {"loss": loss}
 
-    model = Late()
-    model.compile("sgd")
+    def make():
+        model = Late()
+        model.compile("sgd")
+        return model
+
     with pytest.raises(ValueError, match="Call it on a batch first"):
-        compared(model)
+        compared(make)
+    message = r"takes 1 positional|unexpected keyword.*Pass a function"
+    with pytest.raises(ValueError, match=message):
+        compared(make())
 
 
 def test_float64_that_cannot_be(untimed):
