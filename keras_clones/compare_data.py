@@ -150,7 +150,7 @@ def _batches(x: Any) -> Iterator[Any]:
 
 def _slices(x: Any, y: Any, batch_size: int) -> Iterator[Any]:
     """Give the batches that `fit` makes of arrays, in their order."""
-    data = (x, y)
+    data: Any = (x, y)
     if y is None:
         # As `fit` packs it.
         data = (x,) if isinstance(x, (list, tuple)) else x

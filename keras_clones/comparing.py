@@ -113,7 +113,9 @@ def compare(
         compare_copy.check_compiled(model)
     say = print if verbose else _say_nothing
     batches = compare_data.read(x, y, batch_size, steps)
-    with compare_copy.keeping_global_state():
+    with compare_copy.keeping_global_state(), warnings.catch_warnings():
+        # What copies warn of is evidence, and not for the user to act on.
+        warnings.simplefilter("ignore")
         source = compare_copy.find_source(model, batches.parts[0])
         return Comparison(
             _compare(source, batches, counts, dtype, options, say)
