@@ -8,9 +8,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_clones import compare_causes, compare_run
+from keras_clones import compare_run
 from keras_clones.compare_run import Plain
-from keras_clones.comparison_records import Advice, Cause, Run, named
+from keras_clones.comparison_records import Advice, Cause, Run, joined, named
 
 # What is faster by less than this is as fast.
 _GAIN = 1.05
@@ -38,7 +38,7 @@ def advise(runs: Sequence[Run], options: Mapping[str, Any]) -> Advice:
             f"({best.name}) take {1 / gain:.2f} times its time a step."
         )
         return Advice(0, {}, 1.0, text)
-    used = compare_causes.joined(options, best.options)
+    used = joined(options, best.options)
     call = named({"num_clones": best.num_clones, **used})
     text = (
         f"Use `clone_model(model, {call})`: a step is {gain:.2f} times as "

@@ -9,7 +9,7 @@ import keras
 
 from keras_clones import _keras, compare_copy
 from keras_clones.compare_run import Plain
-from keras_clones.comparison_records import Cause, Run
+from keras_clones.comparison_records import Cause, Run, joined
 
 # The names in a warning of this package, such as "Layers ['a', 'b'] ...".
 _NAMES = re.compile(r"\[[^\]]*\]")
@@ -93,19 +93,6 @@ def mending(causes: Sequence[Cause]) -> dict[str, Any]:
         if cause.tried:
             found = joined(found, cause.mends)
     return found
-
-
-def joined(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options together: lists and dicts of them add up."""
-    result = dict(one)
-    for key, value in other.items():
-        held = result.get(key)
-        if isinstance(held, Mapping) and isinstance(value, Mapping):
-            value = {**held, **value}
-        elif isinstance(held, (list, tuple)) and isinstance(value, list):
-            value = [*held, *value]
-        result[key] = value
-    return result
 
 
 def _place(model: keras.Model, run: Run, plain: Plain) -> int | None:

@@ -250,3 +250,15 @@ def _what_drew(
         for i, (variable, old, new) in enumerate(triples)
         if _keras.is_seed_state(variable) and (old != new).any()
     ]
+
+
+def why_failed(error: Exception) -> str:
+    """Say in one line why copies do not train."""
+    if isinstance(error, (tf.errors.ResourceExhaustedError, MemoryError)):
+        return "out of memory"
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or what it is called."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,5 +1,6 @@
 """Timing copies of a model: fairly, in turns, in its own type of numbers."""
 
+import functools
 import os
 import tempfile
 import time
@@ -11,9 +12,18 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_clones import compare_data, footprint, placement, report
-from keras_clones.attach import deployment
+from keras_clones import (
+    compare_copy,
+    compare_data,
+    compare_run,
+    footprint,
+    placement,
+    report,
+)
+from keras_clones.attach import clone_model, deployment
+from keras_clones.compare_copy import Source
 from keras_clones.compare_data import Batches
+from keras_clones.comparison_records import Run, joined
 from keras_clones.profiler import CloneProfiler
 
 # Steps between the first, which traces, and the first that is timed.
@@ -141,6 +151,40 @@ def take_turns(candidates: Sequence[Candidate]) -> None:
         at = turn % len(candidates) if candidates else 0
         for candidate in [*candidates[at:], *candidates[:at]]:
             candidate.take_turn()
+
+
+def time_runs(
+    source: Source,
+    batches: Batches,
+    rows: int,
+    runs: Sequence[Run],
+    options: dict[str, Any],
+) -> list[Run]:
+    """Time plain Keras and the clones that trained, in turns."""
+
+    def make(run: Run) -> keras.Model:
+        model = compare_copy.copy_of(source)
+        if not run.num_clones:
+            return model
+        asked = joined(options, run.options)
+        return clone_model(model, num_clones=run.num_clones, **asked)
+
+    found = list(runs)
+    candidates: dict[int, Candidate] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for i, run in enumerate(runs):
+            if run.failed:
+                continue
+            try:
+                candidates[i] = Candidate(functools.partial(make, run), batches)
+            except (tf.errors.ResourceExhaustedError, MemoryError) as error:
+                found[i] = run._replace(failed=compare_run.why_failed(error))
+        take_turns(list(candidates.values()))
+        for i, candidate in candidates.items():
+            timing = candidate.timing(rows)
+            found[i] = found[i]._replace(**timing._asdict())
+    return found
 
 
 def _memory(gpu: str, reset: bool = False) -> dict[str, int]:

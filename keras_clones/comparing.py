@@ -1,6 +1,5 @@
 """`compare`: whether clones train what plain Keras trains, and how fast."""
 
-import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -24,7 +23,7 @@ from keras_clones.compare_copy import Source
 from keras_clones.compare_data import Batches
 from keras_clones.compare_run import Plain
 from keras_clones.comparison import Comparison
-from keras_clones.comparison_records import NOISE, Cause, Findings, Run
+from keras_clones.comparison_records import NOISE, Cause, Findings, Run, joined
 
 _NO_REPEAT = (
     "Plain Keras does not come to the same when it trains again, as where "
@@ -140,7 +139,7 @@ def _compare(
     plain, exact, note = _train_plain(source, batches, dtype)
 
     def train(n: int, more: Mapping[str, Any]) -> Run:
-        asked = compare_causes.joined(options, more)
+        asked = joined(options, more)
         run = _train_clones(source, batches, plain, exact, n, asked)
         run = run._replace(options=more)
         say(f"{run.name}: {_told(run)}.")
@@ -156,7 +155,9 @@ def _compare(
     say("Timing a step of each, in turns.")
     rows = _num_rows(batches.parts[0])
     noted = [batches.note, note, "" if plain.repeats else _NO_REPEAT]
-    timed = _time(source, batches, rows, [Run(0), *runs], options)
+    timed = compare_time.time_runs(
+        source, batches, rows, [Run(0), *runs], options
+    )
     named_type = exact or keras.config.floatx()
     return Findings(
         runs=tuple(timed),
@@ -219,10 +220,10 @@ def _train_plain(
         if dtype == "float64":
             raise ValueError(
                 "Expected a model that trains in float64. Received: one that "
-                f"does not ({_first_line(error)}). Pass `dtype='float32'` to "
-                "judge it in its own type."
+                f"does not ({compare_run.first_line(error)}). Pass "
+                "`dtype='float32'` to judge it in its own type."
             ) from error
-        reason = _first_line(error)
+        reason = compare_run.first_line(error)
     plain = compare_run.train_plain(source, batches, None)
     note = f"Judged in the model's own type, since float64 fails: {reason}"
     return plain, None, note
@@ -246,7 +247,7 @@ def _train_clones(
             model, batches, plain.history, dtype
         )
     except Exception as error:
-        return Run(n, failed=_why_failed(error))
+        return Run(n, failed=compare_run.why_failed(error))
     told = (plain.limits < NOISE) | (found > plain.limits)
     beyond = (np.where(told, found, 0.0) / plain.limits).argmax(axis=1)
     at = np.arange(len(found)), beyond
@@ -259,58 +260,12 @@ def _train_clones(
     )
 
 
-def _why_failed(error: Exception) -> str:
-    if isinstance(error, (tf.errors.ResourceExhaustedError, MemoryError)):
-        return "out of memory"
-    return f"{type(error).__name__}: {_first_line(error)}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def _told(run: Run) -> str:
     if run.failed:
         return run.failed
     if run.same:
         return "the same as plain Keras"
     return f"differs at step {run.wrong[0].first}, first {run.wrong[0].name!r}"
-
-
-def _time(
-    source: Source,
-    batches: Batches,
-    rows: int,
-    runs: Sequence[Run],
-    options: dict[str, Any],
-) -> list[Run]:
-    """Time plain Keras and the clones that trained, in turns."""
-
-    def make(run: Run) -> keras.Model:
-        model = compare_copy.copy_of(source)
-        if not run.num_clones:
-            return model
-        asked = compare_causes.joined(options, run.options)
-        return clone_model(model, num_clones=run.num_clones, **asked)
-
-    found = list(runs)
-    candidates: dict[int, compare_time.Candidate] = {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for i, run in enumerate(runs):
-            if run.failed:
-                continue
-            try:
-                candidates[i] = compare_time.Candidate(
-                    functools.partial(make, run), batches
-                )
-            except (tf.errors.ResourceExhaustedError, MemoryError) as error:
-                found[i] = run._replace(failed=_why_failed(error))
-        compare_time.take_turns(list(candidates.values()))
-        for i, candidate in candidates.items():
-            timing = candidate.timing(rows)
-            found[i] = found[i]._replace(**timing._asdict())
-    return found
 
 
 def _num_rows(batch: Any) -> int:

@@ -76,6 +76,19 @@ def named(options: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}={value!r}" for key, value in options.items())
 
 
+def joined(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options together: lists and dicts of them add up."""
+    result = dict(one)
+    for key, value in other.items():
+        held = result.get(key)
+        if isinstance(held, Mapping) and isinstance(value, Mapping):
+            value = {**held, **value}
+        elif isinstance(held, (list, tuple)) and isinstance(value, list):
+            value = [*held, *value]
+        result[key] = value
+    return result
+
+
 class Cause(NamedTuple):
     """What is known to let clones differ, and which option mends it.
 
