@@ -7,6 +7,8 @@ from keras_clones.attach import (
     unclone_model,
 )
 from keras_clones.clones import PerClone, create_clones, split_batch
+from keras_clones.comparing import compare
+from keras_clones.comparison import Comparison
 from keras_clones.config import DeploymentConfig
 from keras_clones.model_deploy import DeployedModel, deploy
 from keras_clones.optimize import optimize_clones
@@ -20,11 +22,13 @@ __all__ = [
     "Clone",
     "CloneProfiler",
     "CloneSummaries",
+    "Comparison",
     "DeployedModel",
     "Deployment",
     "DeploymentConfig",
     "PerClone",
     "clone_model",
+    "compare",
     "create_clones",
     "deploy",
     "deployment",

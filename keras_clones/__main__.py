@@ -4,13 +4,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from keras_clones import benchmark, devices
+from keras_clones import benchmark, compare_command, devices
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command, and return its exit code."""
     parser = argparse.ArgumentParser(prog="python -m keras_clones")
     commands = parser.add_subparsers(required=True, metavar="command")
+    compare_command.add_command(commands)
     benchmark.add_command(commands)
     devices.add_command(commands)
     options = parser.parse_args(arguments)

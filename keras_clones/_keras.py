@@ -133,6 +133,11 @@ def seed_states(model: keras.Model) -> list[keras.Variable]:
     return [*states, _global_seed_state()]
 
 
+def own_seed_states(layer: keras.Layer) -> list[keras.Variable]:
+    """Return the states of a layer's own seed generators."""
+    return [generator.state for generator in layer._seed_generators]
+
+
 def is_seed_state(variable: keras.Variable) -> bool:
     """Say whether a variable is the state of a seed generator, by its name."""
     return variable.name == "seed_generator_state" and variable.shape == (2,)
@@ -422,3 +427,59 @@ def iterations(
     if isinstance(optimizer, kinds) or hasattr(optimizer, "optimizers"):
         return None
     return getattr(optimizer, "_iterations", None)
+
+
+# What Keras keeps beside models: the generator behind draws without a seed,
+# the policy of new layers, and the numbers in the names that it makes up.
+_ASIDE = ("global_seed_generator", "dtype_policy", "object_name_uids")
+
+
+@contextlib.contextmanager
+def global_state_kept() -> Iterator[None]:
+    """Restore what Keras keeps beside models, whatever is done within.
+
+    Draws without a seed come from a generator of the same state.
+    """
+    held = {name: _get_global_attribute(name) for name in _ASIDE}
+    floatx = keras.config.floatx()
+    uids = held["object_name_uids"]
+    if uids is not None:
+        _set_global_attribute("object_name_uids", uids.copy())
+    _set_global_attribute("global_seed_generator", None)
+    try:
+        if held["global_seed_generator"] is not None:
+            state = held["global_seed_generator"].state.numpy()
+            _global_seed_state().assign(state)
+        yield
+    finally:
+        keras.config.set_floatx(floatx)
+        for name, value in held.items():
+            _set_global_attribute(name, value)
+
+
+@contextlib.contextmanager
+def made_in(dtype: str | None) -> Iterator[None]:
+    """Make what is made within in a type of numbers; `None` changes none."""
+    if dtype is None:
+        yield
+        return
+    policy = _get_global_attribute("dtype_policy")
+    floatx = keras.config.floatx()
+    keras.config.set_floatx(dtype)
+    _set_global_attribute("dtype_policy", keras.DTypePolicy(dtype))
+    try:
+        yield
+    finally:
+        keras.config.set_floatx(floatx)
+        _set_global_attribute("dtype_policy", policy)
+
+
+def global_seed_state() -> keras.Variable:
+    """Return the state behind `keras.random` calls without a seed."""
+    return _global_seed_state()
+
+
+def compile_arguments(model: keras.Model) -> dict[str, Any] | None:
+    """Return what `compile` got, as it got it: the public way makes text."""
+    held = getattr(model, "_compile_config", None)
+    return None if held is None else dict(held.config)

@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from keras_clones import checks, timeline, trace
 from keras_clones.phases import find_places
+from keras_clones.timeline import Event, Window
 from keras_clones.verdict import Report, find_machine, make_report
 from keras_clones.warn import warn
 
@@ -176,17 +177,20 @@ class CloneProfiler(keras.callbacks.Callback):
                 "its graph, and there is none. Received: a model that runs "
                 "eagerly. Compile it with `run_eagerly=False`."
             )
-        if importlib.util.find_spec("matplotlib") is None:
-            raise ImportError(
-                "`CloneProfiler` draws its timeline with matplotlib: "
-                "`pip install matplotlib`."
-            )
+        self._check_can_draw()
         per_epoch, epochs = self.params.get("steps"), self.params.get("epochs")
         if per_epoch and epochs and self.steps[1] > per_epoch * epochs:
             raise ValueError(
                 "Argument `steps` of `CloneProfiler` must end within the "
                 f"training, which has {per_epoch * epochs} steps ({epochs} "
                 f"epochs of {per_epoch}). Received: steps={self.steps}"
+            )
+
+    def _check_can_draw(self) -> None:
+        if importlib.util.find_spec("matplotlib") is None:
+            raise ImportError(
+                "`CloneProfiler` draws its timeline with matplotlib: "
+                "`pip install matplotlib`."
             )
 
     def _start(self) -> None:
@@ -218,15 +222,17 @@ class CloneProfiler(keras.callbacks.Callback):
         self._done = self._gave_up = True
         warn(f"{reason}: `CloneProfiler` writes nothing. The training goes on.")
 
-    def _write(self) -> None:
-        """Read the profile, and write and print what it came to."""
+    def _read(
+        self,
+    ) -> tuple[list[Event], list[str], list[Window]] | None:
+        """Read the profile and make the report, if it has the steps."""
         with self._folder as folder:  # type: ignore[union-attr]
             spans = trace.read_spans(folder)
         places = find_places(self.model)
         windows = trace.find_windows(spans, self._calls)
         if not windows:
             self._give_up("TensorFlow's profile has none of the steps")
-            return
+            return None
         events = trace.place(spans, places)
         lanes = places.lanes()
         lanes += sorted({event.lane for event in events} - set(lanes))
@@ -234,6 +240,14 @@ class CloneProfiler(keras.callbacks.Callback):
         self.report = make_report(
             events, lanes, windows, find_machine(self.model, busy)
         )
+        return events, lanes, windows
+
+    def _write(self) -> None:
+        """Write and print what the profile came to."""
+        found = self._read()
+        if found is None or self.report is None:
+            return
+        events, lanes, windows = found
         window = timeline.typical(windows)
         with open(f"{self.path}.json", "w", encoding="utf-8") as file:
             json.dump(timeline.chrome_trace(events, lanes, window), file)

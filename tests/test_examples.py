@@ -9,6 +9,8 @@ import sys
 import numpy as np
 import pytest
 
+from keras_clones import compare_time
+
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 
 
@@ -36,6 +38,23 @@ def test_digits_refuses_wrong_arguments():
     for text in ("0", "-1", "two"):
         with pytest.raises((ValueError, digits.argparse.ArgumentTypeError)):
             digits.positive(text)
+
+
+def test_compare_digits(tmp_path, capsys, monkeypatch):
+    compare_digits = load("compare_digits")
+    # Timing takes as long as all else.
+    monkeypatch.setattr(compare_time, "time_runs", lambda *args: args[3])
+    found, exact = compare_digits.report([2], 25, 2, tmp_path, verbose=0)
+    out = capsys.readouterr().out
+    assert not found.same and "batch_normalization" in out
+    assert {tuple(c.mends) for c in found.causes} == {
+        *(("batch_norm",), ("random",)),
+    }
+    # Only what is not exact may be refused.
+    assert exact.same or exact.first is not None
+    for name in ("default", "exact"):
+        picture = tmp_path / f"compare_{name}.png"
+        assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_custom_loop(tmp_path, capsys):

@@ -589,6 +589,54 @@ def test_writes_are_counted():
     assert counts == [(0, 0), (0, 0), (1, 0), (2, 0), (3, 0), (3, 1)]
 
 
+def test_what_keras_keeps_beside_models_is_restored():
+    keras.utils.set_random_seed(5)
+    keras.random.normal((2,))
+    state, held = _keras.global_seed_state(), keras.config.floatx()
+    before, name = state.numpy(), keras.layers.Dense(1).name
+    with pytest.raises(KeyboardInterrupt), _keras.global_state_kept():
+        np.testing.assert_array_equal(_keras.global_seed_state(), before)
+        keras.random.normal((2,))
+        keras.layers.Dense(1)
+        keras.config.set_floatx("float16")
+        keras.config.set_dtype_policy("float64")
+        raise KeyboardInterrupt
+    assert _keras.global_seed_state() is state
+    np.testing.assert_array_equal(state, before)
+    assert keras.config.floatx() == held
+    assert keras.layers.Dense(1).dtype_policy.name == held
+    assert (name, keras.layers.Dense(1).name) == ("dense", "dense_2")
+
+
+def test_models_are_made_in_another_type():
+    with _keras.made_in("float64"):
+        assert keras.layers.Dense(1).compute_dtype == "float64"
+        assert keras.losses.MeanSquaredError().dtype == "float64"
+    assert keras.layers.Dense(1).compute_dtype == "float32"
+    with _keras.made_in(None):
+        assert keras.layers.Dense(1).compute_dtype == "float32"
+
+
+def test_what_compile_got_is_told():
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    assert _keras.compile_arguments(model) is None
+
+    def loss(y, y_pred):
+        return keras.ops.mean(y - y_pred)
+
+    model.compile("sgd", loss, metrics=["mae"])
+    found = _keras.compile_arguments(model)
+    assert found["loss"] is loss and found["metrics"] == ["mae"]
+
+
+def test_own_seed_states_are_those_of_one_layer():
+    drop = keras.layers.Dropout(0.5)
+    model = keras.Sequential([keras.Input((2,)), drop])
+    [state] = _keras.own_seed_states(drop)
+    assert state is drop.seed_generator.state
+    assert _keras.own_seed_states(model) == []
+
+
 def test_living_models_are_found_without_asking_what_they_are():
     inner = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
     outer = keras.Sequential([keras.Input((2,)), inner])

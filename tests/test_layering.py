@@ -18,7 +18,9 @@ TABLE = re.findall(r"^\| `(\w+)\.py` \|", CONTRIBUTING.read_text(), re.M)
 LIBRARIES = {"keras", "numpy", "tensorflow"}
 # What is imported inside of the functions that need it, if at all.
 LATE = {
-    "matplotlib": {"benchmark_table", "picture", "timeline"},
+    "matplotlib": {
+        *("benchmark_table", "comparison_picture", "picture", "timeline"),
+    },
     "IPython": {"report"},
 }
 # What the commands need besides, as no module of the library does.
@@ -26,7 +28,7 @@ COMMAND = {
     *("argparse", "datetime", "platform", "resource", "statistics"),
     "subprocess",
 }
-COMMANDS = ("__main__", "benchmark", "devices")
+COMMANDS = ("__main__", "benchmark", "compare_command", "devices")
 # The doors to private names are lists, one short function each.
 LISTS = {"_keras"}
 

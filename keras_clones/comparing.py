@@ -1,0 +1,275 @@
+"""`compare`: whether clones train what plain Keras trains, and how fast."""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_clones import (
+    checks,
+    compare_advice,
+    compare_causes,
+    compare_check,
+    compare_copy,
+    compare_data,
+    compare_run,
+    compare_time,
+)
+from keras_clones.attach import clone_model
+from keras_clones.compare_copy import Source
+from keras_clones.compare_data import Batches
+from keras_clones.compare_run import Plain
+from keras_clones.comparison import Comparison
+from keras_clones.comparison_records import NOISE, Cause, Findings, Run, joined
+
+_NO_REPEAT = (
+    "Plain Keras does not come to the same when it trains again, as where "
+    "Python or `tf.random` draws: what differs by less does not show. Draw "
+    "with `keras.random` and a `keras.random.SeedGenerator`."
+)
+
+
+def compare(
+    model: keras.Model | Callable[[], keras.Model],
+    x: Any,
+    y: Any = None,
+    *,
+    batch_size: int | None = None,
+    num_clones: Sequence[int] = compare_check.NUM_CLONES,
+    steps: int = 10,
+    dtype: str | None = None,
+    verbose: int = 1,
+    **options: Any,
+) -> Comparison:
+    """Compare clones of a model with plain Keras: what they train, how fast.
+
+    It copies the compiled model, once plain and once for each number of
+    clones, with the same weights, optimizer and seeds, trains each copy with
+    `fit` on the same batches, and compares every variable, optimizer variable
+    and log after every step. Where clones differ by more than rounding, it
+    looks for what is known to cause it, and tries the options that mend it.
+    Then it times the copies in turns. The model itself, its optimizer, the
+    streams of random numbers and Keras's settings stay as they are, also if
+    it fails or is interrupted.
+
+    What counts as rounding is measured: plain Keras is trained again from
+    weights that differ by one unit in the last place, and, if it draws
+    nothing at random, on batches whose rows change places. What is within 100
+    times what that comes to, or within 1e-10 in float64 and 1e-5 in float32,
+    is rounding.
+
+    Args:
+        model: A compiled `keras.Model`, or a function without arguments that
+            makes one, for a model that cannot be copied by its config.
+        x: What `fit` takes: a nest of arrays, a `tf.data.Dataset`, a
+            `keras.utils.PyDataset`, or a generator of batches, of which
+            `steps` batches are read and kept.
+        y: Nest of arrays, the targets, with arrays. Defaults to `None`.
+        batch_size: Integer, the rows of a global batch, with arrays. Defaults
+            to `None`: 32.
+        num_clones: Sequence of integers, the numbers of clones. Defaults to
+            `(1, 2, 4)`, or those of them that the machine's GPUs allow.
+        steps: Integer, how many training steps to compare. Defaults to 10.
+        dtype: String, `"float64"` or `"float32"`: which type of numbers to
+            judge the differences in, the latter standing for the model's own.
+            Defaults to `None`: float64 if the model can be made and trained
+            in it, else its own. Times are always those of its own.
+        verbose: Integer, 1 to print what is going on, 0 not to. Defaults
+            to 1.
+        **options: Arguments of `clone_model`, such as `batch_norm="sync"`.
+
+    Returns:
+        A `Comparison`, with `same`, `first`, `causes`, `advice`, `runs`,
+        `summary()`, `plot(path)` and `to_dict()`.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of range, the model is not compiled
+            or cannot be copied, there are fewer batches than steps, or fewer
+            devices than clones.
+
+    Example:
+
+    >>> import keras
+    >>> from keras_clones import compare
+    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+    >>> model.compile("sgd", "mse")
+    >>> x, y = keras.ops.ones((20, 3)), keras.ops.ones((20, 1))
+    >>> found = compare(
+    ...     model, x, y, batch_size=5, num_clones=[2], steps=3, verbose=0
+    ... )
+    >>> found.same
+    True
+    """
+    checks.check_backend()
+    counts = compare_check.check(
+        num_clones, batch_size, steps, dtype, verbose, options
+    )
+    if isinstance(model, keras.Model):
+        compare_copy.check_compiled(model)
+    say = print if verbose else _say_nothing
+    batches = compare_data.read(x, y, batch_size, steps)
+    with compare_copy.keeping_global_state(), warnings.catch_warnings():
+        # What copies warn of is evidence, and not for the user to act on.
+        warnings.simplefilter("ignore")
+        source = compare_copy.find_source(model, batches.parts[0])
+        return Comparison(
+            _compare(source, batches, counts, dtype, options, say)
+        )
+
+
+def _say_nothing(text: str) -> None:
+    pass
+
+
+def _compare(
+    source: Source,
+    batches: Batches,
+    counts: Sequence[int],
+    dtype: str | None,
+    options: dict[str, Any],
+    say: Callable[[str], None],
+) -> Findings:
+    """Train, judge, explain and time; return all that was found."""
+    steps = len(batches.parts)
+    say(f"Training plain Keras for {steps} steps, and again to see rounding.")
+    plain, exact, note = _train_plain(source, batches, dtype)
+
+    def train(n: int, more: Mapping[str, Any]) -> Run:
+        asked = joined(options, more)
+        run = _train_clones(source, batches, plain, exact, n, asked)
+        run = run._replace(options=more)
+        say(f"{run.name}: {_told(run)}.")
+        return run
+
+    runs = [train(n, {}) for n in counts]
+    differing = next((run for run in runs if run.wrong), None)
+    causes: list[Cause] = []
+    if differing is not None:
+        model = compare_copy.copy_of(source, exact)
+        causes = compare_causes.find(model, differing, plain, options)
+        runs, causes = _mend(runs, differing, causes, train)
+    say("Timing a step of each, in turns.")
+    rows = _num_rows(batches.parts[0])
+    noted = [batches.note, note, "" if plain.repeats else _NO_REPEAT]
+    timed = compare_time.time_runs(
+        source, batches, rows, [Run(0), *runs], options
+    )
+    named_type = exact or keras.config.floatx()
+    return Findings(
+        runs=tuple(timed),
+        causes=tuple(causes),
+        explained=bool(differing) and compare_advice.explains(causes),
+        advice=compare_advice.advise(timed, options),
+        dtype=named_type,
+        judged=compare_advice.how_judged(named_type, plain),
+        notes=tuple(filter(None, noted)),
+        rows=rows,
+        versions=compare_advice.versions(),
+        options={key: repr(value) for key, value in options.items()},
+    )
+
+
+def _mend(
+    runs: list[Run],
+    differing: Run,
+    causes: list[Cause],
+    train: Callable[[int, Mapping[str, Any]], Run],
+) -> tuple[list[Run], list[Cause]]:
+    """Try what mends the fewest clones that differ, then with all others."""
+    done: list[Run] = []
+
+    def attempt(more: Mapping[str, Any]) -> Run:
+        done.append(train(differing.num_clones, more))
+        return done[-1]
+
+    causes = compare_causes.attempt(causes, attempt)
+    mends = compare_causes.mending(causes)
+    if not mends:
+        return runs, causes
+    for run in [run for run in runs if run.wrong]:
+        same = [
+            one
+            for one in done
+            if (one.num_clones, one.options) == (run.num_clones, mends)
+        ]
+        runs = [*runs, *(same[:1] or [train(run.num_clones, mends)])]
+    return runs, causes
+
+
+def _train_plain(
+    source: Source, batches: Batches, dtype: str | None
+) -> tuple[Plain, str | None, str]:
+    """Train plain Keras in float64 if it can, else in the model's own type.
+
+    Returns:
+        The `Plain`, the name of the type (`None` for the model's own) and
+        what to note of it.
+    """
+    if dtype == "float32":
+        return compare_run.train_plain(source, batches, None), None, ""
+    try:
+        plain = compare_run.train_plain(source, batches, "float64")
+        return plain, "float64", ""
+    except (tf.errors.ResourceExhaustedError, MemoryError):
+        raise
+    except Exception as error:
+        if dtype == "float64":
+            raise ValueError(
+                "Expected a model that trains in float64. Received: one that "
+                f"does not ({compare_run.first_line(error)}). Pass "
+                "`dtype='float32'` to judge it in its own type."
+            ) from error
+        reason = compare_run.first_line(error)
+    plain = compare_run.train_plain(source, batches, None)
+    note = f"Judged in the model's own type, since float64 fails: {reason}"
+    return plain, None, note
+
+
+def _train_clones(
+    source: Source,
+    batches: Batches,
+    plain: Plain,
+    dtype: str | None,
+    n: int,
+    options: Mapping[str, Any],
+) -> Run:
+    """Train a number of clones, and judge them by plain Keras."""
+    try:
+        model = compare_copy.copy_of(source, dtype)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            clone_model(model, num_clones=n, **options)
+        found, warned = compare_run.train_against(
+            model, batches, plain.history, dtype
+        )
+    except Exception as error:
+        return Run(n, failed=compare_run.why_failed(error))
+    told = (plain.limits < NOISE) | (found > plain.limits)
+    beyond = (np.where(told, found, 0.0) / plain.limits).argmax(axis=1)
+    at = np.arange(len(found)), beyond
+    return Run(
+        n,
+        differences=compare_run.judge(plain, found),
+        by_step=tuple(found[at].tolist()),
+        limits=tuple(plain.limits[at].tolist()),
+        warnings=(*compare_run.texts(caught), *warned),
+    )
+
+
+def _told(run: Run) -> str:
+    if run.failed:
+        return run.failed
+    if run.same:
+        return "the same as plain Keras"
+    return f"differs at step {run.wrong[0].first}, first {run.wrong[0].name!r}"
+
+
+def _num_rows(batch: Any) -> int:
+    leaves = keras.tree.flatten(batch)
+    return next(
+        int(x.shape[0]) for x in leaves if x is not None and len(x.shape)
+    )
