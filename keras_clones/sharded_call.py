@@ -151,7 +151,15 @@ def _lay_out(
     if options.balance and calls.training:
         clock = options.balance.clocks[0]
     return laying_out.lay_out(
-        shards, data, mirrors, variables, 1.0, clones, options.home, clock
+        shards,
+        data,
+        mirrors,
+        variables,
+        1.0,
+        clones,
+        options.home,
+        clock,
+        options.random,
     )
 
 
