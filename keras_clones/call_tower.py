@@ -270,7 +270,8 @@ def trace(
     )
     tower = exchange.trace(made, layout, synchronized, in_graph)
     if tower.concrete is None:
-        return CallTower(tower._replace(call=body), None, [])
+        opened = exchange.with_open_rows(body, layout)
+        return CallTower(tower._replace(call=opened), None, [])
     if jit_compile and watched and traced.has_loops(tower.concrete):
         # What a loop keeps to run backward cannot leave what XLA compiles.
         return trace(body, layout, watched, False, inline)

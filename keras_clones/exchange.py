@@ -123,7 +123,7 @@ def trace(
     function, returned, python, layer = tower
     if synchronized:
         return TracedTower(
-            _with_open_rows(python, layout), None, None, synchronized
+            with_open_rows(python, layout), None, None, synchronized
         )
     if tf.executing_eagerly() and not in_graph:
         return TracedTower(python)
@@ -136,7 +136,7 @@ def trace(
     output, notes = returned
     warn_of_outside_variables(layer, concrete)
     if traced.calls_python(concrete):
-        return TracedTower(_with_open_rows(python, layout), output, notes)
+        return TracedTower(with_open_rows(python, layout), output, notes)
     call: Callable[[TowerInput], Any] = concrete
     if not in_graph and traced.has_state_of_no_variable(concrete):
         place = tf.TensorSpec([], tf.resource)
@@ -224,7 +224,7 @@ def _common_types(layout: Layout, any_rows: bool = False) -> TowerInput:
     return common._replace(data=tf.nest.map_structure(relax, common.data))
 
 
-def _with_open_rows(
+def with_open_rows(
     tower: Callable[[TowerInput], Any], layout: Layout
 ) -> Callable[[TowerInput], Any]:
     """Let a Python function not know the number of rows, as traces do not."""

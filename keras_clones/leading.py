@@ -48,7 +48,8 @@ class Sizes:
         self._kinds: dict[int, str] = {id(t): ROWS for t in dense}
         self._kinds.update((id(t), MIXED) for t in flat)
         self._shapes = {id(t) for t in shapes}
-        self._depends = traced.dependence([*dense, *flat, *shapes])
+        self._graph = (*dense, *flat, *shapes)[0].graph
+        self._found = traced.dependence([*dense, *flat, *shapes])
         self._known: dict[Any, str] = {}
 
     def of_entry(self, vector: tf.Tensor, index: int) -> str:
@@ -58,6 +59,14 @@ class Sizes:
     def of_axis(self, tensor: tf.Tensor, axis: int) -> str:
         """Say where the size of an axis of a tensor comes from."""
         return self._answer((self._axis, (tensor, axis)))
+
+    def _depends(self, tensor: tf.Tensor) -> bool:
+        """Say whether a tensor may depend on the rows.
+
+        What a function or a loop is called with, is not known within it.
+        """
+        inside = tensor.graph is not self._graph
+        return tensor.op.type != "Const" and (inside or self._found(tensor))
 
     def _answer(self, question: "_Question | str") -> str:
         passed = []
