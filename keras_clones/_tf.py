@@ -68,6 +68,12 @@ _DRAWING = tuple(
     )
 )
 
+# What a `tf.function` is traced again for besides its arguments. No public name
+# lets it be traced again inside of another function.
+_function_context = _private(
+    "tensorflow.python.eager.polymorphic_function.function_context"
+)
+
 # What a function, a branch or a loop says it only reads.
 _READS = "_read_only_resource_inputs"
 _READING_OPS = ("ReadVariableOp", "ResourceGather", "VariableShape")
@@ -120,6 +126,16 @@ def drawing_functions() -> dict[str, tuple[Any, Callable[..., Any]]]:
         if inspect.isfunction(function)
         and function.__module__ == module.__name__
     }
+
+
+def maker_of_context() -> tuple[Any, str]:
+    """Return where the function is that says what functions are traced for.
+
+    Returns:
+        The module that holds it, and its name there. It returns a named tuple
+        whose `context` can be anything that has a hash.
+    """
+    return _function_context, "make_function_context"
 
 
 def num_writes(value: tf.Tensor) -> int:

@@ -69,6 +69,7 @@ class GlobalRows(NamedTuple):
         begin: Scalar int32 tensor, which of all rows its first one is.
         total: Integer or scalar int32 tensor, how many there are in all.
         graph: The `tf.Graph` that the clone is traced in, or `None`.
+        mark: Object that is of this clone alone, or of this trace.
         sizes: `Sizes` of that graph, or `None`.
         exact: Boolean, whether to refuse what cannot be had.
         named: Set of the messages that have been given.
@@ -78,6 +79,7 @@ class GlobalRows(NamedTuple):
     begin: tf.Tensor
     total: Any
     graph: Any
+    mark: Any
     sizes: Sizes | None
     exact: bool
     named: set[str]
@@ -104,19 +106,11 @@ def of_global_batch(
         begin: Scalar tensor, which of them is the first of the clone.
         exact: Boolean, whether to refuse what cannot be had.
     """
-    held, before = _active.rows, tf.executing_eagerly()
+    held = _active.rows
     _active.rows = _locate(leaves, total, begin, exact)
     with _swapped():
         try:
-            if before:
-                yield
-            else:
-                # A `tf.function` traced before draws for no global batch, and
-                # one traced here for no other. A device that is a function
-                # lets TensorFlow trace it again, and places nothing.
-                graph = tf.compat.v1.get_default_graph()
-                with graph.device(lambda op: op.device):
-                    yield
+            yield
         finally:
             _active.rows = held
 
@@ -146,6 +140,7 @@ def _locate(
         begin=tf.cast(begin, tf.int32),
         total=tf.shape(total)[0] if known is None else known,
         graph=graph,
+        mark=object() if graph is None else graph,
         sizes=sizes,
         exact=exact,
         named=set(),
@@ -158,23 +153,47 @@ def _swapped() -> Iterator[None]:
     with _lock:
         _users[0] += 1
         if _users[0] == 1:
-            for name, (module, function) in _functions().items():
-                setattr(module, name, _asking(name, function))
+            for (module, name), (_, asking) in _functions().items():
+                setattr(module, name, asking)
     try:
         yield
     finally:
         with _lock:
             _users[0] -= 1
             if _users[0] == 0:
-                for name, (module, function) in _functions().items():
+                for (module, name), (function, _) in _functions().items():
                     setattr(module, name, function)
 
 
 @functools.cache
-def _functions() -> dict[str, tuple[Any, Callable[..., Any]]]:
-    found = _tf.drawing_functions()
-    names = (*_BY_SEED, *_BY_STATE)
-    return {name: found[name] for name in names if name in found}
+def _functions() -> dict[tuple[Any, str], tuple[Any, Any]]:
+    """Return what is swapped by its place, and what takes its place."""
+    drawing = _tf.drawing_functions()
+    found: dict[tuple[Any, str], tuple[Any, Any]] = {}
+    for name in (*_BY_SEED, *_BY_STATE):
+        module, function = drawing[name]
+        found[module, name] = function, _asking(name, function)
+    module, name = _tf.maker_of_context()
+    make = getattr(module, name)
+    found[module, name] = make, _marking(make)
+    return found
+
+
+def _marking(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function by which each clone traces functions of its own.
+
+    A `tf.function` that was traced before draws for no global batch, and one
+    that a clone traces draws for no other.
+    """
+
+    @functools.wraps(make)
+    def marked(*args: Any, **kwargs: Any) -> Any:
+        made, where = make(*args, **kwargs), _active.rows
+        if where is None:
+            return made
+        return made._replace(context=(made.context, where.mark))
+
+    return marked
 
 
 def _asking(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -211,14 +230,6 @@ def _is_inside(where: GlobalRows) -> bool:
     outside of the graph that the clone is traced in.
     """
     if where.graph is None:
-        if not tf.executing_eagerly():
-            # A function keeps what it is traced with: this clone's rows.
-            _name(
-                where,
-                "draws in a `tf.function`, outside of a graph",
-                "Train without `run_eagerly`, or without that `tf.function`.",
-            )
-            return False
         return True
     if tf.executing_eagerly():
         return False
@@ -259,7 +270,8 @@ def _draw(
             [tf.cast(all_rows, shape.dtype)[None], shape[1:]], 0
         )
     drawn = function(**given)
-    found = drawn[begin : begin + lead]
+    start = tf.concat([begin[None], tf.zeros_like(shape[1:], tf.int32)], 0)
+    found = tf.slice(drawn, start, tf.cast(shape, tf.int32))
     found.set_shape([size, *drawn.shape[1:]])
     return found
 
@@ -268,10 +280,8 @@ def _kind(where: GlobalRows, shape: Any, rank: Any, size: int | None) -> str:
     """Say whether what is drawn has the rows of the batch first."""
     if not rank:
         return OTHER
-    if isinstance(where.rows, int):
-        return ROWS if size == where.rows else OTHER
     if size is not None:
-        return OTHER
+        return ROWS if size == where.rows else OTHER
     if where.sizes is None:
         return UNKNOWN
     kind = where.sizes.of_entry(shape, 0)
@@ -291,8 +301,6 @@ def _span(where: GlobalRows, lead: tf.Tensor, kind: str) -> tuple[Any, Any]:
 
     There may be several for each row of the batch, side by side.
     """
-    if isinstance(where.rows, int):
-        return tf.constant(where.total), where.begin
     rows = tf.maximum(where.rows, 1)
     times = lead // rows
     all_rows, begin = times * where.total, times * where.begin

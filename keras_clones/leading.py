@@ -74,11 +74,8 @@ class Sizes:
             function, arguments = question
             key = (function.__name__, id(arguments[0]), *arguments[1:])
             passed.append(key)
-            # What is asked again while it is looked for leads in a circle.
-            asked = self._known.setdefault(key, UNKNOWN)
-            question = (
-                asked if asked != UNKNOWN else function(*map(_outer, arguments))
-            )
+            known = self._known.get(key)
+            question = known or function(*map(_outer, arguments))
         for key in passed:
             self._known[key] = question
         return question
