@@ -128,7 +128,11 @@ def of_times():
     x = layers.GRU(
         4, dropout=0.2, recurrent_dropout=0.2, return_sequences=True, seed=8
     )(x)
-    x = x + layers.MultiHeadAttention(2, 4, dropout=0.3, seed=9)(x, x)
+    # The bias of keys has a gradient of nothing but rounding.
+    attention = layers.MultiHeadAttention(
+        2, 4, dropout=0.3, use_bias=False, seed=9
+    )
+    x = x + attention(x, x)
     return keras.Model(inputs, layers.Dense(1)(layers.Flatten()(x)))
 
 
@@ -159,7 +163,8 @@ def of_images():
             x = getattr(layers, name)(**arguments, seed=i)(x)
     x = layers.Conv2D(4, 3)(x)
     x = layers.SpatialDropout2D(0.3, seed=50)(x)
-    return keras.Model(inputs, layers.Dense(1)(layers.Flatten()(x)))
+    x = layers.GlobalAveragePooling2D()(x)
+    return keras.Model(inputs, layers.Dense(1)(x))
 
 
 class PenaltyModel(keras.Model):
@@ -211,7 +216,11 @@ ROWS = (Functions, NoiseShapes, Distributions, Axes, Inside)
 
 
 def test_rows(floatx):
-    compare(lambda: of_rows(*ROWS), X, num_clones=(1, 2, 3, 4))
+    compare(lambda: of_rows(*ROWS), X)
+
+
+def test_any_number_of_clones(float64):
+    compare(lambda: of_rows(NoiseShapes), X, num_clones=(1, 2, 4))
 
 
 def test_rows_of_a_known_number(float64):
@@ -228,23 +237,19 @@ def test_uneven_shares(float64):
     compare(lambda: of_rows(*kinds), X, shares=shares)
 
 
-def test_times(floatx):
+def test_times(float64):
     compare(of_times, TIMES)
 
 
-def test_images(floatx):
+def test_images():
+    """`RandomRotation` of Keras takes float32 only."""
     compare(of_images, IMAGES)
 
 
-def by_xla():
-    return of_rows(Functions, NoiseShapes, Axes)
-
-
-@pytest.mark.parametrize("steps", [None, 2])
-def test_compiled(steps, float64):
+def test_compiled(float64):
     """Compiled draws are others, in plain Keras too."""
     options = {"compiled": {"jit_compile": True}, "jit_compile": True}
-    compare(by_xla, X, steps=steps, **options)
+    compare(lambda: of_rows(Axes), X, **options)
 
 
 @pytest.mark.parametrize("steps", [None, 2])
@@ -324,9 +329,6 @@ def test_sparse_rows(float64):
 def test_a_saved_model_goes_on_with_other_clones(tmp_path, float64):
     def fit(model):
         model.fit(X, Y, batch_size=10, epochs=1, shuffle=False, verbose=0)
-
-    def make():
-        return of_rows(layers.Activation)
 
     def simple():
         inputs = keras.Input((8,))
