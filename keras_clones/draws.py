@@ -253,8 +253,7 @@ def _draw(
             given[name] = tf.convert_to_tensor(given[name])
     if "shape" in given:
         given["shape"] = shape = tf.convert_to_tensor(given["shape"])
-        rank, first = shape.shape[0], tf.get_static_value(shape[:1])
-        size = None if first is None or not len(first) else int(first[0])
+        rank, size = shape.shape[0], _first_entry(shape)
     else:
         shape = tf.shape(given["logits"])
         rank, size = 2, given["logits"].shape[0]
@@ -275,6 +274,14 @@ def _draw(
     found = tf.slice(drawn, start, tf.cast(shape, tf.int32))
     found.set_shape([size, *drawn.shape[1:]])
     return found
+
+
+def _first_entry(shape: tf.Tensor) -> int | None:
+    """Return the first size of a shape, if it is known before it is drawn."""
+    known = tf.get_static_value(shape, partial=True)
+    if known is None or not len(known) or known[0] is None:
+        return None
+    return int(known[0])
 
 
 def _kind(where: GlobalRows, shape: Any, rank: Any, size: int | None) -> str:
