@@ -289,7 +289,9 @@ def _kind(where: GlobalRows, shape: Any, rank: Any, size: int | None) -> str:
     if not rank:
         return OTHER
     if size is not None:
-        return ROWS if size == where.rows else OTHER
+        # A number that no trace knows is not this one.
+        known = isinstance(where.rows, int)
+        return ROWS if known and size == where.rows else OTHER
     if where.sizes is None:
         return UNKNOWN
     kind = where.sizes.of_entry(shape, 0)
