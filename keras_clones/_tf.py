@@ -4,6 +4,7 @@
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -53,6 +54,26 @@ function_def_to_graph_def = _private(
     "function_def_to_graph_def"
 )
 
+# Where `tf.random`, and so Keras, makes the operations that draw. No public
+# name tells of them, and callbacks for operations cannot replace what one gives
+# back outside of a graph.
+_DRAWING = tuple(
+    _private(f"tensorflow.python.ops.gen_{name}")
+    for name in (
+        "stateless_random_ops_v2",
+        "stateless_random_ops",
+        "random_ops",
+        "stateful_random_ops",
+        "candidate_sampling_ops",
+    )
+)
+
+# What a `tf.function` is traced again for besides its arguments. No public name
+# lets it be traced again inside of another function.
+_function_context = _private(
+    "tensorflow.python.eager.polymorphic_function.function_context"
+)
+
 # What a function, a branch or a loop says it only reads.
 _READS = "_read_only_resource_inputs"
 _READING_OPS = ("ReadVariableOp", "ResourceGather", "VariableShape")
@@ -88,6 +109,33 @@ def num_watching(tensors: Sequence[tf.Tensor]) -> int:
 def variable_accessed(variable: tf.Variable) -> None:
     """Tell every tape that a variable is used, as reading it does."""
     _variable_accessed(variable)
+
+
+def drawing_functions() -> dict[str, tuple[Any, Callable[..., Any]]]:
+    """Return the functions that make operations which draw, by their names.
+
+    Returns:
+        Dict of names, such as `"stateless_random_normal_v2"`, to the module
+        that holds a function, where another can take its place, and the
+        function itself.
+    """
+    return {
+        name: (module, function)
+        for module in _DRAWING
+        for name, function in vars(module).items()
+        if inspect.isfunction(function)
+        and function.__module__ == module.__name__
+    }
+
+
+def maker_of_context() -> tuple[Any, str]:
+    """Return where the function is that says what functions are traced for.
+
+    Returns:
+        The module that holds it, and its name there. It returns a named tuple
+        whose `context` can be anything that has a hash.
+    """
+    return _function_context, "make_function_context"
 
 
 def num_writes(value: tf.Tensor) -> int:

@@ -1,5 +1,6 @@
 """The tower function of a layer call: what each clone runs of it."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from keras_clones.tower import (
     Weights,
     alike_in_all,
     by_rows,
+    drawing,
     find_changes,
     first_writes,
     kept_tensors,
@@ -102,6 +104,17 @@ class Body:
 
     def __call__(self, inputs: TowerInput) -> tuple[CallOutput, CallNotes]:
         """Call the layer as a clone does."""
+        with self.drawing(inputs):
+            return self._call(inputs)
+
+    def drawing(
+        self, inputs: TowerInput
+    ) -> contextlib.AbstractContextManager[None]:
+        """Let a clone draw what it is to draw."""
+        rows = self._given.differing(inputs.data)
+        return drawing(inputs, rows, self._options.exact)
+
+    def _call(self, inputs: TowerInput) -> tuple[CallOutput, CallNotes]:
         layer, options = self.layer, self._options
         weights = Weights(inputs, self._may_be_idle)
         before = kept_tensors(layer)
@@ -234,6 +247,11 @@ def trace(
     options = exchange.function_options(inline, jit_compile)
 
     def with_residuals(inputs: TowerInput) -> tuple[Any, Any]:
+        # What runs back may call layers again, and they draw the same again.
+        with body.drawing(inputs):
+            return run_and_keep(inputs)
+
+    def run_and_keep(inputs: TowerInput) -> tuple[Any, Any]:
         with tf.GradientTape() as tape:
             if watched:
                 tape.watch([*floating(inputs.data), *wanted(body, inputs)])
@@ -252,7 +270,8 @@ def trace(
     )
     tower = exchange.trace(made, layout, synchronized, in_graph)
     if tower.concrete is None:
-        return CallTower(tower._replace(call=body), None, [])
+        opened = exchange.with_open_rows(body, layout)
+        return CallTower(tower._replace(call=opened), None, [])
     if jit_compile and watched and traced.has_loops(tower.concrete):
         # What a loop keeps to run backward cannot leave what XLA compiles.
         return trace(body, layout, watched, False, inline)

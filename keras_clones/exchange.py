@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_clones import _keras, errors, traced
+from keras_clones import _keras, errors, traced, warn
 from keras_clones.laying_out import Layout
 from keras_clones.tower import TowerInput
 
@@ -122,7 +122,9 @@ def trace(
     """
     function, returned, python, layer = tower
     if synchronized:
-        return TracedTower(python, synchronized=synchronized)
+        return TracedTower(
+            with_open_rows(python, layout), None, None, synchronized
+        )
     if tf.executing_eagerly() and not in_graph:
         return TracedTower(python)
     try:
@@ -134,12 +136,14 @@ def trace(
     output, notes = returned
     warn_of_outside_variables(layer, concrete)
     if traced.calls_python(concrete):
-        return TracedTower(python, output, notes)
+        return TracedTower(with_open_rows(python, layout), output, notes)
     call: Callable[[TowerInput], Any] = concrete
     if not in_graph and traced.has_state_of_no_variable(concrete):
-        types = _common_types(layout)
         place = tf.TensorSpec([], tf.resource)
-        concrete = function.get_concrete_function(types._replace(place=place))
+        concrete = _open_tower(tower, layout, place)
+        if concrete is None:
+            types = _common_types(layout)._replace(place=place)
+            concrete = function.get_concrete_function(types)
         output, notes = returned
         call = apart(concrete)
     return TracedTower(call, output, notes, (), concrete)
@@ -152,6 +156,9 @@ def concrete_tower(tower: CallableTower, layout: Layout) -> Any:
     have as many rows, as a count of them does. So it is looked at once more
     with that number unknown.
     """
+    found = _open_tower(tower, layout)
+    if found is not None:
+        return found
     types = _common_types(layout)
     concrete = tower.function.get_concrete_function(types)
     assigned = tower.returned[1].seen
@@ -171,6 +178,29 @@ def concrete_tower(tower: CallableTower, layout: Layout) -> Any:
     return concrete
 
 
+def _draws_globally(layout: Layout) -> bool:
+    """Say whether clones draw what one device draws for their rows."""
+    return layout.inputs[0].total is not None
+
+
+def _open_tower(tower: CallableTower, layout: Layout, place: Any = None) -> Any:
+    """Return the function for any number of rows, where clones draw globally.
+
+    Only where that number is not known, shapes tell what is drawn for the rows
+    from what has as many entries in any batch. There is none of a model that
+    has to know it.
+    """
+    if not _draws_globally(layout):
+        return None
+    types = _common_types(layout, any_rows=True)._replace(place=place)
+    try:
+        return tower.function.get_concrete_function(types)
+    except warn.RefusedError:
+        raise
+    except Exception:
+        return None
+
+
 def _common_types(layout: Layout, any_rows: bool = False) -> TowerInput:
     types = [
         tf.nest.map_structure(tf.type_spec_from_value, inputs)
@@ -181,13 +211,40 @@ def _common_types(layout: Layout, any_rows: bool = False) -> TowerInput:
     )
     if not any_rows:
         return common
+    sizes = {s for s in layout.shards.sizes if isinstance(s, int)}
 
     def relax(spec: Any) -> Any:
-        if not isinstance(spec, tf.TensorSpec) or not spec.shape.rank:
+        if not isinstance(spec, (tf.TensorSpec, tf.SparseTensorSpec)):
             return spec
-        return tf.TensorSpec([None, *spec.shape[1:]], spec.dtype)
+        # What has other entries first is not of the batch.
+        if not spec.shape.rank or not {spec.shape[0]} <= {None, *sizes}:
+            return spec
+        return type(spec)([None, *spec.shape[1:]], spec.dtype)
 
     return common._replace(data=tf.nest.map_structure(relax, common.data))
+
+
+def with_open_rows(
+    tower: Callable[[TowerInput], Any], layout: Layout
+) -> Callable[[TowerInput], Any]:
+    """Let a Python function not know the number of rows, as traces do not."""
+    return lambda inputs: tower(open_rows(inputs, layout))
+
+
+def open_rows(inputs: TowerInput, layout: Layout) -> TowerInput:
+    """Return a clone's input whose rows are of no number known in a graph."""
+    if not _draws_globally(layout) or tf.executing_eagerly():
+        return inputs
+    types = _common_types(layout, any_rows=True)
+
+    def relax(value: Any, spec: Any) -> Any:
+        if not isinstance(spec, tf.TensorSpec) or value.shape == spec.shape:
+            return value
+        return tf.raw_ops.PlaceholderWithDefault(input=value, shape=spec.shape)
+
+    return inputs._replace(
+        data=tf.nest.map_structure(relax, inputs.data, types.data)
+    )
 
 
 def types_of(layout: Layout) -> tuple[Any, ...]:

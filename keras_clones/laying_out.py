@@ -43,6 +43,11 @@ def read_variables(
     ]
 
 
+def read_seeds(variables: Variables) -> list[tf.Tensor]:
+    """Read the state of each seed generator."""
+    return [_keras.tf_variable(v).read_value() for v in variables.seeds]
+
+
 def send_mirrors(
     values: list[tf.Tensor | None], home: str, clones: Sequence[Clone]
 ) -> list[list[tf.Tensor | None]]:
@@ -61,6 +66,8 @@ def lay_out(
     clones: Sequence[Clone],
     home: str,
     clock: tf.Variable | None = None,
+    random: str = "clones",
+    seeds: Sequence[tf.Tensor] | None = None,
 ) -> Layout:
     """Make one input a clone of its rows, its mirrors and its numbers.
 
@@ -74,18 +81,28 @@ def lay_out(
         home: Device string, where the variables are.
         clock: Variable that keeps when the rows were laid out. Defaults to
             `None`: that is not measured.
+        random: String, `"global"` lets clones draw what one device draws for
+            their rows. Defaults to `"clones"`: each draws numbers of its own.
+        seeds: Sequence of the values of the seed states. Defaults to `None`:
+            those that they have now.
     """
     shares = sharding.shares(shards)
     scale = tf.fill([len(clones)], tf.cast(loss_scale, tf.float64))
     index = tf.cast(tf.range(len(clones)), tf.float64)
-    numbers = tf.unstack(_opaque(tf.stack([shares, scale, index], axis=1)))
-    seeds = [_keras.tf_variable(v).read_value() for v in variables.seeds]
+    columns, total = [shares, scale, index], None
+    if random == "global" and len(clones) > 1:
+        columns.append(tf.cast(tf.stack(shards.starts), tf.float64))
+        # Its shape is known where that of the batch is, as XLA needs it.
+        total = tf.zeros([shards.rows, 0])
+    numbers = tf.unstack(_opaque(tf.stack(columns, axis=1)))
+    seeds = read_seeds(variables) if seeds is None else seeds
     inputs = [
         TowerInput(
             mirrors=mirrors[i],
-            seeds=state.offset_seeds(seeds, i),
+            seeds=state.offset_seeds(seeds, i if total is None else 0),
             data=data[i],
             numbers=numbers[i],
+            total=total,
         )
         for i in range(len(clones))
     ]

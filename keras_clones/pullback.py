@@ -11,6 +11,7 @@ from keras_clones import (
     _tf,
     bringing_home,
     call_tower,
+    exchange,
     gradients,
     joining,
     laying_out,
@@ -374,7 +375,10 @@ def _pull_again(
         # Python itself, not a function: a tape then runs back only what it is
         # asked for, where it would run all of a function back.
         with sharded.busy():
-            outputs = laying_out.each(layout, lambda i: body(layout.inputs[i]))
+            outputs = laying_out.each(
+                layout,
+                lambda i: body(exchange.open_rows(layout.inputs[i], layout)),
+            )
         runs = [Run(output, notes) for output, notes in outputs]
         values = _join(body.layer, runs)
     pairs = zip(floating(values), upstream, strict=True)

@@ -110,6 +110,8 @@ def _call(
     variables = state.model_variables(layer)
     tables = [] if calls.jit_compile else large_tables(layer)
     read = _read(calls, layer, variables, tables, clones)
+    # Read once: a call that a tape runs again draws the same again.
+    seeds = laying_out.read_seeds(variables)
     others = read.values[len(variables.trainable) :]
     body = call_tower.Body(
         layer,
@@ -126,7 +128,7 @@ def _call(
         shards,
         read.values,
         read.mirrors,
-        functools.partial(_lay_out, calls, shards, variables, clones),
+        functools.partial(_lay_out, calls, shards, variables, clones, seeds),
         functools.partial(_trace, calls, body, tables),
         calls.while_busy,
         bool(_synchronized(calls, layer, clones)),
@@ -143,6 +145,7 @@ def _lay_out(
     shards: sharding.Shards,
     variables: state.Variables,
     clones: Sequence[placement.Clone],
+    seeds: Sequence[tf.Tensor],
     data: list[Any],
     mirrors: list[list[Any]],
 ) -> laying_out.Layout:
@@ -151,7 +154,16 @@ def _lay_out(
     if options.balance and calls.training:
         clock = options.balance.clocks[0]
     return laying_out.lay_out(
-        shards, data, mirrors, variables, 1.0, clones, options.home, clock
+        shards,
+        data,
+        mirrors,
+        variables,
+        1.0,
+        clones,
+        options.home,
+        clock,
+        options.random,
+        seeds,
     )
 
 

@@ -177,7 +177,15 @@ def _lay_out(step: Step) -> laying_out.Layout:
     )
     scale = step.model.optimizer.scale_loss(1.0) if step.training else 1.0
     return laying_out.lay_out(
-        shards, data, mirrors, variables, scale, clones, options.home, clock
+        shards,
+        data,
+        mirrors,
+        variables,
+        scale,
+        clones,
+        options.home,
+        clock,
+        options.random,
     )
 
 
@@ -194,6 +202,7 @@ def _towers(step: Step) -> exchange.CallableTower:
         policies=options.policies,
         with_metrics=with_metrics,
         may_be_idle=num > 1 and not isinstance(step.rows, int),
+        exact=options.exact,
     )
     needed = step.plan.outputs_leave
     devices = [clone.device for clone in options.clones]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_clones import _keras, layer_losses, sharding, state
+from keras_clones import _keras, draws, layer_losses, sharding, state
 from keras_clones.scopes import CloneScope
 from keras_clones.state import Changes, Policies, Variables
 from keras_clones.traced import RowGradient, dependence, row_gradient
@@ -23,7 +23,9 @@ class TowerInput(NamedTuple):
     layer is called with. `numbers` holds three float64 numbers: the rows of
     the shard over those of the whole, the optimizer's loss scale, and the
     index of the clone. `place` is a resource that keeps clones with a state
-    of their own from waiting for each other.
+    of their own from waiting for each other. Where layers draw what one device
+    draws, `total` is of shape (rows of the global batch, 0), and a fourth of
+    the `numbers` says which of these rows is the first of the clone.
     """
 
     mirrors: list[tf.Tensor | None]
@@ -31,6 +33,7 @@ class TowerInput(NamedTuple):
     data: Any
     numbers: tf.Tensor
     place: tf.Tensor | None = None
+    total: tf.Tensor | None = None
 
 
 class TowerOutput(NamedTuple):
@@ -123,6 +126,7 @@ def make_tower(
     policies: Policies,
     with_metrics: bool,
     may_be_idle: bool,
+    exact: bool = False,
 ) -> Tower:
     """Return the tower function of a model that computes its own loss.
 
@@ -141,6 +145,8 @@ def make_tower(
         with_metrics: Boolean, whether the clone also updates the compiled
             metrics, from zero, by its own shard.
         may_be_idle: Boolean, whether a clone may have no row of its own.
+        exact: Boolean, whether to refuse draws that cannot be those of the
+            global batch, if layers are to draw these. Defaults to `False`.
 
     Returns:
         A function from `TowerInput` to `TowerOutput` and `Notes`, with no
@@ -213,7 +219,28 @@ def make_tower(
         )
         return output, notes._replace(keeps=kept_tensors(model) != before)
 
-    return tower
+    def drawing_tower(inputs: TowerInput) -> tuple[TowerOutput, Notes]:
+        leaves = keras.tree.flatten(inputs.data)
+        with drawing(inputs, list(filter(sharding.has_rows, leaves)), exact):
+            return tower(inputs)
+
+    return drawing_tower
+
+
+def drawing(
+    inputs: TowerInput, leaves: Sequence[Any], exact: bool
+) -> contextlib.AbstractContextManager[None]:
+    """Let a clone draw what it is to draw.
+
+    Args:
+        inputs: `TowerInput` of the clone.
+        leaves: Sequence of the tensors in its data that have its rows.
+        exact: Boolean, whether to refuse draws that cannot be those of the
+            global batch.
+    """
+    if inputs.total is None or not leaves:
+        return contextlib.nullcontext()
+    return draws.of_global_batch(leaves, inputs.total, inputs.numbers[3], exact)
 
 
 def mapping(
@@ -259,7 +286,9 @@ def alike_in_all(
     rows = [
         leaf for leaf in leaves if leaf is not None and leaf.shape.rank != 0
     ]
-    depends = dependence([*rows, *inputs.seeds])
+    # With draws of the global batch, what is drawn for no rows is alike.
+    drawn = inputs.seeds if inputs.total is None else [inputs.numbers]
+    depends = dependence([*rows, *drawn])
     return lambda tensor: not depends(tensor)
 
 

@@ -30,5 +30,24 @@ def warn(message: str) -> None:
     warnings.warn(message, UserWarning, stacklevel=level)
 
 
+class RefusedError(ValueError):
+    """Raised where `exact=True` refuses what would only be warned of."""
+
+
+def warn_or_refuse(message: str, exact: bool) -> None:
+    """Warn of what could differ from one device, or refuse it.
+
+    Args:
+        message: String, what differs, and what to do about it.
+        exact: Boolean, whether the deployment lets nothing differ.
+
+    Raises:
+        ValueError: If `exact`.
+    """
+    if exact:
+        raise RefusedError(message)
+    warn(message)
+
+
 def _is_skipped(file: str) -> bool:
     return os.path.abspath(file).startswith(_FOLDERS) or _AUTOGRAPH in file

@@ -465,6 +465,44 @@ def test_graphs_that_ran_are_reported():
     assert all(graphs.partition_graphs for graphs in report.function_graphs)
 
 
+def test_what_draws_can_be_swapped():
+    """Keras and `tf.random` call it where it is found."""
+    seen = []
+    module, function = _tf.drawing_functions()["stateless_random_normal_v2"]
+
+    def drawn(shape, key, counter, alg, dtype=tf.float32, name=None):
+        seen.append("stateless")
+        return function(shape, key, counter, alg, dtype, name)
+
+    module.stateless_random_normal_v2 = drawn
+    try:
+        keras.random.normal((2, 3), seed=1)
+        tf.random.stateless_normal((2, 3), seed=(1, 2))
+    finally:
+        module.stateless_random_normal_v2 = function
+    assert len(seen) == 2
+
+
+def test_a_function_is_traced_again_in_another_context():
+    traces = []
+
+    @tf.function
+    def count(x):
+        traces.append(x)
+        return x
+
+    module, name = _tf.maker_of_context()
+    make = getattr(module, name)
+    mark = [None]
+    setattr(module, name, lambda *a: make(*a)._replace(context=mark[0]))
+    try:
+        for mark[0] in ("one", "one", "other"):
+            count(tf.ones(2))
+    finally:
+        setattr(module, name, make)
+    assert len(traces) == 2
+
+
 def test_functions_are_read_as_graphs():
     double = tf.function(lambda x: x * 2).get_concrete_function(tf.ones(2))
     graph, names = _tf.function_def_to_graph_def(double.function_def)
