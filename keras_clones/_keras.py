@@ -103,6 +103,20 @@ def layers(model: keras.Model) -> list[keras.Layer]:
     return list(model._flatten_layers())
 
 
+def operation_nodes(function: keras.Function) -> list[Any]:
+    """Return the nodes of a functional graph that call no layer, in order.
+
+    `operations` has what is called, not what it is called with.
+    """
+    by_depth = function._nodes_by_depth
+    return [
+        node
+        for depth in sorted(by_depth, reverse=True)
+        for node in by_depth[depth]
+        if not node.is_input and not isinstance(node.operation, keras.Layer)
+    ]
+
+
 def living_models(model: keras.Model) -> list[keras.Model]:
     """Return a model, those below it, and all others that there are.
 
@@ -313,7 +327,7 @@ def is_built(model: keras.Model) -> bool:
 
 
 # What a thread that runs a part of a model must know of the one before it.
-_THREAD_STATE = ("global_seed_generator", "dtype_policy")
+_THREAD_STATE = ("global_seed_generator", "dtype_policy", "current_call_ctx")
 
 
 def thread_state() -> dict[str, Any]:

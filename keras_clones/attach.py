@@ -147,6 +147,7 @@ def clone_model(
     )
     option_checks.check_layer_losses(model, layer_losses)
     option_checks.check_state(state)
+    whole = option_checks.check_whole(model, whole)
     option_checks.check_choice(
         "jit_compile", jit_compile, (True, False, "auto")
     )

@@ -16,11 +16,13 @@ from keras_clones import (
     call_tower,
     exactness,
     exchange,
+    layer_losses,
     laying_out,
     placement,
     pullback,
     sharding,
     state,
+    whole,
 )
 from keras_clones.arguments import Arguments
 from keras_clones.build import build_by_call, resolve_jit_compile
@@ -44,6 +46,8 @@ class Calls:
     Attributes:
         busy: Boolean, whether a call runs on the clones just now. What it
             calls in turn is an ordinary call.
+        whole: `Whole`, the layers that are not called on shards.
+        has_all_whole: Boolean, whether all that `whole` names are made.
     """
 
     def __init__(
@@ -56,8 +60,20 @@ class Calls:
         self.towers: dict[Any, Any] = dict(options.towers)
         self.mirrors: dict[Any, _Mirrors] = {}
         self.jit_compile = resolve_jit_compile(model, options)
+        self.settle_whole()
         if len(options.clones) > 1:
-            exactness.check_layers(model)
+            exactness.check_layers(model, self.whole.is_apart)
+
+    def settle_whole(self) -> None:
+        """Look for whole layers, some of which may not be made yet."""
+        named = self.options.whole
+        self.whole = whole.find(self.model, named, len(self.options.clones))
+        self.has_all_whole = not whole.missing(self.model, named)
+
+    def check_whole(self) -> None:
+        """Check that what `whole` names is there, once all layers are."""
+        if all(one.built for one in _keras.layers(self.model)):
+            whole.check(self.model, self.options.whole)
 
     @contextlib.contextmanager
     def while_busy(self) -> Iterator[None]:
@@ -86,10 +102,22 @@ def call(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """Call a layer on the clones, and return what it returns on one device."""
+    """Call a layer on the clones, and return what it returns on one device.
+
+    A whole layer is called as it is, on the global batch, and one that holds
+    a whole layer too. The layers that these call are called on the clones.
+    """
     with calls.while_busy():
         build_by_call(layer, method, args, kwargs, calls.options.home)
-        return _call(calls, layer, method, args, kwargs)
+    if not calls.has_all_whole:
+        calls.settle_whole()
+    if not calls.whole.is_apart(layer):
+        with calls.while_busy(), layer_losses.adding(layer):
+            return _call(calls, layer, method, args, kwargs)
+    if not calls.whole.is_whole(layer):
+        return method(*args, **kwargs)
+    with tf.device(calls.options.clones[0].device):
+        return method(*args, **kwargs)
 
 
 def _call(
