@@ -4,10 +4,12 @@
 """
 
 import contextlib
+import copy
 import functools
 import gc
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import keras
@@ -399,6 +401,29 @@ def call_context() -> tuple[tuple[str, Any], ...]:
     context = _get_global_attribute("current_call_ctx")
     found = {} if context is None else vars(context)
     return tuple(sorted((k, v) for k, v in found.items() if k != "entry_layer"))
+
+
+def call_again() -> Callable[[], AbstractContextManager[None]]:
+    """Return what lets calls be inner ones of the outer calls there are now.
+
+    These say what `training` is, and an outermost call would clear losses.
+    """
+    context = _get_global_attribute("current_call_ctx")
+
+    @contextlib.contextmanager
+    def again() -> Iterator[None]:
+        held = _get_global_attribute("current_call_ctx")
+        made = copy.copy(context)
+        if made is not None:
+            # No call is the outermost, which would end this.
+            made.entry_layer = None
+        _set_global_attribute("current_call_ctx", made)
+        try:
+            yield
+        finally:
+            _set_global_attribute("current_call_ctx", held)
+
+    return again
 
 
 def in_scope_without_state() -> bool:

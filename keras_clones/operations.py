@@ -88,10 +88,9 @@ def _sample(spec: Any, batch: int | None, random: np.random.Generator) -> Any:
     dtype = tf.as_dtype(spec.dtype)
     if dtype == tf.string:
         return tf.fill(shape, "a")
+    value: Any = random.integers(0, 2, shape)
     if dtype.is_floating:
         value = random.uniform(0.1, 0.9, shape)
-    else:
-        value = random.integers(0, 2, shape)
     tensor = tf.cast(tf.constant(value), dtype)
     if getattr(spec, "sparse", False):
         return tf.sparse.from_dense(tensor)
@@ -132,5 +131,5 @@ def _same(one: tf.Tensor, other: tf.Tensor) -> bool:
         return False
     if not one.dtype.is_floating:
         return bool(tf.reduce_all(one == other))
-    pair = (tf.cast(value, tf.float64).numpy() for value in (one, other))
-    return np.allclose(*pair, _TOLERANCE, 1e-6, equal_nan=True)
+    a, b = (tf.cast(value, tf.float64).numpy() for value in (one, other))
+    return np.allclose(a, b, _TOLERANCE, 1e-6, equal_nan=True)

@@ -18,6 +18,7 @@ from keras_clones import (
     exchange,
     layer_losses,
     laying_out,
+    looks,
     placement,
     pullback,
     sharding,
@@ -60,6 +61,7 @@ class Calls:
         self.towers: dict[Any, Any] = dict(options.towers)
         self.mirrors: dict[Any, _Mirrors] = {}
         self.jit_compile = resolve_jit_compile(model, options)
+        self._graph = _graph()
         self.settle_whole()
         if len(options.clones) > 1:
             exactness.check_layers(model, self.whole.is_apart)
@@ -69,6 +71,13 @@ class Calls:
         named = self.options.whole
         self.whole = whole.find(self.model, named, len(self.options.clones))
         self.has_all_whole = not whole.missing(self.model, named)
+
+    def looks(self) -> bool:
+        """Say whether it is looked at whether rows stay apart in calls.
+
+        A call in a loop of the step's graph may see something else each time.
+        """
+        return self.training and self._graph is _graph()
 
     def check_whole(self) -> None:
         """Check that what `whole` names is there, once all layers are."""
@@ -83,6 +92,13 @@ class Calls:
             yield
         finally:
             self.busy = held
+
+
+def _graph() -> Any:
+    """Return the graph that is made just now, `None` outside of one."""
+    if tf.executing_eagerly():
+        return None
+    return tf.compat.v1.get_default_graph()
 
 
 def device_of_step(options: StepOptions) -> str:
@@ -113,6 +129,8 @@ def call(
         calls.settle_whole()
     if not calls.whole.is_apart(layer):
         with calls.while_busy(), layer_losses.adding(layer):
+            if calls.looks():
+                looks.look_at(calls.options, layer, layer, args, kwargs)
             return _call(calls, layer, method, args, kwargs)
     if not calls.whole.is_whole(layer):
         return method(*args, **kwargs)
@@ -250,9 +268,7 @@ def _read(
     for a tape that has seen it read.
     """
     home = calls.options.home
-    graph = None
-    if not tf.executing_eagerly():
-        graph = tf.compat.v1.get_default_graph()
+    graph = _graph()
     key = (id(graph), id(layer), len(clones), len(variables.trainable))
     found = calls.mirrors.get(key)
     if found is not None and _still_holds(found, variables):

@@ -20,6 +20,7 @@ from keras_clones import (
     exactness,
     exchange,
     laying_out,
+    looks,
     sharding,
 )
 from keras_clones.begin import Step, as_tensors, begin, unpack
@@ -213,6 +214,8 @@ def run_by_towers(
 ) -> dict:
     """Run a step whose clones compute their own losses and gradients."""
     model, variables = step.model, step.variables.trainable
+    if step.training:
+        _look_at_rows(step)
     with looked_up_at_home(step.plan.tables, step.options.home):
         result = combine.run(
             step,
@@ -232,6 +235,16 @@ def run_by_towers(
         _warn_of_no_weights()
     with tf.name_scope("update_metrics"):
         return update_metrics(step, result)
+
+
+def _look_at_rows(step: Step) -> None:
+    """Look whether the model mixes rows, in a first step."""
+    model = step.model
+
+    def call(x: Any) -> Any:
+        return _keras.call(model, x, training=True)
+
+    looks.look_at(step.options, model, call, (step.batch[0],), {})
 
 
 def run_by_calls(step: Step) -> dict:

@@ -30,5 +30,20 @@ def warn(message: str) -> None:
     warnings.warn(message, UserWarning, stacklevel=level)
 
 
+def warn_or_refuse(message: str, exact: bool) -> None:
+    """Warn of what may train to other weights, or refuse it.
+
+    Args:
+        message: String, what to say.
+        exact: Boolean, whether it is an error.
+
+    Raises:
+        ValueError: If `exact`.
+    """
+    if exact:
+        raise ValueError(message)
+    warn(message)
+
+
 def _is_skipped(file: str) -> bool:
     return os.path.abspath(file).startswith(_FOLDERS) or _AUTOGRAPH in file

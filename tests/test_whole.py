@@ -1,6 +1,5 @@
 """Whole layers see the global batch; what is in and around them is cloned."""
 
-import cases
 import keras
 import numpy as np
 import pytest
@@ -8,7 +7,7 @@ import tensorflow as tf
 from keras import layers as L  # noqa: N812
 from keras import ops
 
-from keras_clones import clone_model, deployment, sharded_call
+from keras_clones import clone_model
 
 ROWS = 27
 
@@ -126,6 +125,7 @@ def wrapped(cell):
     return keras.Model(inputs, L.Dense(1)(cell(x)))
 
 
+@keras.saving.register_keras_serializable("whole")
 class Cell(L.Layer):
     """A recurrent cell that centers its rows."""
 
@@ -167,9 +167,9 @@ MODELS = {
         lambda: wrapped(L.Bidirectional(L.RNN(Cell(name="cell")))),
         [Cell],
     ),
-    "stateless_twice": (
-        lambda: functional(*[Spread(name="s")] * 2),
-        ["s"],
+    "called_twice": (
+        lambda: functional(*[Centered(name="c")] * 2),
+        ["c"],
     ),
 }
 
