@@ -90,13 +90,9 @@ class Deployment:
 
     def __getstate__(self) -> dict[str, Any]:
         # A weak reference cannot be pickled.
-        gone: dict[str, Any] = {
-            "_model": None,
-            "looks": None,
-            "towers": {},
-            "watches": {},
-        }
-        return {**vars(self), **gone}
+        gone = ("_model", "looks")
+        empty: dict[str, Any] = {"towers": {}, "watches": {}}
+        return {**vars(self), **dict.fromkeys(gone), **empty}
 
     def step_options(self) -> StepOptions:
         """Return what the model's steps go by."""

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_clones import _keras, build, errors, looks, sharding
+from keras_clones import _keras, build, errors, looks, sharding, undone
 from keras_clones.deployed import Deployment
 
 
@@ -36,7 +36,9 @@ def guard(
         build.build_ahead(model, made.variables_device)
         if made.looks is None or made.looks.is_settled:
             return function(*args)
-        return _run_and_look(made, made.looks, function, args, variables)
+        return _run_and_look(
+            model, made.looks, made.exact, lambda: function(*args), variables
+        )
 
     def step_function(*args: Any) -> Any:
         try:
@@ -56,10 +58,10 @@ def guard(
 
 
 def _run_and_look(
-    made: Deployment,
+    model: keras.Model,
     found: looks.Looks,
-    function: Callable[..., Any],
-    args: tuple[Any, ...],
+    exact: bool,
+    run: Callable[[], Any],
     variables: Callable[[], Iterable[keras.Variable]],
 ) -> Any:
     """Run a step, then look whether rows stay apart in what it called.
@@ -67,20 +69,52 @@ def _run_and_look(
     What is refused is undone: a look within a running step would wait for
     the threads that the step runs in.
     """
-    held = []
-    if made.exact:
-        # Tracing makes the variables that a step makes, and runs nothing.
-        if hasattr(function, "get_concrete_function"):
-            function.get_concrete_function(*args)
-        known = [_keras.tf_variable(v) for v in variables()]
-        held = [(v, np.array(v.numpy())) for v in known]
-    with found.deferred():
-        result = function(*args)
+    undo = _remember(model, variables()) if exact else None
+    found.refused = None
     try:
-        looks.tell(found.findings(), made.exact)
-    except ValueError:
+        with found.deferred():
+            result = run()
+    except (StopIteration, tf.errors.OutOfRangeError):
+        raise
+    except Exception as error:
+        if found.refused is not None:
+            raise found.refused from None
+        # Rows that know each other may be what it failed by.
+        _tell(found, exact, undo, error)
+        raise
+    _tell(found, exact, undo)
+    return result
+
+
+def _tell(
+    found: looks.Looks,
+    exact: bool,
+    undo: Callable[[], None] | None,
+    cause: Exception | None = None,
+) -> None:
+    try:
+        looks.tell(found.findings(), exact)
+    except ValueError as error:
         found.start_again()
+        if undo is not None:
+            undo()
+        raise error from cause
+
+
+def _remember(
+    model: keras.Model, variables: Iterable[keras.Variable]
+) -> Callable[[], None]:
+    """Return a function that gives variables back the values they have.
+
+    An optimizer that is built until then is not built again.
+    """
+    held = [(v, np.array(_keras.tf_variable(v).numpy())) for v in variables]
+    unbuilt = [one for one in _keras.optimizers(model) if not one.built]
+    forget = undone.remember(unbuilt)
+
+    def undo() -> None:
+        forget()
         for variable, value in held:
             variable.assign(value)
-        raise
-    return result
+
+    return undo

@@ -7,6 +7,7 @@ when it is done. Outside of one, the look comes before the call.
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import keras
@@ -28,11 +29,14 @@ class Looks:
             could not be looked at.
         is_settled: Boolean, whether a training step found nothing left to
             look at.
+        refused: The error by which a step was refused outside of a graph,
+            which Keras tells in its own words on the way.
     """
 
     def __init__(self) -> None:
         self.given_up: list[tuple[str, Exception]] = []
         self.is_settled = False
+        self.refused: ValueError | None = None
         self._waiting: weakref.WeakKeyDictionary[Any, tf.Variable] = (
             weakref.WeakKeyDictionary()
         )
@@ -72,7 +76,7 @@ class Looks:
         method: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-    ) -> None:
+    ) -> list[tf.Tensor]:
         """Look at a call of a layer on the clones, now or later, once.
 
         Args:
@@ -81,15 +85,19 @@ class Looks:
             method: What calls it, with the arguments that follow.
             args: Tuple of the positional arguments.
             kwargs: Dict of the named arguments.
+
+        Returns:
+            A list of what the call has to come after, if it is in a graph.
         """
         if not rows_apart.candidates(layer):
-            return
+            return []
         kept = _Kept(options, layer, method, Arguments.of(args, kwargs))
         if not tf.executing_eagerly():
-            self._keep(kept)
-        elif self._is_waiting(layer) and kept.has_rows():
+            return self._keep(kept)
+        if self._is_waiting(layer) and kept.has_rows():
             self._flag(layer).assign(False)
             self._tell(options, self._look(kept))
+        return []
 
     def _flag(self, layer: keras.Layer) -> tf.Variable:
         """Return the variable that says whether a layer is to be looked at."""
@@ -101,12 +109,12 @@ class Looks:
     def _is_waiting(self, layer: keras.Layer) -> bool:
         return bool(self._flag(layer).numpy())
 
-    def _keep(self, kept: "_Kept") -> None:
+    def _keep(self, kept: "_Kept") -> list[tf.Tensor]:
         """Let a step keep what it calls a layer with, when it runs first."""
         flag = self._flag(kept.layer)
         with tf.init_scope():
             if not self._is_waiting(kept.layer):
-                return
+                return []
         self._kept.append(kept)
         # TensorFlow never lets go of the function.
         here, there = weakref.ref(self), weakref.ref(kept)
@@ -126,12 +134,12 @@ class Looks:
         tensors = kept.given.components()
         kept.forget_graph()
         with _tf.stop_recording(), tf.device(_CPU):
-            tf.cond(flag, waiting, lambda: tf.constant(False))
+            return [tf.cond(flag, waiting, lambda: tf.constant(False))]
 
     def _look(self, kept: "_Kept") -> list[rows_apart.Finding]:
         """Look at a call. What cannot run by itself is given up."""
         try:
-            with tf.device(kept.options.home), kept.context():
+            with tf.device(_CPU), kept.context():
                 return rows_apart.look(
                     kept.layer, kept.method, kept.arguments(), kept.options
                 )
@@ -144,8 +152,9 @@ class Looks:
     ) -> None:
         try:
             tell(found, options.exact)
-        except ValueError:
+        except ValueError as error:
             self.start_again()
+            self.refused = error
             raise
 
 
@@ -250,7 +259,13 @@ def look_at(
     method: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-) -> None:
-    """Look at a call of a training step, if the deployment looks at all."""
-    if options.looks is not None:
-        options.looks.at(options, layer, method, args, kwargs)
+) -> AbstractContextManager[None]:
+    """Look at a call of a training step, if the deployment looks at all.
+
+    Returns:
+        What to run the call in, so that it comes after the look.
+    """
+    if options.looks is None:
+        return contextlib.nullcontext()
+    before = options.looks.at(options, layer, method, args, kwargs)
+    return tf.control_dependencies(before)

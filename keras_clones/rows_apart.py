@@ -273,6 +273,7 @@ def _for_a_look(layer: keras.Layer, options: StepOptions) -> StepOptions:
             for one in _keras.layers(layer)
         }
     return options._replace(
+        home="/device:CPU:0",
         layer_losses=kinds,
         batch_norm="sync",
         random="global",
@@ -304,7 +305,8 @@ def _without_zeros(value: Any) -> Any:
     if not value.shape.num_elements():
         return value
     largest = tf.reduce_max(tf.abs(value))
-    return value + tf.cast(0.1, value.dtype) if largest < _SMALL else value
+    added = 0.3 if value.shape.rank < 2 else 0.1
+    return value + tf.cast(added, value.dtype) if largest < _SMALL else value
 
 
 def _draws(layer: keras.Layer, ran: Ran) -> bool:

@@ -16,7 +16,8 @@ from keras_clones import (
 )
 
 # Differences over the largest entry that are rounding, by bytes of a float.
-_ROUNDING = {8: 1e-8, 4: 1e-3, 2: 5e-2}
+# On a CPU: a GPU rounds products of float32 like half as many bits.
+_ROUNDING = {8: 1e-8, 4: 1e-4, 2: 5e-2}
 
 
 class Ran(NamedTuple):

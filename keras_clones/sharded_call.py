@@ -129,9 +129,10 @@ def call(
         calls.settle_whole()
     if not calls.whole.is_apart(layer):
         with calls.while_busy(), layer_losses.adding(layer):
-            if calls.looks():
-                looks.look_at(calls.options, layer, layer, args, kwargs)
-            return _call(calls, layer, method, args, kwargs)
+            if not calls.looks():
+                return _call(calls, layer, method, args, kwargs)
+            with looks.look_at(calls.options, layer, layer, args, kwargs):
+                return _call(calls, layer, method, args, kwargs)
     if not calls.whole.is_whole(layer):
         return method(*args, **kwargs)
     with tf.device(calls.options.clones[0].device):

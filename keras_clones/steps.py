@@ -5,6 +5,7 @@ gradients, where the loss is an exact mean over the shards. By calls, the step
 runs once, on the global batch, and only its calls of layers run on clones.
 """
 
+import contextlib
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -214,9 +215,8 @@ def run_by_towers(
 ) -> dict:
     """Run a step whose clones compute their own losses and gradients."""
     model, variables = step.model, step.variables.trainable
-    if step.training:
-        _look_at_rows(step)
-    with looked_up_at_home(step.plan.tables, step.options.home):
+    first = _look_at_rows(step)
+    with first, looked_up_at_home(step.plan.tables, step.options.home):
         result = combine.run(
             step,
             layout,
@@ -237,14 +237,16 @@ def run_by_towers(
         return update_metrics(step, result)
 
 
-def _look_at_rows(step: Step) -> None:
-    """Look whether the model mixes rows, in a first step."""
+def _look_at_rows(step: Step) -> contextlib.AbstractContextManager[None]:
+    """Look whether the model mixes rows, in a first step of training."""
     model = step.model
+    if not step.training:
+        return contextlib.nullcontext()
 
     def call(x: Any) -> Any:
         return _keras.call(model, x, training=True)
 
-    looks.look_at(step.options, model, call, (step.batch[0],), {})
+    return looks.look_at(step.options, model, call, (step.batch[0],), {})
 
 
 def run_by_calls(step: Step) -> dict:

@@ -1,9 +1,8 @@
 """Calls of layers that leave nothing behind, or go through other calls."""
 
 import contextlib
-import copy
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -42,38 +41,48 @@ def left_as_it_is(layer: keras.Layer) -> Iterator[None]:
 
     What they assign to variables of Keras is not assigned in the first place.
     """
-    layers = _keras.layers(layer)
-    attributes = [dict(vars(one)) for one in layers]
-    inside = [
-        (value, copy.copy(value))
-        for found in attributes
-        for value in found.values()
-        if type(value) in (list, dict, set)
-    ]
-    values = [
-        (value, value.read_value())
-        for found in attributes
-        for value in found.values()
-        if isinstance(value, tf.Variable)
-    ]
+    undo = remember(_keras.layers(layer))
     streams = random.getstate(), np.random.get_state()
     try:
         yield
     finally:
         random.setstate(streams[0])
         np.random.set_state(streams[1])
-        for one, found in zip(layers, attributes, strict=True):
-            _put_back(vars(one), found)
-        for value, before in inside:
-            _put_back(value, before)
-        for variable, before in values:
+        undo()
+
+
+def remember(owners: Sequence[Any]) -> Callable[[], None]:
+    """Return a function that gives objects back the attributes they have.
+
+    Lists, dicts and sets among them get back their entries, variables of
+    TensorFlow's their values.
+
+    Args:
+        owners: Sequence of objects, such as layers.
+    """
+    attributes = [dict(vars(one)) for one in owners]
+    values = [value for found in attributes for value in found.values()]
+    inside = [
+        (value, kind, kind(value))
+        for value in values
+        for kind in (list, dict, set)
+        if isinstance(value, kind)
+    ]
+    variables = [
+        (value, value.read_value())
+        for value in values
+        if isinstance(value, tf.Variable)
+    ]
+
+    def undo() -> None:
+        for one, found in zip(owners, attributes, strict=True):
+            vars(one).clear()
+            vars(one).update(found)
+        for value, kind, before in inside:
+            # As plain ones: Keras's own keep track of what they are given.
+            kind.clear(value)
+            getattr(kind, "extend" if kind is list else "update")(value, before)
+        for variable, before in variables:
             variable.assign(before)
 
-
-def _put_back(value: Any, before: Any) -> None:
-    """Give a list, dict or set the entries that it had."""
-    if isinstance(value, list):
-        value[:] = before
-        return
-    value.clear()
-    value.update(before)
+    return undo
