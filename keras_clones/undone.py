@@ -62,11 +62,13 @@ def remember(owners: Sequence[Any]) -> Callable[[], None]:
     """
     attributes = [dict(vars(one)) for one in owners]
     values = [value for found in attributes for value in found.values()]
-    inside = [
+    # TensorFlow puts some into wrappers, which only pass for what they hold.
+    held = [getattr(value, "__wrapped__", value) for value in values]
+    inside: list[tuple[Any, Any, Any]] = [
         (value, kind, kind(value))
-        for value in values
+        for value in held
         for kind in (list, dict, set)
-        if isinstance(value, kind)
+        if issubclass(type(value), kind)
     ]
     variables = [
         (value, value.read_value())
