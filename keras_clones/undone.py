@@ -62,13 +62,11 @@ def remember(owners: Sequence[Any]) -> Callable[[], None]:
     """
     attributes = [dict(vars(one)) for one in owners]
     values = [value for found in attributes for value in found.values()]
-    # TensorFlow puts some into wrappers, which only pass for what they hold.
-    held = [getattr(value, "__wrapped__", value) for value in values]
-    inside: list[tuple[Any, Any, Any]] = [
-        (value, kind, kind(value))
-        for value in held
+    inside = [
+        (value, kind(value))
+        for value in values
         for kind in (list, dict, set)
-        if issubclass(type(value), kind)
+        if isinstance(value, kind)
     ]
     variables = [
         (value, value.read_value())
@@ -80,11 +78,28 @@ def remember(owners: Sequence[Any]) -> Callable[[], None]:
         for one, found in zip(owners, attributes, strict=True):
             vars(one).clear()
             vars(one).update(found)
-        for value, kind, before in inside:
-            # As plain ones: Keras's own keep track of what they are given.
-            kind.clear(value)
-            getattr(kind, "extend" if kind is list else "update")(value, before)
+        for value, before in inside:
+            _put_back(value, before)
         for variable, before in variables:
             variable.assign(before)
 
     return undo
+
+
+def _put_back(value: Any, before: Any) -> None:
+    """Give a list, dict or set the entries that it had, if they are others.
+
+    Keras and TensorFlow have kinds of their own, which keep track of changes.
+    """
+    if isinstance(value, dict):
+        same = [*map(id, value.values())] == [*map(id, before.values())]
+        same = same and list(value) == list(before)
+    else:
+        same = [*map(id, value)] == [*map(id, before)]
+    if same:
+        return
+    value.clear()
+    if isinstance(value, list):
+        value.extend(before)
+    else:
+        value.update(before)
