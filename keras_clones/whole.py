@@ -47,7 +47,12 @@ def find(model: keras.Layer, named: Named, num_clones: int) -> Whole:
     if num_clones == 1:
         return Whole([], [], None)
     known = _keras.layers(model)
-    layers = [one for one in known if any(_fits(one, name) for name in named)]
+    layers = [
+        inside
+        for one in known
+        if any(_fits(one, name) for name in named)
+        for inside in _together(one)
+    ]
     reasons = [f"layer {layers[0].name!r} is called whole"] if layers else []
     starts = list(layers)
     for one in known:
@@ -64,6 +69,16 @@ def find(model: keras.Layer, named: Named, num_clones: int) -> Whole:
         if any(id(below) in ids for below in _keras.layers(one))
     ]
     return Whole(layers, holders, reasons[0] if reasons else None)
+
+
+def _together(layer: keras.Layer) -> list[keras.Layer]:
+    """Return a layer and what is called whole with it.
+
+    Splitting and joining at every time step would take longer than a cell.
+    """
+    if not isinstance(layer, keras.layers.RNN):
+        return [layer]
+    return [layer, *_keras.layers(layer.cell)]
 
 
 def _operations(model: keras.Layer, named: Named) -> list[str]:

@@ -12,7 +12,7 @@ from keras import layers as L  # noqa: N812
 from keras import ops
 from test_whole import functional
 
-from keras_clones import _keras, clone_model, deployment
+from keras_clones import clone_model, deployment
 
 
 class Residual(L.Layer):
@@ -404,9 +404,3 @@ def test_code_that_needs_a_graph_is_given_up():
     ((name, error),) = deployment(model).looks.given_up
     assert "Not here." in str(error)
     assert name == model.name
-
-
-def test_keras_names_of_a_look():
-    held = _keras.call_again()
-    with held():
-        assert _keras.call_context() == ()

@@ -7,7 +7,7 @@ import tensorflow as tf
 from keras import layers as L  # noqa: N812
 from keras import ops
 
-from keras_clones import clone_model
+from keras_clones import clone_model, deployment, sharded_call
 
 ROWS = 27
 
@@ -223,3 +223,222 @@ def test_trains_as_plain_keras_eagerly(name, float64):
         make, True, whole, eagerly, layer_losses="mean", check_rows=False
     )
     assert gap(plain, cloned) < 1e-10
+
+
+class Adversarial(keras.Model):
+    """A GAN whose discriminator sees how alike the images of a batch are."""
+
+    def __init__(self):
+        super().__init__()
+        self.generator = keras.Sequential(
+            [keras.Input((4,)), L.Dense(6, "relu"), L.Dense(4)]
+        )
+        self.discriminator = keras.Sequential(
+            [
+                keras.Input((4,)),
+                L.Dense(6, "tanh"),
+                Spread(name="spread"),
+                L.BatchNormalization(name="norm"),
+                L.Dense(1),
+            ]
+        )
+        self.other = keras.optimizers.Adam(0.01)
+
+    def call(self, x):
+        return self.discriminator(x)
+
+    def train_step(self, data):
+        real, _ = data
+        judge, make = self.discriminator, self.generator
+        with tf.GradientTape(persistent=True) as tape:
+            fake = make(real[:, ::-1], training=True)
+            good, bad = judge(real, training=True), judge(fake, training=True)
+            d_loss = ops.mean(ops.softplus(-good) + ops.softplus(bad))
+            g_loss = ops.mean(ops.softplus(-bad))
+        for loss, part, optimizer in (
+            (d_loss, judge, self.optimizer),
+            (g_loss, make, self.other),
+        ):
+            weights = part.trainable_weights
+            optimizer.apply(tape.gradient(loss, weights), weights)
+        return {"d": d_loss, "g": g_loss}
+
+
+def test_an_own_step(float64):
+    def run(cloned):
+        keras.utils.set_random_seed(1)
+        model = Adversarial()
+        if cloned:
+            whole = ["spread", L.BatchNormalization]
+            model = clone_model(model, 3, whole=whole)
+        model.compile("adam")
+        batches = tf.data.Dataset.from_tensor_slices(data()).batch(10)
+        model.fit(batches, epochs=2, verbose=0, shuffle=False)
+        return model.get_weights()
+
+    assert gap(run(False), run(True)) < 1e-10
+
+
+class Late(keras.Model):
+    """Makes its layers when it is built."""
+
+    def build(self, shape):
+        self.layer = Centered(name="late")
+        self.dense = L.Dense(1)
+        self.dense.build(shape)
+        self.built = True
+
+    def call(self, x):
+        return self.dense(self.layer(x))
+
+
+class LateStep(Late):
+    def train_step(self, data):
+        return super().train_step(data)
+
+
+@pytest.mark.parametrize("make", [Late, LateStep])
+def test_a_layer_that_is_made_late(make, float64):
+    plain, cloned = train(make, False), train(make, True, ["late"])
+    assert gap(plain, cloned) < 1e-10
+    with pytest.raises(ValueError, match="no layer or operation named 'no'"):
+        train(make, True, ["no"])
+
+
+def test_by_object_and_what_is_cloned(float64, monkeypatch):
+    called = []
+    call = sharded_call._call
+
+    def noting(calls, layer, *rest):
+        called.append(layer.name)
+        return call(calls, layer, *rest)
+
+    monkeypatch.setattr(sharded_call, "_call", noting)
+    model = Nested()
+    centered = model.first.layers[1]
+    train(lambda: model, True, [centered])
+    assert "centered" not in called
+    names = [layer.name for layer in model.first.layers] + ["dense_2"]
+    assert set(called) == {*names, model.last.name} - {"centered", "dense_2"}
+
+
+def test_operations_by_rows_stay_in_the_clones(monkeypatch):
+    monkeypatch.setattr(sharded_call, "_call", None)
+    inputs = keras.Input((4,))
+    x = ops.concatenate([inputs, ops.sqrt(ops.abs(inputs))], axis=-1)
+    x = ops.reshape(x * ops.mean(x, axis=1, keepdims=True), (-1, 2, 4))
+    x = ops.cast(ops.argmax(x, axis=1), "float32") + ops.max(x, axis=1)
+    model = clone_model(keras.Model(inputs, L.Dense(1)(x[:, :2])), 3)
+    model.compile("sgd", "mse")
+    model.fit(*data(), batch_size=10, verbose=0)
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda x: ops.cumsum(x, axis=0),
+        lambda x: x - x[:1],
+        lambda x: ops.flip(x, axis=0),
+        lambda x: ops.matmul(x, ops.matmul(ops.transpose(x), x)),
+        lambda x: x / ops.max(x),
+        lambda x: ops.softmax(x, axis=0),
+        lambda x: ops.roll(x, 1, axis=0),
+    ],
+)
+def test_operations_that_mix_rows(mix, float64):
+    def make():
+        inputs = keras.Input((4,))
+        return keras.Model(inputs, L.Dense(1)(mix(L.Dense(4)(inputs))))
+
+    plain, cloned = train(make, False), train(make, True)
+    assert gap(plain, cloned) < 1e-10
+
+
+def test_a_fixed_batch_size_runs_whole(float64):
+    def make():
+        inputs = keras.Input((4,), batch_size=12)
+        x = ops.reshape(L.Dense(4)(inputs), (12, 2, 2))
+        return keras.Model(inputs, L.Dense(1)(L.Flatten()(x)))
+
+    def run(cloned):
+        keras.utils.set_random_seed(1)
+        model = clone_model(make(), 3) if cloned else make()
+        model.compile("adam", "mse")
+        x, y = (value[:24] for value in data())
+        model.fit(x, y, batch_size=12, shuffle=False, verbose=0)
+        return model.get_weights()
+
+    assert gap(run(False), run(True)) < 1e-10
+
+
+def test_a_stateful_layer_runs_whole(float64):
+    def make():
+        inputs = keras.Input((4,), batch_size=9)
+        x = L.LSTM(3, stateful=True, name="lstm")(L.Reshape((2, 2))(inputs))
+        return keras.Model(inputs, L.Dense(1)(x))
+
+    def run(cloned):
+        keras.utils.set_random_seed(1)
+        model = make()
+        if cloned:
+            model = clone_model(model, 3, whole=["lstm"])
+        model.compile("adam", "mse")
+        model.fit(*data(), batch_size=9, shuffle=False, verbose=0)
+        return model.get_weights()
+
+    assert gap(run(False), run(True)) < 1e-10
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_in_half_precision(policy):
+    keras.config.set_dtype_policy(policy)
+    try:
+        plain = train(MODELS["nested"][0], False)
+        cloned = train(*MODELS["nested"][:1], True, ["centered"])
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert gap(plain[:6], cloned[:6]) < 0.1
+
+
+def test_xla(float64):
+    make, whole = MODELS["nested"]
+    plain = train(make, False)
+    cloned = train(make, True, whole, jit_compile=True)
+    assert gap(plain, cloned) < 1e-10
+
+
+def test_a_whole_layer_on_one_clone_stays_in_it(float64, monkeypatch):
+    monkeypatch.setattr(sharded_call, "_call", None)
+    model = clone_model(functional(Spread(name="s")), 1, whole=["s"])
+    model.compile("sgd", "mse")
+    model.fit(*data(), verbose=0)
+
+
+def test_the_summary_says_why(capsys):
+    model = clone_model(functional(Spread(name="s")), 3, whole=["s"])
+    model.compile("sgd", "mse")
+    deployment(model).summary()
+    assert "layer 's' is called whole" in capsys.readouterr().out.replace(
+        "\n", " "
+    )
+
+
+@pytest.mark.parametrize(
+    ("whole", "error", "message"),
+    [
+        ("s", TypeError, "Argument `whole` must be a list of layers"),
+        (Spread, TypeError, "Argument `whole` must be a list of layers"),
+        ([1], TypeError, "with 1"),
+        ([int], TypeError, "with <class 'int'>"),
+        (["spred"], ValueError, r"Names that are close: \['spread'\]"),
+        (["what"], ValueError, "Its layers are"),
+        ([L.Conv2D], ValueError, "no layer of class `Conv2D`"),
+        ([L.Dense(1, name="other")], ValueError, "Layer 'other' is not one"),
+    ],
+)
+def test_bad_input(whole, error, message):
+    model = functional(Spread(name="spread"))
+    with pytest.raises(error, match=message) as caught:
+        clone_model(model, 3, whole=whole)
+    assert "Received: whole=" in str(caught.value)
+    assert deployment(model) is None
