@@ -39,12 +39,16 @@ def through(
 def left_as_it_is(layer: keras.Layer) -> Iterator[None]:
     """Undo what calls of a layer leave: on layers, and in random streams.
 
-    What they assign to variables of Keras is not assigned in the first place.
+    What they assign to variables of Keras is not assigned in the first place,
+    and no summary is written.
     """
     undo = remember(_keras.layers(layer))
     streams = random.getstate(), np.random.get_state()
+    # Without TensorBoard installed there is nothing to write with.
+    silent = getattr(tf.summary, "record_if", contextlib.nullcontext)(False)
     try:
-        yield
+        with silent:
+            yield
     finally:
         random.setstate(streams[0])
         np.random.set_state(streams[1])
