@@ -4,10 +4,12 @@
 """
 
 import contextlib
+import copy
 import functools
 import gc
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import keras
@@ -101,6 +103,20 @@ def distribution_strategy(model: keras.Model) -> Any:
 def layers(model: keras.Model) -> list[keras.Layer]:
     """Return a model and every layer below: `model.layers` has one level."""
     return list(model._flatten_layers())
+
+
+def operation_nodes(function: keras.Function) -> list[Any]:
+    """Return the nodes of a functional graph that call no layer, in order.
+
+    `operations` has what is called, not what it is called with.
+    """
+    by_depth = function._nodes_by_depth
+    return [
+        node
+        for depth in sorted(by_depth, reverse=True)
+        for node in by_depth[depth]
+        if not node.is_input and not isinstance(node.operation, keras.Layer)
+    ]
 
 
 def living_models(model: keras.Model) -> list[keras.Model]:
@@ -323,7 +339,7 @@ def is_built(model: keras.Model) -> bool:
 
 
 # What a thread that runs a part of a model must know of the one before it.
-_THREAD_STATE = ("global_seed_generator", "dtype_policy")
+_THREAD_STATE = ("global_seed_generator", "dtype_policy", "current_call_ctx")
 
 
 def thread_state() -> dict[str, Any]:
@@ -395,6 +411,29 @@ def call_context() -> tuple[tuple[str, Any], ...]:
     context = _get_global_attribute("current_call_ctx")
     found = {} if context is None else vars(context)
     return tuple(sorted((k, v) for k, v in found.items() if k != "entry_layer"))
+
+
+def call_again() -> Callable[[], AbstractContextManager[None]]:
+    """Return what lets calls be inner ones of the outer calls there are now.
+
+    These say what `training` is, and an outermost call would clear losses.
+    """
+    context = _get_global_attribute("current_call_ctx")
+
+    @contextlib.contextmanager
+    def again() -> Iterator[None]:
+        held = _get_global_attribute("current_call_ctx")
+        made = copy.copy(context)
+        if made is not None:
+            # No call is the outermost, which would end this.
+            made.entry_layer = None
+        _set_global_attribute("current_call_ctx", made)
+        try:
+            yield
+        finally:
+            _set_global_attribute("current_call_ctx", held)
+
+    return again
 
 
 def in_scope_without_state() -> bool:

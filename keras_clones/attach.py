@@ -11,11 +11,10 @@ from keras_clones import (
     _keras,
     balance,
     checks,
-    errors,
     exactness,
+    guarded,
     option_checks,
     placement,
-    sharding,
     steps,
 )
 from keras_clones.config import DeploymentConfig
@@ -146,6 +145,7 @@ def clone_model(
     )
     option_checks.check_layer_losses(model, layer_losses)
     option_checks.check_state(state)
+    whole = option_checks.check_whole(model, whole)
     option_checks.check_choice(
         "jit_compile", jit_compile, (True, False, "auto")
     )
@@ -276,38 +276,16 @@ def _maker(
             make(force=force)
         finally:
             model.jit_compile = jit_compile
-        function = _guarded(model, made, name, getattr(model, name))
+        function = guarded.guard(
+            model,
+            made,
+            name,
+            getattr(model, name),
+            lambda: _all_variables(model),
+        )
         setattr(model, name, function)
 
     return make_function
-
-
-def _guarded(
-    model: keras.Model,
-    made: Deployment,
-    name: str,
-    function: Callable[..., Any],
-) -> Callable[..., Any]:
-    """Return a step function that can be called again after it has failed.
-
-    A `tf.function` whose first trace failed cannot be, so it is made anew.
-    """
-
-    def step_function(*args: Any) -> Any:
-        try:
-            result = function(*args)
-            made.report_balance()
-            return result
-        except (StopIteration, tf.errors.OutOfRangeError):
-            raise
-        except Exception as error:
-            setattr(model, name, None)
-            if message := sharding.disagreement(error):
-                raise ValueError(message) from error
-            errors.add_note_of_run(error, len(made.clones))
-            raise
-
-    return step_function
 
 
 def watch_training(

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_clones import exactness, sharding, state
+from keras_clones import exactness, sharding, state, whole
 from keras_clones.build import build
 from keras_clones.options import StepOptions
 from keras_clones.plan import Plan, plan_step
@@ -41,8 +41,10 @@ def begin(
         training: Boolean, whether it is a training step.
     """
     build(model, batch, options.home, training)
+    whole.check(model, options.whole)
     if len(options.clones) > 1:
-        exactness.check_layers(model)
+        found = whole.find(model, options.whole, len(options.clones))
+        exactness.check_layers(model, found.is_apart)
     num_clones = sharding.enough(rows, len(options.clones))
     return Step(
         model=model,

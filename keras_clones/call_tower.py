@@ -44,7 +44,8 @@ class CallNotes(NamedTuple):
     or `"first"` of values that are alike. `finish` makes what the layer
     returns of the joined values, and leaves on layers what it leaves.
     `backward` says how to run the traced call backward, and `extra` has the
-    variables of nobody that it uses.
+    variables of nobody that it uses. `ends` says where the values of outputs
+    end, and where those of losses begin.
     """
 
     assigned: list[keras.Variable]
@@ -54,6 +55,7 @@ class CallNotes(NamedTuple):
     finish: Callable[[list[Any]], Any]
     backward: "Backward | None" = None
     extra: Sequence[tf.Variable] = ()
+    ends: tuple[int, int] = (0, 0)
 
 
 class Body:
@@ -138,7 +140,9 @@ class Body:
         many = len(options.clones) > 1
         joining = Joining(layer, inputs, weights, many, is_alike)
         finish_outputs = joining.add_outputs(outputs)
+        num_outputs = len(joining.values)
         finish_kept = joining.add_kept(before)
+        ends = (num_outputs, len(joining.values))
         finish_losses = joining.add_losses(losses)
 
         def finish(values: list[Any]) -> Any:
@@ -149,7 +153,7 @@ class Body:
             return result
 
         return CallOutput(joining.values, changes), CallNotes(
-            *notes[:3], joining.kinds, finish
+            *notes[:3], joining.kinds, finish, ends=ends
         )
 
 

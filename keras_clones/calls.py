@@ -3,7 +3,8 @@
 While a step runs, the `call` of the model's own layers is swapped on each
 layer. The outermost calls split what they get by rows, run once a clone on
 its device, and join what they return. Everything inside of a call, and
-everything else that the step does, is as on one device.
+everything else that the step does, is as on one device. A whole layer, and
+one that holds a whole layer, is a part of "everything else".
 """
 
 import contextlib
@@ -55,9 +56,11 @@ def run(
         stack.enter_context(tf.device(device))
         stack.enter_context(_swapped(layers))
         stack.enter_context(_at_home(model, device, options.home))
-        _active.calls = sharded_call.Calls(model, options, training)
+        _active.calls = made = sharded_call.Calls(model, options, training)
         stack.callback(setattr, _active, "calls", held)
-        return step()
+        result = step()
+    made.check_whole()
+    return result
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import keras
 
 from keras_clones import balance, footprint, picture, report, sharding, watch
 from keras_clones.config import DeploymentConfig, check_integer
+from keras_clones.looks import Looks
 from keras_clones.options import StepOptions
 from keras_clones.placement import Clone
 
@@ -70,6 +71,8 @@ class Deployment:
         self.whole = whole
         self.exact = exact
         self.check_rows = check_rows
+        looks = check_rows and len(clones) > 1
+        self.looks = Looks() if looks else None
         self.jit_compile = jit_compile
         self.shares = shares
         self.balance = None
@@ -87,7 +90,9 @@ class Deployment:
 
     def __getstate__(self) -> dict[str, Any]:
         # A weak reference cannot be pickled.
-        return {**vars(self), "_model": None, "towers": {}, "watches": {}}
+        gone = ("_model", "looks")
+        empty: dict[str, Any] = {"towers": {}, "watches": {}}
+        return {**vars(self), **dict.fromkeys(gone), **empty}
 
     def step_options(self) -> StepOptions:
         """Return what the model's steps go by."""
@@ -106,6 +111,7 @@ class Deployment:
             whole=self.whole,
             exact=self.exact,
             check_rows=self.check_rows,
+            looks=self.looks,
             watch=watch.join(self.watches.values()),
         )
 

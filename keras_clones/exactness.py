@@ -81,8 +81,14 @@ def overrides(model: keras.Model, method: str) -> bool:
     return getattr(type(model), method) is not getattr(keras.Model, method)
 
 
-def check_layers(model: keras.Model) -> None:
+def check_layers(
+    model: keras.Model, is_apart: Callable[[keras.Layer], bool]
+) -> None:
     """Refuse layers that cannot run on shards.
+
+    Args:
+        model: A `keras.Model`.
+        is_apart: Function that says whether a layer is not called on shards.
 
     Raises:
         ValueError: If a recurrent layer keeps its state from batch to batch.
@@ -90,7 +96,9 @@ def check_layers(model: keras.Model) -> None:
     stateful = [
         layer.name
         for layer in _keras.layers(model)
-        if isinstance(layer, keras.layers.RNN) and layer.stateful
+        if isinstance(layer, keras.layers.RNN)
+        and layer.stateful
+        and not is_apart(layer)
     ]
     if stateful:
         raise ValueError(
@@ -98,7 +106,8 @@ def check_layers(model: keras.Model) -> None:
             f"layers with `stateful=True`: {stateful}. Their state has a row "
             "for each row of the global batch, and a clone sees only its "
             "shard. Pass the state from batch to batch as an input and an "
-            "output (`return_state=True`), or use one clone."
+            "output (`return_state=True`), call the layers whole by "
+            f"`clone_model(..., whole={stateful})`, or use one clone."
         )
 
 

@@ -56,6 +56,25 @@ def _mark(layer: keras.Layer, marks: set[int]) -> None:
     vars(layer)["add_loss"] = add
 
 
+@contextlib.contextmanager
+def adding(layer: keras.Layer) -> Iterator[None]:
+    """Let a call on the clones add to the losses that there are.
+
+    A layer that a whole layer calls twice adds a loss each time.
+    """
+    layers = _keras.layers(layer)
+    held = [_keras.own_losses(one) for one in layers]
+    if any(held):
+        _keras.clear_losses(layer)
+    yield
+    if any(held):
+        added = [_keras.own_losses(one) for one in layers]
+        _keras.clear_losses(layer)
+        for one, before, after in zip(layers, held, added, strict=True):
+            for loss in (*before, *after):
+                _keras.add_own_loss(one, loss)
+
+
 def kind(
     layer: keras.Layer, loss: tf.Tensor, marks: set[int], kinds: Kinds
 ) -> str | None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import keras
 
-from keras_clones import _keras, footprint, placement
+from keras_clones import _keras, footprint, placement, whole
 from keras_clones.config import DeploymentConfig
 from keras_clones.state import POLICIES
 
@@ -74,6 +74,27 @@ def check_layer_losses(model: keras.Model, value: Any) -> None:
             f"does not have. Its layers are {sorted(names)}. "
             f"Received: layer_losses={dict(value)!r}"
         )
+
+
+def check_whole(model: keras.Model, value: Any) -> tuple[Any, ...]:
+    """Check which layers are said to see the global batch, and return them.
+
+    Layers that are not made yet are looked for in the first step.
+    """
+    expected = (
+        "Argument `whole` must be a list of layers, by name, as objects or by "
+        f"class, such as ['scores']. Received: whole={value!r}"
+    )
+    if not isinstance(value, (list, tuple, set, frozenset)):
+        raise TypeError(f"{expected} (of type {type(value).__name__})")
+    for one in value:
+        is_class = isinstance(one, type) and issubclass(one, keras.Layer)
+        if not is_class and not isinstance(one, (str, keras.Layer)):
+            raise TypeError(f"{expected}, with {one!r}")
+    named = tuple(value)
+    if footprint.is_built(model):
+        whole.check(model, named)
+    return named
 
 
 def check_state(value: Any) -> None:

@@ -19,7 +19,8 @@ class StepOptions(NamedTuple):
     the traced towers of calls while a step function is traced again.
     `random` says whose draws layers get, `whole` which layers see the global
     batch, `exact` whether what could differ from one device is refused, and
-    `check_rows` whether layers that mix rows are looked for.
+    `check_rows` whether layers that mix rows are looked for. `looks` is the
+    `Looks` that does so, `None` where nothing is looked at.
     """
 
     clones: tuple[Clone, ...]
@@ -37,6 +38,7 @@ class StepOptions(NamedTuple):
     whole: tuple[Any, ...] = ()
     exact: bool = False
     check_rows: bool = True
+    looks: Any = None
 
     @property
     def policies(self) -> Policies:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import keras
 
-from keras_clones import exactness
+from keras_clones import exactness, whole
 from keras_clones.build import resolve_jit_compile
 from keras_clones.options import StepOptions
 from keras_clones.synchronize import synchronized_layers
@@ -72,10 +72,11 @@ def plan_step(
     synchronized = []
     if training and num_clones > 1:
         synchronized = synchronized_layers(model, options.batch_norm)
-    reason = exactness.why_not_by_clone(model)
+    apart = whole.find(model, options.whole, len(options.clones)).reason
+    reason = apart or exactness.why_not_by_clone(model)
     may_change = options.loss == "auto"
     in_clones = options.loss != "gather" and not (
-        may_change and (reason or synchronized)
+        apart or (may_change and (reason or synchronized))
     )
     metrics = in_clones and exactness.metrics_add_up(model)
     needed = exactness.needs_outputs(model)

@@ -16,11 +16,14 @@ from keras_clones import (
     call_tower,
     exactness,
     exchange,
+    layer_losses,
     laying_out,
+    looks,
     placement,
     pullback,
     sharding,
     state,
+    whole,
 )
 from keras_clones.arguments import Arguments
 from keras_clones.build import build_by_call, resolve_jit_compile
@@ -44,6 +47,8 @@ class Calls:
     Attributes:
         busy: Boolean, whether a call runs on the clones just now. What it
             calls in turn is an ordinary call.
+        whole: `Whole`, the layers that are not called on shards.
+        has_all_whole: Boolean, whether all that `whole` names are made.
     """
 
     def __init__(
@@ -56,8 +61,28 @@ class Calls:
         self.towers: dict[Any, Any] = dict(options.towers)
         self.mirrors: dict[Any, _Mirrors] = {}
         self.jit_compile = resolve_jit_compile(model, options)
+        self._graph = _graph()
+        self.settle_whole()
         if len(options.clones) > 1:
-            exactness.check_layers(model)
+            exactness.check_layers(model, self.whole.is_apart)
+
+    def settle_whole(self) -> None:
+        """Look for whole layers, some of which may not be made yet."""
+        named = self.options.whole
+        self.whole = whole.find(self.model, named, len(self.options.clones))
+        self.has_all_whole = not whole.missing(self.model, named)
+
+    def looks(self) -> bool:
+        """Say whether it is looked at whether rows stay apart in calls.
+
+        A call in a loop of the step's graph may see something else each time.
+        """
+        return self.training and self._graph is _graph()
+
+    def check_whole(self) -> None:
+        """Check that what `whole` names is there, once all layers are."""
+        if all(one.built for one in _keras.layers(self.model)):
+            whole.check(self.model, self.options.whole)
 
     @contextlib.contextmanager
     def while_busy(self) -> Iterator[None]:
@@ -67,6 +92,13 @@ class Calls:
             yield
         finally:
             self.busy = held
+
+
+def _graph() -> Any:
+    """Return the graph that is made just now, `None` outside of one."""
+    if tf.executing_eagerly():
+        return None
+    return tf.compat.v1.get_default_graph()
 
 
 def device_of_step(options: StepOptions) -> str:
@@ -86,10 +118,25 @@ def call(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """Call a layer on the clones, and return what it returns on one device."""
+    """Call a layer on the clones, and return what it returns on one device.
+
+    A whole layer is called as it is, on the global batch, and one that holds
+    a whole layer too. The layers that these call are called on the clones.
+    """
     with calls.while_busy():
         build_by_call(layer, method, args, kwargs, calls.options.home)
-        return _call(calls, layer, method, args, kwargs)
+    if not calls.has_all_whole:
+        calls.settle_whole()
+    if not calls.whole.is_apart(layer):
+        with calls.while_busy(), layer_losses.adding(layer):
+            if not calls.looks():
+                return _call(calls, layer, method, args, kwargs)
+            with looks.look_at(calls.options, layer, layer, args, kwargs):
+                return _call(calls, layer, method, args, kwargs)
+    if not calls.whole.is_whole(layer):
+        return method(*args, **kwargs)
+    with tf.device(calls.options.clones[0].device):
+        return method(*args, **kwargs)
 
 
 def _call(
@@ -234,9 +281,7 @@ def _read(
     for a tape that has seen it read.
     """
     home = calls.options.home
-    graph = None
-    if not tf.executing_eagerly():
-        graph = tf.compat.v1.get_default_graph()
+    graph = _graph()
     key = (id(graph), id(layer), len(clones), len(variables.trainable))
     found = calls.mirrors.get(key)
     if found is not None and _still_holds(found, variables):

@@ -5,6 +5,7 @@ gradients, where the loss is an exact mean over the shards. By calls, the step
 runs once, on the global batch, and only its calls of layers run on clones.
 """
 
+import contextlib
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,7 @@ from keras_clones import (
     exactness,
     exchange,
     laying_out,
+    looks,
     sharding,
 )
 from keras_clones.begin import Step, as_tensors, begin, unpack
@@ -222,7 +224,8 @@ def run_by_towers(
 ) -> dict:
     """Run a step whose clones compute their own losses and gradients."""
     model, variables = step.model, step.variables.trainable
-    with looked_up_at_home(step.plan.tables, step.options.home):
+    first = _look_at_rows(step)
+    with first, looked_up_at_home(step.plan.tables, step.options.home):
         result = combine.run(
             step,
             layout,
@@ -241,6 +244,18 @@ def run_by_towers(
         _warn_of_no_weights()
     with tf.name_scope("update_metrics"):
         return update_metrics(step, result)
+
+
+def _look_at_rows(step: Step) -> contextlib.AbstractContextManager[None]:
+    """Look whether the model mixes rows, in a first step of training."""
+    model = step.model
+    if not step.training:
+        return contextlib.nullcontext()
+
+    def call(x: Any) -> Any:
+        return _keras.call(model, x, training=True)
+
+    return looks.look_at(step.options, model, call, (step.batch[0],), {})
 
 
 def run_by_calls(step: Step) -> dict:

@@ -118,7 +118,9 @@ def test_a_variable_gets_another_place():
 
 def test_the_state_of_a_thread():
     held = _keras.thread_state()
-    assert held.keys() == {"global_seed_generator", "dtype_policy"}
+    assert held.keys() == {
+        *("global_seed_generator", "dtype_policy", "current_call_ctx")
+    }
     policy = keras.config.dtype_policy()
     other = keras.DTypePolicy("mixed_bfloat16")
     try:
@@ -693,3 +695,42 @@ def test_metrics_to_build_are_those_that_keras_has_not_resolved():
     x = tf.ones((2, 2))
     model.train_on_batch(x, tf.ones((2, 1)))
     assert _keras.metrics_to_build(model) == []
+
+
+def test_nodes_of_operations():
+    inputs = keras.Input((4,))
+    x = keras.layers.Dense(4)(inputs)
+    x = x - keras.ops.mean(x, axis=0)
+    model = keras.Model(inputs, keras.layers.Dense(1)(x))
+    mean, subtract = _keras.operation_nodes(model)
+    assert mean.operation.name == "mean"
+    assert subtract.operation.name == "subtract"
+    (spec,) = mean.input_tensors
+    args, kwargs = mean.arguments.fill_in({id(spec): np.ones((3, 4))})
+    assert mean.operation(*args, **kwargs).shape == (4,)
+
+
+def test_calls_are_made_again_as_inner_ones():
+    found = []
+
+    class Outer(keras.layers.Layer):
+        def call(self, x):
+            found.append(_keras.call_again())
+            return x
+
+    class Inner(keras.layers.Layer):
+        def call(self, x):
+            found.append(dict(_keras.call_context()).get("training"))
+            self.add_loss(keras.ops.sum(x))
+            return x
+
+    Outer()(np.ones((1, 2)), training=True)
+    inner = Inner()
+    with found.pop()():
+        inner(np.ones((1, 2)))
+        inner(np.ones((1, 2)))
+        assert "current_call_ctx" in _keras.thread_state()
+    assert found == [True, True]
+    # An outermost call clears the losses there are.
+    assert len(inner.losses) == 2
+    assert _keras.call_context() == ()

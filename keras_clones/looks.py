@@ -1,0 +1,271 @@
+"""When it is looked at whether rows stay apart, and what is said of it.
+
+In a graph, a first step keeps what it calls layers with, and the look comes
+when it is done. Outside of one, the look comes before the call.
+"""
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_clones import _keras, _tf, rows_apart
+from keras_clones.arguments import Arguments
+from keras_clones.options import StepOptions
+from keras_clones.warn import warn_or_refuse
+
+_CPU = "/device:CPU:0"
+
+
+class Looks:
+    """What one deployment has looked at.
+
+    Attributes:
+        given_up: List of pairs of a layer's name and the error for which it
+            could not be looked at.
+        is_settled: Boolean, whether a training step found nothing left to
+            look at.
+        refused: The error by which a step was refused outside of a graph,
+            which Keras tells in its own words on the way.
+    """
+
+    def __init__(self) -> None:
+        self.given_up: list[tuple[str, Exception]] = []
+        self.is_settled = False
+        self.refused: ValueError | None = None
+        self._waiting: weakref.WeakKeyDictionary[Any, tf.Variable] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._kept: list[_Kept] = []
+        self._defers = False
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Let what is kept wait for `findings` while a step runs."""
+        self._defers = True
+        try:
+            yield
+        finally:
+            self._defers = False
+
+    def findings(self) -> list[rows_apart.Finding]:
+        """Look at what the steps kept, and let go of it."""
+        ready = [kept for kept in self._kept if kept.components is not None]
+        self._kept = [
+            kept
+            for kept in self._kept
+            if not any(kept.layer is one.layer for one in ready)
+        ]
+        self.is_settled = not self._kept
+        return [found for kept in ready for found in self._look(kept)]
+
+    def start_again(self) -> None:
+        """Look at everything once more."""
+        self.is_settled = False
+        for flag in self._waiting.values():
+            flag.assign(True)
+
+    def at(
+        self,
+        options: StepOptions,
+        layer: keras.Layer,
+        method: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> list[tf.Tensor]:
+        """Look at a call of a layer on the clones, now or later, once.
+
+        Args:
+            options: `StepOptions` of the deployment.
+            layer: The `keras.Layer` that the step calls.
+            method: What calls it, with the arguments that follow.
+            args: Tuple of the positional arguments.
+            kwargs: Dict of the named arguments.
+
+        Returns:
+            A list of what the call has to come after, if it is in a graph.
+        """
+        if not rows_apart.candidates(layer):
+            return []
+        kept = _Kept(options, layer, method, Arguments.of(args, kwargs))
+        if not tf.executing_eagerly():
+            return self._keep(kept)
+        if self._is_waiting(layer) and kept.has_rows():
+            self._flag(layer).assign(False)
+            self._tell(options, self._look(kept))
+        return []
+
+    def _flag(self, layer: keras.Layer) -> tf.Variable:
+        """Return the variable that says whether a layer is to be looked at."""
+        if layer not in self._waiting:
+            with tf.init_scope(), tf.device(_CPU):
+                self._waiting[layer] = tf.Variable(True, trainable=False)
+        return self._waiting[layer]
+
+    def _is_waiting(self, layer: keras.Layer) -> bool:
+        return bool(self._flag(layer).numpy())
+
+    def _keep(self, kept: "_Kept") -> list[tf.Tensor]:
+        """Let a step keep what it calls a layer with, when it runs first."""
+        flag = self._flag(kept.layer)
+        with tf.init_scope():
+            if not self._is_waiting(kept.layer):
+                return []
+        self._kept.append(kept)
+        # TensorFlow never lets go of the function.
+        here, there = weakref.ref(self), weakref.ref(kept)
+
+        def keep(*components: tf.Tensor) -> None:
+            looks, mine = here(), there()
+            if looks is None or mine is None or not mine.take(components):
+                return
+            flag.assign(False)
+            if not looks._defers:
+                looks._tell(mine.options, looks.findings())
+
+        def waiting() -> tf.Tensor:
+            with tf.control_dependencies([tf.py_function(keep, tensors, [])]):
+                return tf.constant(True)
+
+        tensors = kept.given.components()
+        kept.forget_graph()
+        with _tf.stop_recording(), tf.device(_CPU):
+            return [tf.cond(flag, waiting, lambda: tf.constant(False))]
+
+    def _look(self, kept: "_Kept") -> list[rows_apart.Finding]:
+        """Look at a call. What cannot run by itself is given up."""
+        try:
+            with tf.device(_CPU), kept.context():
+                return rows_apart.look(
+                    kept.layer, kept.method, kept.arguments(), kept.options
+                )
+        except Exception as error:
+            self.given_up.append((kept.layer.name, error))
+            return []
+
+    def _tell(
+        self, options: StepOptions, found: Sequence[rows_apart.Finding]
+    ) -> None:
+        try:
+            tell(found, options.exact)
+        except ValueError as error:
+            self.start_again()
+            self.refused = error
+            raise
+
+
+class _Kept:
+    """A call of a layer, kept to be looked at.
+
+    `components` are the dense tensors that it got, once they have values.
+    """
+
+    def __init__(
+        self,
+        options: StepOptions,
+        layer: keras.Layer,
+        method: Callable[..., Any],
+        given: Arguments,
+    ) -> None:
+        self.options = options
+        self.layer = layer
+        self.method = method
+        self.given = given
+        self.components: Sequence[tf.Tensor] | None = None
+        self.context = _keras.call_again()
+
+    def has_rows(self) -> bool:
+        """Say whether there are rows enough to know each other."""
+        return int(self.arguments().count_rows()) >= 2
+
+    def forget_graph(self) -> None:
+        """Keep the types of tensors in place of those of a graph."""
+        given = self.given
+        self.given = given._replace(
+            structure=keras.tree.map_structure(lambda _: 0, given.structure),
+            leaves=[tf.type_spec_from_value(leaf) for leaf in given.leaves],
+        )
+
+    def take(self, components: Sequence[tf.Tensor]) -> bool:
+        """Take the values that a step has, if they have rows enough."""
+        held, self.components = self.components, components
+        if not self.has_rows():
+            self.components = held
+            return False
+        return True
+
+    def arguments(self) -> Arguments:
+        """Return what the layer is called with, with values."""
+        if self.components is None:
+            return self.given
+        leaves = tf.nest.pack_sequence_as(
+            self.given.leaves, list(self.components), expand_composites=True
+        )
+        return self.given._replace(leaves=leaves)
+
+
+def tell(found: Sequence[rows_apart.Finding], exact: bool) -> None:
+    """Warn of layers in which rows know each other, or refuse them.
+
+    Raises:
+        ValueError: If there are any, and `exact`.
+    """
+    by_what: dict[str, list[str]] = {}
+    for layer, what in found:
+        names = by_what.setdefault(what, [])
+        if layer.name not in names:
+            names.append(layer.name)
+    if by_what:
+        told = [_SAID[what].format(n=names) for what, names in by_what.items()]
+        every = list(dict.fromkeys(n for v in by_what.values() for n in v))
+        warn_or_refuse(
+            f"{' '.join(told)} A clone calls a layer on its own shard, so the "
+            "model does not train what one device trains. "
+            f"`clone_model(..., whole={every})` calls these on the global "
+            "batch, and goes on cloning the layers inside of and around them; "
+            "`check_rows=False` does not look.",
+            exact,
+        )
+
+
+_SAID = {
+    "outputs": (
+        "Layers {n} mix the rows of a batch: what they return for some rows "
+        "depends on the other rows."
+    ),
+    "losses": (
+        "Layers {n} pass losses to `add_loss` that shards do not add up to: "
+        "they are no means over the rows, or not what `layer_losses` says. "
+        "Say `layer_losses={{name: 'sum'}}` of one that is a sum."
+    ),
+    "state": (
+        "Layers {n} assign variables in the forward pass that shards do not "
+        "merge to: they are not what `state` or `aggregation` says."
+    ),
+    "rows": (
+        "Layers {n} run on the rows of a whole batch, and not on fewer: a "
+        "batch size is fixed in them, or in `Input`."
+    ),
+}
+
+
+def look_at(
+    options: StepOptions,
+    layer: keras.Layer,
+    method: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> AbstractContextManager[None]:
+    """Look at a call of a training step, if the deployment looks at all.
+
+    Returns:
+        What to run the call in, so that it comes after the look.
+    """
+    if options.looks is None:
+        return contextlib.nullcontext()
+    before = options.looks.at(options, layer, method, args, kwargs)
+    return tf.control_dependencies(before)

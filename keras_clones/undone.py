@@ -1,0 +1,109 @@
+"""Calls of layers that leave nothing behind, or go through other calls."""
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_clones import _keras
+
+
+@contextlib.contextmanager
+def through(
+    layer: keras.Layer,
+    wrap: Callable[..., Callable[..., Any] | None],
+    is_meant: Callable[[keras.Layer], bool] = lambda layer: True,
+) -> Iterator[None]:
+    """Let the calls of layers go through others."""
+    held = []
+    for one in filter(is_meant, _keras.layers(layer)):
+        wrapped = wrap(one, one.call)
+        if wrapped is not None:
+            held.append((one, vars(one).get("call")))
+            # `vars` passes by the layer's own tracking of what it is given.
+            vars(one)["call"] = wrapped
+    try:
+        yield
+    finally:
+        for one, own in held:
+            del vars(one)["call"]
+            if own is not None:
+                vars(one)["call"] = own
+
+
+@contextlib.contextmanager
+def left_as_it_is(layer: keras.Layer) -> Iterator[None]:
+    """Undo what calls of a layer leave: on layers, and in random streams.
+
+    What they assign to variables of Keras is not assigned in the first place,
+    and no summary is written.
+    """
+    undo = remember(_keras.layers(layer))
+    streams = random.getstate(), np.random.get_state()
+    # Without TensorBoard installed there is nothing to write with.
+    silent = getattr(tf.summary, "record_if", contextlib.nullcontext)(False)
+    try:
+        with silent:
+            yield
+    finally:
+        random.setstate(streams[0])
+        np.random.set_state(streams[1])
+        undo()
+
+
+def remember(owners: Sequence[Any]) -> Callable[[], None]:
+    """Return a function that gives objects back the attributes they have.
+
+    Lists, dicts and sets among them get back their entries, variables of
+    TensorFlow's their values.
+
+    Args:
+        owners: Sequence of objects, such as layers.
+    """
+    attributes = [dict(vars(one)) for one in owners]
+    values = [value for found in attributes for value in found.values()]
+    inside = [
+        (value, kind(value))
+        for value in values
+        for kind in (list, dict, set)
+        if isinstance(value, kind)
+    ]
+    variables = [
+        (value, value.read_value())
+        for value in values
+        if isinstance(value, tf.Variable)
+    ]
+
+    def undo() -> None:
+        for one, found in zip(owners, attributes, strict=True):
+            vars(one).clear()
+            vars(one).update(found)
+        for value, before in inside:
+            _put_back(value, before)
+        for variable, before in variables:
+            variable.assign(before)
+
+    return undo
+
+
+def _put_back(value: Any, before: Any) -> None:
+    """Give a list, dict or set the entries that it had, if they are others.
+
+    Keras and TensorFlow have kinds of their own, which keep track of changes.
+    """
+    if isinstance(value, dict):
+        same = [*map(id, value.values())] == [*map(id, before.values())]
+        same = same and list(value) == list(before)
+    else:
+        same = [*map(id, value)] == [*map(id, before)]
+    if same:
+        return
+    value.clear()
+    if isinstance(value, list):
+        value.extend(before)
+    else:
+        value.update(before)
