@@ -231,6 +231,7 @@ def figure(rows: Sequence[Row]) -> Any:
     for chart, model in zip(charts, models, strict=False):
         _draw_bars(chart, [row for row in timed if row.model == model])
         chart.set_title(model)
+    picture.supylabel("clones or replicas", size="medium")
     used = {_peer(row) for row in timed}
     picture.legend(
         handles=[
