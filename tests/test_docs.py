@@ -122,6 +122,14 @@ def test_files_that_are_named_are_there(name):
     assert not [path for path in named if not (ROOT / path).exists()]
 
 
+def test_the_table_of_differences_can_be_written():
+    _, start, rest = PAGES["guarantees.md"].partition("\n<!-- table -->\n")
+    table, end, _ = rest.partition("\n<!-- end of table -->\n")
+    assert start and end
+    assert all(line.startswith("| ") for line in table.split("\n")[2:])
+    assert table.count("\n") > 100
+
+
 def test_every_page_is_in_the_navigation():
     config = (ROOT / "mkdocs.yml").read_text()
     nav = re.findall(r"^  - .*: (\S+\.md)$", config, re.MULTILINE)
