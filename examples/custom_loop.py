@@ -12,6 +12,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import numpy as np
 import tensorflow as tf
+from machine import add_clones, positive, take_devices
 from sklearn.datasets import load_digits
 
 from keras_clones import (
@@ -19,7 +20,6 @@ from keras_clones import (
     create_clones,
     deploy,
     split_batch,
-    use_virtual_devices,
 )
 
 
@@ -93,7 +93,8 @@ def train(num_clones, epochs, batch_size, logs=None):
 
     for clone in deployed.clones:
         print(
-            f"{clone.scope or 'clone_0/'} on {clone.device}: "
+            f"{clone.scope.rstrip('/') or 'clone_0'} on "
+            f"{clone.device.removeprefix('/device:')}: "
             f"loss of its last shard {float(clone.outputs):.4f}"
         )
     logits = predict(x_test)  # (397, 10)
@@ -102,21 +103,19 @@ def train(num_clones, epochs, batch_size, logs=None):
     return accuracy
 
 
-def positive(text):
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive integer")
-    return number
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--clones", type=positive, default=4)
-    parser.add_argument("--epochs", type=positive, default=8)
-    parser.add_argument("--batch-size", type=positive, default=64)
+    add_clones(parser, without_gpu=4)
+    parser.add_argument("--epochs", type=positive, default=8, help="default: 8")
+    parser.add_argument(
+        "--batch-size",
+        type=positive,
+        default=64,
+        help="rows of the global batch (default: 64)",
+    )
     parser.add_argument("--logs", help="where to write summaries")
     args = parser.parse_args()
-    if not args.clones <= args.batch_size <= 1400:
+    if not (args.clones or 1) <= args.batch_size <= 1400:
         parser.error(
             "--batch-size must be from the number of clones to 1400, the "
             f"number of images. Received: --batch-size {args.batch_size} "
@@ -124,8 +123,8 @@ def main():
         )
     if args.logs and not hasattr(tf.summary, "scalar"):
         parser.error("--logs needs `pip install tensorboard`")
-    use_virtual_devices(args.clones)
-    train(args.clones, args.epochs, args.batch_size, args.logs)
+    clones = take_devices(args.clones, min(4, args.batch_size))
+    train(clones, args.epochs, args.batch_size, args.logs)
 
 
 if __name__ == "__main__":

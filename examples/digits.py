@@ -1,6 +1,7 @@
 """Train a small convolutional network on handwritten digits, on clones.
 
-Run it with `python examples/digits.py`; it needs no GPU and no download.
+Run it with `python examples/digits.py`; it needs no GPU and no download. It
+takes every GPU there is, or four virtual CPU devices where there is none.
 """
 
 import argparse
@@ -12,9 +13,10 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import matplotlib
 import numpy as np
+from machine import add_clones, check_folder, positive, take_devices
 from sklearn.datasets import load_digits
 
-from keras_clones import clone_model, deployment, use_virtual_devices
+from keras_clones import clone_model, deployment
 
 
 def load_data():
@@ -96,22 +98,25 @@ def plot(history, path):
     plt.close(figure)
 
 
-def positive(text):
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive integer")
-    return number
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--clones", type=positive, default=4)
-    parser.add_argument("--epochs", type=positive, default=12)
-    parser.add_argument("--batch-size", type=positive, default=64)
-    parser.add_argument("--folder", default="digits", help="where to save")
+    add_clones(parser, without_gpu=4)
+    parser.add_argument(
+        "--epochs", type=positive, default=12, help="default: 12"
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=positive,
+        default=64,
+        help="rows of the global batch (default: 64)",
+    )
+    parser.add_argument(
+        "--folder", default="digits", help="where to save (default: digits)"
+    )
     args = parser.parse_args()
-    use_virtual_devices(args.clones)
-    train(args.clones, args.epochs, args.batch_size, args.folder)
+    check_folder(args.folder)
+    clones = take_devices(args.clones, without_gpu=4)
+    train(clones, args.epochs, args.batch_size, args.folder)
 
 
 if __name__ == "__main__":

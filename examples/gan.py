@@ -18,9 +18,10 @@ import keras
 import matplotlib
 import numpy as np
 import tensorflow as tf
+from machine import add_clones, check_folder, positive, take_devices
 from sklearn.datasets import load_digits
 
-from keras_clones import clone_model, deployment, use_virtual_devices
+from keras_clones import clone_model, deployment
 
 
 def load_data():
@@ -222,32 +223,35 @@ def compare(num_clones, epochs, batch_size, images):
     )
 
 
-def positive(text):
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive integer")
-    return number
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--clones", type=positive, default=4)
-    parser.add_argument("--epochs", type=positive, default=20)
-    parser.add_argument("--batch-size", type=positive, default=64)
-    parser.add_argument("--folder", default="gan", help="where to save")
+    add_clones(parser, without_gpu=4)
+    parser.add_argument(
+        "--epochs", type=positive, default=20, help="default: 20"
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=positive,
+        default=64,
+        help="rows of the global batch (default: 64)",
+    )
+    parser.add_argument(
+        "--folder", default="gan", help="where to save (default: gan)"
+    )
     parser.add_argument(
         "--float64",
         action="store_true",
         help="train in float64, where rounding hides nothing",
     )
     args = parser.parse_args()
-    use_virtual_devices(args.clones)
+    check_folder(args.folder)
+    clones = take_devices(args.clones, without_gpu=4)
     keras.config.set_floatx("float64" if args.float64 else "float32")
     images = load_data()
-    train(args.clones, args.epochs, args.batch_size, images, args.folder)
-    gap = compare(args.clones, 1, args.batch_size, images)
+    train(clones, args.epochs, args.batch_size, images, args.folder)
+    gap = compare(clones, 1, args.batch_size, images)
     print(
-        f"an epoch on {args.clones} clones and on one device, in "
+        f"an epoch on {clones} clones and on one device, in "
         f"{keras.config.floatx()}: the weights differ by at most {gap:.1e}, "
         "relative to the largest of their variable"
     )

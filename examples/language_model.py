@@ -19,8 +19,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import numpy as np
 import tensorflow as tf
+from machine import add_clones, positive, take_devices
 
-from keras_clones import clone_model, deployment, use_virtual_devices
+from keras_clones import clone_model, deployment
 
 NUM_BYTES = 128  # ASCII; every other byte is read as a question mark
 
@@ -103,6 +104,11 @@ def num_bytes(variables):
     )
 
 
+def short(device):
+    """Return a device as it is printed, such as `"GPU:1"`."""
+    return device.rpartition("/device:")[2]
+
+
 def print_memory(model, device_memory=None):
     """Print what a clone's device holds, and what it does not.
 
@@ -114,13 +120,15 @@ def print_memory(model, device_memory=None):
     mirrors = num_bytes(model.variables)
     gradients = num_bytes(model.trainable_variables)
     slots = num_bytes(model.optimizer.variables)
-    homes = {v.value.device for v in model.optimizer.variables}
+    homes = {short(v.value.device) for v in model.optimizer.variables}
     mib = 2**20
     for clone in made.clones:
+        held = f"{mirrors / mib:.2f} MiB of mirrors"
+        if clone.device == made.variables_device:
+            held = "no mirrors, as it is where the variables are at home,"
         print(
-            f"{clone.scope or 'clone_0'} on {clone.device} holds "
-            f"{mirrors / mib:.2f} MiB of mirrors and at most "
-            f"{gradients / mib:.2f} MiB of gradients"
+            f"{clone.scope or 'clone_0'} on {short(clone.device)} holds {held} "
+            f"and at most {gradients / mib:.2f} MiB of gradients"
         )
     print(
         f"the optimizer's slots, {slots / mib:.2f} MiB, stay on "
@@ -202,26 +210,29 @@ def train(
     return history["val_perplexity"][-1], written
 
 
-def positive(text):
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive integer")
-    return number
-
-
 def arguments():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--clones", type=positive, default=2)
-    parser.add_argument("--epochs", type=positive, default=4)
-    parser.add_argument("--steps", type=positive, default=100, help="an epoch")
-    parser.add_argument("--batch-size", type=positive, default=32)
-    parser.add_argument("--context", type=positive, default=64, help="bytes")
-    parser.add_argument("--width", type=positive, default=128)
-    parser.add_argument("--blocks", type=positive, default=2)
-    parser.add_argument("--heads", type=positive, default=4)
-    parser.add_argument("--text", help="a file to train on")
+    add_clones(parser, without_gpu=2)
+    for flag, default, text in (
+        ("--epochs", 4, "how often to go through the steps"),
+        ("--steps", 100, "of an epoch"),
+        ("--batch-size", 32, "rows of the global batch"),
+        ("--context", 64, "bytes that the model sees"),
+        ("--width", 128, "of a vector"),
+        ("--blocks", 2, "of attention and dense layers"),
+        ("--heads", 4, "of attention"),
+    ):
+        parser.add_argument(
+            flag,
+            type=positive,
+            default=default,
+            help=f"{text} (default: {default})",
+        )
+    parser.add_argument(
+        "--text", help="a file to train on (default: Python's library)"
+    )
     parser.add_argument(
         "--device-memory", type=positive, metavar="MIB", help="of each clone"
     )
@@ -244,12 +255,9 @@ def main():
             f"the text has {len(codes)} bytes, which is too few for --context "
             f"{args.context}: pass a longer one with --text"
         )
-    if not tf.config.list_physical_devices("GPU"):
-        use_virtual_devices(args.clones)
-    elif args.device_memory:
-        use_virtual_devices(args.clones, "GPU", args.device_memory)
+    clones = take_devices(args.clones, 2, args.device_memory)
     train(
-        args.clones,
+        clones,
         codes,
         epochs=args.epochs,
         steps=args.steps,

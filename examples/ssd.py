@@ -27,6 +27,7 @@ import keras
 import matplotlib
 import numpy as np
 import tensorflow as tf
+from machine import add_clones, check_folder, positive, take_devices
 from ssd_boxes import (
     ANCHORS_A_CELL,
     average_precision,
@@ -43,7 +44,7 @@ from ssd_voc import (
     read_voc,
 )
 
-from keras_clones import clone_model, deployment, use_virtual_devices
+from keras_clones import clone_model, deployment
 
 NEGATIVES_A_POSITIVE = 3
 
@@ -147,21 +148,27 @@ def compile_model(model, steps, learning_rate=3e-3):
     model.compile(keras.optimizers.Adam(schedule), MultiboxLoss())
 
 
+def check_run(folder, resume):
+    """Stop before any work if a run can be neither begun nor resumed."""
+    folder = pathlib.Path(folder)
+    there = ("settings.json", "last.weights.h5")
+    if resume and not all((folder / name).is_file() for name in there):
+        raise DataError(
+            "Expected a stopped run to resume. Received: --out "
+            f"{folder}, without settings.json and last.weights.h5. Leave "
+            "out `--resume` to begin a run."
+        )
+    check_folder(folder, "--out")
+
+
 def open_run(model, folder, settings, resume):
     """Return how many steps a run has behind it, with its state restored.
 
     Raises:
-        DataError: If there is nothing to resume, or it was made with other
-            settings.
+        DataError: If it was made with other settings.
     """
     path, weights = folder / "settings.json", folder / "last.weights.h5"
     if resume:
-        if not (path.is_file() and weights.is_file()):
-            raise DataError(
-                "Expected a stopped run to resume. Received: --out "
-                f"{folder}, without settings.json and last.weights.h5. Leave "
-                "out `--resume` to begin a run."
-            )
         before = json.loads(path.read_text())
         changed = [
             f"{key}: {before.get(key)} before, {value} now"
@@ -196,7 +203,7 @@ def train(args, callbacks=(), verbose="auto"):
     """Train, save, and return the mean average precision."""
     keras.utils.set_random_seed(args.seed)
     folder = pathlib.Path(args.out)
-    folder.mkdir(parents=True, exist_ok=True)
+    check_run(folder, args.resume)
     classes, training, validation = load_samples(args, folder / "shapes")
     print(f"{len(training)} training images, {len(validation)} to validate")
     anchors = make_anchors(args.image_size)  # (anchors, 4)
@@ -263,6 +270,7 @@ def draw(samples, detections, classes, path, least_score=0.5):
     figure, axes = plt.subplots(
         3, 4, figsize=(12, 9), layout="constrained", squeeze=False
     )
+    labels = []
     for axis in axes.flat:
         axis.axis("off")
     for axis, sample, found in zip(
@@ -278,16 +286,37 @@ def draw(samples, detections, classes, path, least_score=0.5):
                 box, color = box * sides, f"C{label % 10}"
                 _draw_box(axis, box, edgecolor=color)
                 text = f"{classes[label]} {score:.2f}"
-                axis.text(
-                    box[1],
-                    box[0],
-                    text,
-                    fontsize=8,
-                    color="white",
-                    backgroundcolor=color,
-                )
+                labels.append(_draw_label(axis, box, text, color))
+    keep_inside(figure, labels)
     figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+def _draw_label(axis, box, text, color):
+    return axis.text(
+        box[1],
+        box[0],
+        text,
+        fontsize=8,
+        color="white",
+        bbox={"facecolor": color, "edgecolor": color, "pad": 2},
+        verticalalignment="bottom",
+        in_layout=False,
+    )
+
+
+def keep_inside(figure, labels):
+    """Move labels to where all of them is in their panels."""
+    figure.draw_without_rendering()
+    for label in labels:
+        to_pixels = label.axes.transData
+        panel = label.axes.get_window_extent()
+        box = label.get_bbox_patch().get_window_extent()
+        right = max(panel.x0 - box.x0, 0) + min(panel.x1 - box.x1, 0)
+        up = max(panel.y0 - box.y0, 0) + min(panel.y1 - box.y1, 0)
+        x, y = to_pixels.transform(label.get_position())
+        place = to_pixels.inverted().transform((x + right, y + up))
+        label.set_position(place)
 
 
 def _draw_box(axis, box, **kwargs):
@@ -304,13 +333,6 @@ def _draw_box(axis, box, **kwargs):
     )
 
 
-def positive(text):
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive integer")
-    return number
-
-
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
@@ -323,22 +345,21 @@ def parse(argv=None):
         help="what to do with images whose files or boxes are bad",
     )
     add("--train-images", type=positive, default=800, help="shapes to draw")
-    add("--clones", type=positive, help="default: one a GPU, else 2")
-    add("--epochs", type=positive, default=40)
-    add("--batch-size", type=positive, default=32)
-    add("--image-size", type=positive, default=96)
-    add("--seed", type=int, default=0)
-    add("--out", default="ssd", help="where to save")
+    add_clones(parser, without_gpu=2)
+    add("--epochs", type=positive, default=40, help="default: 40")
+    add("--batch-size", type=positive, default=32, help="default: 32")
+    add("--image-size", type=positive, default=96, help="pixels, default: 96")
+    add("--seed", type=int, default=0, help="of the run, default: 0")
+    add("--out", default="ssd", help="where to save (default: ssd)")
     add("--resume", action="store_true", help="go on with the run in --out")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse(argv)
-    if not tf.config.list_physical_devices("GPU"):
-        args.clones = args.clones or 2
-        use_virtual_devices(args.clones)
     try:
+        check_run(args.out, args.resume)
+        args.clones = take_devices(args.clones, without_gpu=2)
         return train(args)
     except (DataError, OSError) as error:
         sys.exit(f"error: {error}")

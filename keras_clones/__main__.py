@@ -9,7 +9,18 @@ from keras_clones import benchmark, compare_command, devices
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command, and return its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m keras_clones")
+    parser = argparse.ArgumentParser(
+        prog="python -m keras_clones",
+        description="Train a Keras 3 model on every device of a machine.",
+    )
+    # A module imports nothing above it, and the package is there already.
+    version = sys.modules["keras_clones"].__version__
+    parser.add_argument(
+        "--version",
+        action="version",
+        version=f"keras_clones {version}",
+        help="print the version of keras_clones, and stop",
+    )
     commands = parser.add_subparsers(required=True, metavar="command")
     compare_command.add_command(commands)
     benchmark.add_command(commands)

@@ -45,11 +45,13 @@ def add_command(commands: Any) -> None:
         "--models",
         type=_names(TASKS),
         default=list(TASKS),
+        metavar="NAMES",
         help=f"which of {','.join(TASKS)}; default: all",
     )
     parser.add_argument(
         "--clones",
         type=_counts,
+        metavar="NUMBERS",
         help="numbers of clones, and of the peers' replicas; default: "
         "1,2,4,8, or those of them that the machine's GPUs allow",
     )
@@ -57,6 +59,7 @@ def add_command(commands: Any) -> None:
         "--against",
         type=_names(PEERS),
         default=list(PEERS),
+        metavar="NAMES",
         help=f"which of {','.join(PEERS)}; default: all",
     )
     parser.add_argument(
@@ -66,7 +69,14 @@ def add_command(commands: Any) -> None:
         help="threads within an operation and between operations; "
         "default: TensorFlow's",
     )
-    parser.add_argument("--repeat", type=_count, default=3, metavar="N")
+    parser.add_argument(
+        "--repeat",
+        type=_count,
+        default=3,
+        metavar="N",
+        help="how often to time each cell, of which the best counts; "
+        "default: 3",
+    )
     parser.add_argument(
         "--steps",
         type=_count,

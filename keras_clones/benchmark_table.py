@@ -1,5 +1,6 @@
 """What the benchmark's results come to: rows, tables and a picture."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,15 @@ _HEADER = (
     *("model", "peer", "ms a step", "of plain", "first step, s"),
     *("peak MiB", "KiB moved a step"),
 )
+
+
+# What the picture calls each peer, and draws it in.
+_PEERS = {
+    "plain": ("plain Keras", "0.45"),
+    "clones": ("clones", "C0"),
+    "mirrored": ("MirroredStrategy, its fastest reduction", "C1"),
+    "central": ("CentralStorageStrategy", "C2"),
+}
 
 
 class Row(NamedTuple):
@@ -192,8 +202,18 @@ def picture_formats() -> list[str]:
 
 
 def draw(rows: Sequence[Row], path: str) -> None:
-    """Draw the time of a step, a chart of bars a model."""
+    """Write a picture of the time of a step, a chart of bars a model."""
+    figure(rows).savefig(path, dpi=150)
+
+
+def figure(rows: Sequence[Row]) -> Any:
+    """Return a `matplotlib.figure.Figure` of the time of a step.
+
+    A bar is labelled with its number of clones or replicas; the legend, which
+    is there once, says what its color is.
+    """
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     timed = [row for row in rows if row.ms is not None]
     models = list(dict.fromkeys(row.model for row in timed)) or [""]
@@ -201,30 +221,51 @@ def draw(rows: Sequence[Row], path: str) -> None:
     num_rows = -(-len(models) // num_columns)
     most = max(sum(r.model == m for r in timed) for m in models)
     # A figure of its own needs no window system, and leaves pyplot alone.
-    figure = Figure(
-        (5.5 * num_columns, (1.2 + 0.32 * most) * num_rows),
+    picture = Figure(
+        (1 + 3.2 * num_columns, 0.4 + (1.1 + 0.28 * most) * num_rows),
         layout="constrained",
     )
-    charts = figure.subplots(num_rows, num_columns, squeeze=False).flat
-    colors = {
-        "plain": "0.45",
-        "clones": "C0",
-        "mirrored": "C1",
-        "central": "C2",
-    }
+    charts = picture.subplots(num_rows, num_columns, squeeze=False).flat
     for chart in charts[len(models) :]:
         chart.remove()
     for chart, model in zip(charts, models, strict=False):
-        bars = [row for row in timed if row.model == model]
-        drawn = chart.barh(
-            [row.peer for row in bars],
-            [row.ms for row in bars],
-            color=[colors[row.peer.split()[0]] for row in bars],
-        )
-        chart.bar_label(drawn, [_number(r.ms, 1) for r in bars], padding=3)
-        chart.invert_yaxis()
-        chart.margins(x=0.15)
+        _draw_bars(chart, [row for row in timed if row.model == model])
         chart.set_title(model)
-        chart.set_xlabel("ms a step")
-        chart.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    picture.supylabel("clones or replicas", size="medium")
+    used = {_peer(row) for row in timed}
+    picture.legend(
+        handles=[
+            Patch(color=color, label=name)
+            for peer, (name, color) in _PEERS.items()
+            if peer in used
+        ],
+        loc="outside lower center",
+        ncols=min(len(_PEERS), 2 * num_columns),
+        frameon=False,
+    )
+    return picture
+
+
+def _draw_bars(chart: Any, rows: Sequence[Row]) -> None:
+    """Draw the bars of one model."""
+    drawn = chart.barh(
+        range(len(rows)),
+        [row.ms for row in rows],
+        color=[_PEERS[_peer(row)][1] for row in rows],
+    )
+    chart.bar_label(drawn, [_number(row.ms, 1) for row in rows], padding=3)
+    chart.set_yticks(range(len(rows)), [_short_label(row) for row in rows])
+    chart.invert_yaxis()
+    chart.margins(x=0.2)
+    chart.set_xlabel("ms a step")
+    chart.spines[["top", "right"]].set_visible(False)
+
+
+def _peer(row: Row) -> str:
+    return row.peer.split()[0]
+
+
+def _short_label(row: Row) -> str:
+    """Return what stands beside a bar: how many clones or replicas."""
+    number = re.search(r"\d+", row.peer)
+    return number[0] if number else "plain"

@@ -11,7 +11,7 @@ from keras_clones import balance, footprint, picture, report, sharding, watch
 from keras_clones.config import DeploymentConfig, check_integer
 from keras_clones.looks import Looks
 from keras_clones.options import StepOptions
-from keras_clones.placement import Clone
+from keras_clones.placement import Clone, short_name
 
 
 class Deployment:
@@ -219,5 +219,9 @@ class Deployment:
         return self._page()._repr_html_()
 
     def __repr__(self) -> str:
-        clones = ", ".join(f"{c.scope}: {c.device}" for c in self.clones)
-        return f"<Deployment {clones}; variables: {self.variables_device}>"
+        clones = ", ".join(
+            f"{c.scope or 'clone_0'} on {short_name(c.device)}"
+            for c in self.clones
+        )
+        home = short_name(self.variables_device)
+        return f"<Deployment {clones}; variables on {home}>"

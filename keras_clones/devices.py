@@ -36,11 +36,14 @@ def page() -> Page:
         warnings.simplefilter("ignore")
         config = placement.choose_config(None, None, False)
         clones = placement.place_clones(config)
-    chosen = [[clone.scope or "clone_0", clone.device] for clone in clones]
+    chosen = [
+        [clone.scope or "clone_0", placement.short_name(clone.device)]
+        for clone in clones
+    ]
     homes = {
-        "variables": config.variables_device(),
-        "optimizer": config.optimizer_device(),
-        "inputs": config.inputs_device(),
+        "variables": placement.short_name(config.variables_device()),
+        "optimizer": placement.short_name(config.optimizer_device()),
+        "inputs": placement.short_name(config.inputs_device()),
     }
     on_gpu = placement.logical_devices("GPU")
     notes = [] if on_gpu else [placement.no_gpu(config.num_clones)]
@@ -90,5 +93,5 @@ def _logical() -> list[list[str]]:
         if logical.device_type == "GPU":
             limit = limits.get(name)
             memory = "not known" if limit is None else readable(limit)
-        rows.append([name, memory])
+        rows.append([placement.short_name(name), memory])
     return rows

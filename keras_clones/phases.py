@@ -8,7 +8,7 @@ import keras
 
 from keras_clones import _keras
 from keras_clones.attach import deployment
-from keras_clones.placement import logical_devices
+from keras_clones.placement import logical_devices, short_name
 from keras_clones.timeline import PIPELINE
 
 WAITING = "waiting for input"
@@ -61,8 +61,8 @@ def find_places(model: keras.Model) -> Places:
     if made is None:
         home = "GPU:0" if logical_devices("GPU") else "CPU:0"
         return Places(home, {}, {home: home}, optimizers, forward)
-    short = [clone.device.removeprefix("/device:") for clone in made.clones]
-    home_device = made.variables_device.removeprefix("/device:")
+    short = [short_name(clone.device) for clone in made.clones]
+    home_device = short_name(made.variables_device)
     clones = {
         clone.scope or "clone": f"{clone.scope or 'clone'} on {device}"
         for clone, device in zip(made.clones, short, strict=True)

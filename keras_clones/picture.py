@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from keras_clones.footprint import Flow, Footprint
-from keras_clones.placement import Clone
+from keras_clones.placement import Clone, short_name
 from keras_clones.report import (
+    AT_HOME,
     flow_text,
     readable,
     sent_by,
@@ -98,8 +99,8 @@ def label(
         shards.append("shard" if n is None else f"{n} rows")
         if clone.device == homes["variables"]:
             to_towers.append("0 B")
-            mirrors.append("variables: 0 B, at home")
-            gradients.append("gradients: 0 B, at home")
+            mirrors.append(f"mirrors: {AT_HOME}")
+            gradients.append(f"gradients: {AT_HOME}")
             continue
         if a_row is None:
             to_towers.append("" if known else why_not)
@@ -121,7 +122,7 @@ def label(
             slots_text(footprint),
             readable(footprint.trainable + footprint.others),
         ]
-    batch = ["global batch", _short(homes["inputs"])]
+    batch = ["global batch", short_name(homes["inputs"])]
     if total is not None:
         batch.append(f"{total} rows")
         if a_row is not None:
@@ -132,12 +133,12 @@ def label(
         shards=shards,
         to_towers=to_towers,
         towers=[
-            f"{clone.scope or 'clone_0'}\n{_short(clone.device)}"
+            f"{clone.scope or 'clone_0'}\n{short_name(clone.device)}"
             for clone in clones
         ],
         mirrors=mirrors,
         gradients=gradients,
-        home=_short(homes["variables"]),
+        home=short_name(homes["variables"]),
         stages=[
             "loss",
             f"gradients added up\n{sizes[0]}",
@@ -153,10 +154,6 @@ def _without_shard(footprint: Footprint) -> Flow | None:
     if received is None or received.a_row is None or footprint.a_row is None:
         return received
     return received._replace(a_row=max(0, received.a_row - footprint.a_row))
-
-
-def _short(device: str) -> str:
-    return device.removeprefix("/device:")
 
 
 def draw(labels: Labels) -> Any:

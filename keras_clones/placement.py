@@ -140,13 +140,14 @@ def _check_devices_are_there(
         if unknown:
             raise ValueError(
                 "Argument `devices` names devices that this machine does not "
-                f"have: {unknown}. It has {cpus + gpus}. "
+                f"have: {unknown}. It has {short_names(cpus + gpus)}. "
                 f"Received: devices={list(config.devices)}"
             )
     elif gpus and len(gpus) < config.num_clones and not config.clone_on_cpu:
         raise ValueError(
             f"Expected at most {len(gpus)} clones, one a GPU: this machine "
-            f"has {gpus}. Received: num_clones={config.num_clones}. Pass "
+            f"has {short_names(gpus)}. "
+            f"Received: num_clones={config.num_clones}. Pass "
             f"`num_clones={len(gpus)}`, or `clone_on_cpu=True` to run every "
             "clone on the CPU."
         )
@@ -164,10 +165,30 @@ def no_gpu(num_clones: int) -> str:
     """Return what to know of clones where there is no GPU."""
     return (
         f"There is no GPU: {num_clones} clone(s) run on "
-        f"{logical_devices('CPU')}. They train the same model, but they share "
-        "the processor's cores and do not make it faster. "
+        f"{short_names(logical_devices('CPU'))}. They train the same model, "
+        "but they share the processor's cores and do not make it faster. "
         "`clone_on_cpu=True` says that this is meant."
     )
+
+
+def short_name(device: str) -> str:
+    """Return a device as it is printed, such as `"GPU:1"`.
+
+    Args:
+        device: String, in any form that `tf.DeviceSpec.from_string` takes.
+            One of another job or task keeps those in front.
+    """
+    spec = tf.DeviceSpec.from_string(device)
+    name = f"{spec.device_type}:{spec.device_index or 0}"
+    if spec.job in (None, "localhost"):
+        return name
+    task = "" if spec.task is None else f"/task:{spec.task}"
+    return f"/job:{spec.job}{task}/{name}"
+
+
+def short_names(devices: Iterable[str]) -> str:
+    """Return devices as they are printed, one after the other."""
+    return ", ".join(short_name(device) for device in devices)
 
 
 def same_device(device: str, other: str) -> bool:

@@ -18,6 +18,9 @@ from keras_clones.timeline import Event, Window
 from keras_clones.verdict import Report, find_machine, make_report
 from keras_clones.warn import warn
 
+# What its files are called where nothing says it.
+_NAME = "clone_profile"
+
 
 class CloneProfiler(keras.callbacks.Callback):
     """Show what the training steps of a model spend their time on.
@@ -51,7 +54,9 @@ class CloneProfiler(keras.callbacks.Callback):
             Defaults to `(10, 20)`.
         path: String or path, where to write `path` + `".png"`, which needs
             matplotlib, and `path` + `".json"`, a trace that chrome://tracing
-            and Perfetto load. Defaults to `"clone_profile"`.
+            and Perfetto load. A path that ends in one of the two means the
+            same. In a folder, such as `"logs/"`, the files are called
+            `clone_profile`. Defaults to `"clone_profile"`.
 
     Attributes:
         report: `None` until a profile is done, then a named tuple with
@@ -91,7 +96,7 @@ class CloneProfiler(keras.callbacks.Callback):
     def __init__(
         self,
         steps: Sequence[int] = (10, 20),
-        path: str | os.PathLike[str] = "clone_profile",
+        path: str | os.PathLike[str] = _NAME,
     ) -> None:
         super().__init__()
         self.steps = _checked_steps(steps)
@@ -251,9 +256,9 @@ class CloneProfiler(keras.callbacks.Callback):
         window = timeline.typical(windows)
         with open(f"{self.path}.json", "w", encoding="utf-8") as file:
             json.dump(timeline.chrome_trace(events, lanes, window), file)
-        headline = self.report.verdict.split("\n")[0]
-        title = f"Training step {window.first}. {headline}"
-        timeline.draw(events, lanes, window, title, f"{self.path}.png")
+        title = f"Training step {window.first}\n{self.report.verdict}"
+        picture = timeline.draw(events, lanes, window, title)
+        picture.savefig(f"{self.path}.png")
         last = max(self._calls) + self._calls[max(self._calls)][1] - 1
         print(
             f"Training steps {min(self._calls)} to {last}, "
@@ -283,14 +288,24 @@ def _checked_steps(steps: Any) -> tuple[int, int]:
 def _checked_path(path: Any) -> str:
     if not isinstance(path, (str, os.PathLike)) or not str(path):
         raise TypeError(
-            "Argument `path` must be a path of a file, without its suffix. "
-            f"Received: path={path!r}"
+            "Argument `path` must be a path of a folder, or of a file without "
+            f"its suffix. Received: path={path!r}"
         )
-    folder = os.path.dirname(os.path.abspath(path))
+    name = _without_suffix(os.fspath(path))
+    folder = os.path.dirname(os.path.abspath(name))
     if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
         raise ValueError(
             "Argument `path` must be in a folder that exists and can be "
             f"written to. Received: path={str(path)!r}, whose folder is "
             f"{folder!r}"
         )
-    return os.fspath(path)
+    return name
+
+
+def _without_suffix(path: str) -> str:
+    """Return the path that the suffixes of both files are added to."""
+    separators = tuple(filter(None, (os.sep, os.altsep)))
+    if path.endswith(separators) or os.path.isdir(path):
+        return os.path.join(path, _NAME)
+    base, suffix = os.path.splitext(path)
+    return base if suffix in (".png", ".json") else path

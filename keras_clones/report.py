@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from keras_clones.footprint import Flow, Footprint
-from keras_clones.placement import Clone
+from keras_clones.placement import Clone, short_name, short_names
 
 UNKNOWN = "not known"
+# In place of the mirrors of a clone on the device of the variables: it reads
+# the variables themselves.
+AT_HOME = "at home"
 
 
 class Table(NamedTuple):
@@ -73,7 +76,9 @@ def deployment_page(
     if footprint is None:
         return Page(tables, [_remedy(why_not)])
     sizes = device_bytes(clones, homes, rows, footprint)
-    lines = [[device, readable(size)] for device, size in sizes.items()]
+    lines = [
+        [short_name(device), readable(size)] for device, size in sizes.items()
+    ]
     notes = ["Besides, each clone needs memory for what its layers compute."]
     if not footprint.settled:
         notes.append(
@@ -99,7 +104,7 @@ def _clone_table(
     header = ["clone", "device"]
     columns = [
         [c.scope or "clone_0" for c in clones],
-        [c.device for c in clones],
+        [short_name(c.device) for c in clones],
     ]
     if rows is not None:
         header.append("rows")
@@ -135,7 +140,7 @@ def _clone_cells(
     kept = [size_text(footprint.gradients, rows), shard]
     if at_home:
         # Nothing crosses to a clone that is where the variables are.
-        return ["at home", *kept, readable(0), readable(0)]
+        return [AT_HOME, *kept, readable(0), readable(0)]
     moved = [footprint.received, sent_by(i, footprint)]
     crossing = [flow_text(flow, rows) for flow in moved]
     return [readable(footprint.mirrors), *kept, *crossing]
@@ -183,13 +188,15 @@ def _home_table(
     footprint: Footprint | None,
     why_not: str,
 ) -> Table:
+    home = short_name(homes["variables"])
+    optimizer = short_name(homes["optimizer"])
     lines = [
-        ["trainable variables", homes["variables"], why_not],
-        ["other variables", homes["variables"], why_not],
-        ["optimizer slots", homes["variables"], why_not],
-        ["gradients, added up", homes["optimizer"], why_not],
-        ["optimizer", homes["optimizer"], ""],
-        ["global batch", homes["inputs"], why_not],
+        ["trainable variables", home, why_not],
+        ["other variables", home, why_not],
+        ["optimizer slots", home, why_not],
+        ["gradients, added up", optimizer, why_not],
+        ["optimizer", optimizer, ""],
+        ["global batch", short_name(homes["inputs"]), why_not],
     ]
     if footprint is not None:
         a_row = footprint.a_row
@@ -199,7 +206,7 @@ def _home_table(
             "slots": slots_text(footprint),
         }
         for line, part in zip(lines, sizes, strict=False):
-            line[1] = ", ".join(footprint.devices[part]) or line[1]
+            line[1] = short_names(footprint.devices[part]) or line[1]
             line[2] = sizes[part]
         total = None if rows is None else sum(rows)
         lines[3][2] = size_text(footprint.gradients, total)
@@ -251,13 +258,16 @@ def device_bytes(
 
 
 def readable(size: int) -> str:
-    """Return a number of bytes with three digits and a unit."""
+    """Return a number of bytes with three digits and a unit: 1 KiB is 1024 B.
+
+    It is the only unit of what is printed.
+    """
     value = float(size)
-    for unit in ("B", "kB", "MB", "GB"):
+    for unit in ("B", "KiB", "MiB", "GiB"):
         if value < 999.5:
             return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} TB"
+        value /= 1024
+    return f"{value:.3g} TiB"
 
 
 def _text(table: Table) -> str:

@@ -1,5 +1,6 @@
 """A timeline of training steps: its events, its files, its picture."""
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,8 @@ PHASES = {
 PIPELINE = "input pipeline"
 # Seconds between two operations that pass for the work of the first.
 GAP = 2e-5
+# Characters of a line that the picture of a step has room for.
+_TITLE_WIDTH = 115
 
 
 class Event(NamedTuple):
@@ -134,22 +137,27 @@ def draw(
     lanes: Sequence[str],
     window: Window,
     title: str,
-    path: str,
-) -> None:
-    """Write a picture of a window: a row a lane, a color a phase.
+) -> Any:
+    """Draw a window: a row a lane, a color a phase.
 
     Args:
         events: Iterable of `Event`s.
         lanes: Sequence of the lanes' names, the first on top.
         window: `Window` to draw.
-        title: String, what stands above the picture.
-        path: String, the PNG file to write.
+        title: String, what stands above the picture. Each of its lines is
+            broken where it would leave the picture.
+
+    Returns:
+        A `matplotlib.figure.Figure`.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     inside = clip(join(events), window)
-    figure = Figure(figsize=(11, 1.8 + 0.5 * len(lanes)), dpi=110)
+    lines = [textwrap.fill(line, _TITLE_WIDTH) for line in title.split("\n")]
+    title = "\n".join(lines)
+    height = 1.5 + 0.2 * (1 + title.count("\n")) + 0.5 * len(lanes)
+    figure = Figure(figsize=(11, height), dpi=110)
     axes = figure.add_subplot()
     for phase, color in PHASES.items():
         for y, lane in enumerate(lanes):
@@ -163,7 +171,7 @@ def draw(
     axes.set_ylim(len(lanes) - 0.4, -0.6)
     axes.set_xlim(0, (window.end - window.start) * 1e3)
     axes.set_xlabel("milliseconds")
-    axes.set_title(title, loc="left")
+    figure.suptitle(title, x=0.01, ha="left", size=11)
     axes.grid(axis="x", linewidth=0.3)
     axes.set_axisbelow(True)
     used = {event.phase for event in inside}
@@ -178,4 +186,4 @@ def draw(
         frameon=False,
     )
     figure.set_layout_engine("constrained")
-    figure.savefig(path)
+    return figure

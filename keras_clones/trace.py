@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from keras_clones.phases import COPIES, WAITING, Places, classify, known
+from keras_clones.placement import short_name
 from keras_clones.timeline import PIPELINE, Event, Window
 
 # The name of the span around each call of the step function.
@@ -223,7 +224,7 @@ def _stream_events(
     spans: Iterable[Span], plane: str, places: Places
 ) -> Iterator[Event]:
     """Yield what a stream of a GPU did."""
-    device = plane.removeprefix("/device:")
+    device = short_name(plane)
     lane = places.devices.get(device, device)
     for span in spans:
         operation = str(span.stats.get("tf_op", "")).rpartition("::")[2]

@@ -46,7 +46,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--write-table",
         action="store_true",
-        help="write the table of largest differences into the README",
+        help="write the table of largest differences into docs/guarantees.md",
     )
     parser.addoption(
         "--xla",
@@ -81,11 +81,11 @@ def pytest_terminal_summary(terminalreporter, config):
         ]
         lines.append(f"| {name.replace('_', ' ')} | {' | '.join(cells)} |")
     if config.getoption("--write-table"):
-        readme = config.rootpath / "README.md"
-        before, _, rest = readme.read_text().partition("<!-- table -->\n")
+        page = config.rootpath / "docs" / "guarantees.md"
+        before, _, rest = page.read_text().partition("<!-- table -->\n")
         after = rest.partition("<!-- end of table -->")[2]
         table = "\n".join(lines)
-        readme.write_text(
+        page.write_text(
             f"{before}<!-- table -->\n{table}\n<!-- end of table -->{after}"
         )
     elif config.getoption("verbose") > 0:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from keras_clones import benchmark_cell, benchmark_run
 from keras_clones import benchmark_table as table
@@ -268,6 +269,37 @@ def test_a_picture_without_a_single_time_is_drawn_too(tmp_path):
     path = tmp_path / "none.png"
     table.draw([table.Row("mlp", "plain Keras", error="no")], str(path))
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_labels_of_a_picture_are_short(tmp_path):
+    cell = Cell("cnn", "plain")
+    more = {
+        cell._replace(peer=peer, clones=clones, reduction=reduction): [
+            {"ms": 10.0 * clones}
+        ]
+        for clones in (1, 2)
+        for peer, reduction in (
+            ("clones", None),
+            ("mirrored", "HierarchicalCopyAllReduce"),
+            ("central", None),
+        )
+    }
+    rows = table.make_rows({**RESULTS, cell: [{"ms": 9.0}], **more})
+    picture = table.figure(rows)
+    charts = {chart.get_title(): chart for chart in picture.axes}
+    labels = [text.get_text() for text in charts["cnn"].get_yticklabels()]
+    assert labels == ["plain", *"111222"]
+    [legend] = picture.legends
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "plain Keras",
+        "clones",
+        "MirroredStrategy, its fastest reduction",
+        "CentralStorageStrategy",
+    ]
+    canvas = FigureCanvasAgg(picture)
+    canvas.draw()
+    for chart in picture.axes:
+        assert chart.bbox.width > picture.bbox.width / len(charts) * 0.6
 
 
 def test_what_remains_goes_by_the_last_time_or_the_mean():

@@ -4,7 +4,8 @@ Each case trains one model plain and on three clones as a user does: traced,
 by `fit`, from the same weights, for two epochs of batches of 10, 10, 7 and 2
 rows, whose number the trace does not know. So shards are uneven, and one of
 the last batch's is empty. Every variable, every optimizer variable and every
-log is compared. The table of largest differences goes into the README by
+log is compared. The table of largest differences goes into docs/guarantees.md
+by
 
     python -m pytest tests/test_equivalence.py --write-table
 """

@@ -12,6 +12,7 @@ import pytest
 from keras_clones import compare_time
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
+sys.path.append(str(EXAMPLES))
 
 
 def load(name):
@@ -27,17 +28,17 @@ def test_digits(tmp_path, capsys):
     out = capsys.readouterr().out
     assert accuracy > 0.9
     rows = [line.split()[:3] for line in out.splitlines()]
-    assert ["clone_2", "/device:CPU:2", "21"] in rows
+    assert ["clone_2", "CPU:2", "21"] in rows
     assert "the predictions agree" in out
     assert (tmp_path / "digits.keras").stat().st_size > 10_000
     assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_digits_refuses_wrong_arguments():
-    digits = load("digits")
+def test_examples_refuse_numbers_that_are_none_or__wrong_arguments():
+    machine = load("machine")
     for text in ("0", "-1", "two"):
-        with pytest.raises((ValueError, digits.argparse.ArgumentTypeError)):
-            digits.positive(text)
+        with pytest.raises((ValueError, machine.argparse.ArgumentTypeError)):
+            machine.positive(text)
 
 
 def test_compare_digits(tmp_path, capsys, monkeypatch):
@@ -64,7 +65,7 @@ def test_custom_loop(tmp_path, capsys):
     assert accuracy > 0.9
     losses = re.findall(r"epoch \d: loss (\S+)", out)
     assert len(losses) == 3 and float(losses[2]) < float(losses[0]) / 2
-    assert "clone_2/ on /device:CPU:2" in out
+    assert "clone_2 on CPU:2: loss" in out
     assert [file.suffix for file in tmp_path.iterdir()] == [".v2"]
 
 
@@ -103,8 +104,9 @@ def test_language_model(capsys):
     assert 1 < perplexity < 90
     assert "epoch 2: perplexity" in out and f"{perplexity:.2f}" in out
     assert written.startswith("def ") and len(written) == 204
-    assert "clone_1 on /device:CPU:1 holds" in out
-    assert "stay on /job:localhost/replica:0/task:0/device:CPU:0\n" in out
+    assert "clone_0 on CPU:0 holds no mirrors, as it is where" in out
+    assert re.search(r"clone_1 on CPU:1 holds 0\.\d\d MiB of mirrors", out)
+    assert "stay on CPU:0\n" in out
     assert "(arithmetic: nothing limits the memory" in out
 
 
@@ -166,3 +168,60 @@ def test_examples_refuse(name, arguments, message, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         example.main()
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "arguments", "expected", "said"),
+    [
+        (0, (None, 4), 4, "There is no GPU: 4 clone(s)"),
+        (0, (3, 4), 3, "There is no GPU: 3 clone(s)"),
+        (1, (None, 4), 1, "1 clone(s) on GPU:0."),
+        (3, (None, 4), 3, "3 clone(s) on GPU:0, GPU:1, GPU:2."),
+        (3, (2, 4), 2, "2 clone(s) on GPU:0, GPU:1."),
+        (1, (None, 4, 512), 2, "2 clone(s) on GPU:0, of 512 MiB each."),
+    ],
+)
+def test_examples_take_the_devices_there_are(
+    num_gpus, arguments, expected, said, monkeypatch, capsys
+):
+    machine = load("machine")
+    split = []
+    monkeypatch.setattr(
+        machine, "use_virtual_devices", lambda *args: split.append(args)
+    )
+    monkeypatch.setattr(
+        machine.tf.config, "list_physical_devices", lambda kind: [0] * num_gpus
+    )
+    assert machine.take_devices(*arguments) == expected
+    assert said in capsys.readouterr().out
+    whole = num_gpus and len(arguments) == 2
+    assert [args[0] for args in split] == ([] if whole else [expected])
+    if whole:
+        with pytest.raises(SystemExit, match="--clones must be at most"):
+            machine.take_devices(num_gpus + 1, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "flag"), [("digits", "--folder"), ("gan", "--folder")]
+)
+def test_examples_check_where_to_save_first(name, flag, tmp_path, monkeypatch):
+    example = load(name)
+    monkeypatch.setattr(example, "train", lambda *args: pytest.fail("trained"))
+    (tmp_path / "file").touch()
+    folder = str(tmp_path / "file" / "folder")
+    monkeypatch.setattr(sys, "argv", [name, flag, folder])
+    with pytest.raises(SystemExit, match="--folder must be a folder"):
+        example.main()
+
+
+@pytest.mark.parametrize(
+    "name", ["custom_loop", "digits", "gan", "language_model", "ssd"]
+)
+def test_examples_explain_each_flag(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit):
+        load(name).main()
+    _, _, flags = capsys.readouterr().out.partition("options:")
+    for entry in flags.split("\n  -")[1:]:
+        first, *rest = entry.strip().split("\n")
+        assert rest or "  " in first, entry

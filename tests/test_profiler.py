@@ -11,8 +11,16 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from keras_clones import CloneProfiler, clone_model, phases, profiler, verdict
+from keras_clones import (
+    CloneProfiler,
+    clone_model,
+    phases,
+    profiler,
+    timeline,
+    verdict,
+)
 from keras_clones.phases import WAITING, Places, classify
 from keras_clones.timeline import (
     PIPELINE,
@@ -595,6 +603,42 @@ def test_the_folder_must_be_writable(tmp_path, monkeypatch):
     monkeypatch.setattr(profiler.os, "access", lambda *args: False)
     with pytest.raises(ValueError, match="written to"):
         CloneProfiler((1, 2), tmp_path / "step")
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("step", "step"),
+        ("step.png", "step"),
+        ("step.json", "step"),
+        ("step.v2", "step.v2"),
+        ("logs/", "logs/clone_profile"),
+        ("logs", "logs/clone_profile"),
+        ("logs/step", "logs/step"),
+        (".", "./clone_profile"),
+    ],
+)
+def test_files_have_the_names_that_are_meant(path, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "logs").mkdir()
+    assert CloneProfiler((1, 2), path).path == name
+    with pytest.raises(ValueError, match="folder that exists"):
+        CloneProfiler((1, 2), "none/")
+
+
+def test_the_title_of_a_picture_stays_in_it():
+    events, window = step_of("compute")
+    report = make_report(events, LANES, [window], Machine(2, 4.0))
+    title = f"Training step 12\n{report.verdict} {'and more ' * 20}"
+    figure = timeline.draw(events, LANES, window, title)
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw(renderer)
+    [axes] = figure.axes
+    box = figure._suptitle.get_window_extent(renderer)
+    assert box.x0 > 0 and box.x1 < figure.bbox.width
+    assert box.y0 > axes.bbox.y1 and box.y1 < figure.bbox.height
+    text = figure._suptitle.get_text()
+    assert text.split() == title.split()
 
 
 @pytest.fixture(scope="module")

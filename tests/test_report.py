@@ -16,7 +16,8 @@ import pytest
 import tensorflow as tf
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from keras_clones import clone_model, deployment, picture
+import keras_clones
+from keras_clones import clone_model, deployment, picture, placement
 from keras_clones.__main__ import main
 from keras_clones.report import Page, Table, readable
 from keras_clones.transfers import count_transfers, traffic
@@ -139,7 +140,7 @@ def test_summary_has_the_bytes_of_every_part(capsys):
     model = cases.compiled("mlp", clone_model(cases.mlp(), 3))
     deployment(model).summary()
     assert cells(capsys.readouterr().out)["optimizer slots"] == [
-        ["/device:CPU:0", "made in the first step"]
+        ["CPU:0", "made in the first step"]
     ]
     x, y = cases.arrays(10)["mlp"]
     model.fit(x, y, batch_size=10, verbose=0)
@@ -147,7 +148,7 @@ def test_summary_has_the_bytes_of_every_part(capsys):
     found = cells(capsys.readouterr().out)
     # 6 x 16 + 16 + 16 x 3 + 3 weights, and two int64 of the global seed.
     weights, seed = 163 * 4, 16
-    home = "/device:CPU:0"
+    home = "CPU:0"
     assert found["trainable variables"] == [[home, readable(weights)]]
     assert found["other variables"] == [[home, readable(seed)]]
     # Two slots a weight, an int64 of iterations and a learning rate.
@@ -159,11 +160,9 @@ def test_summary_has_the_bytes_of_every_part(capsys):
     assert found["clone_0"] == [
         [home, "4", "at home", "652 B", "about 128 B", "0 B", "0 B"]
     ]
-    assert found["clone_2"][0][:5] == [
-        *("/device:CPU:2", "3", "652 B", "652 B", shard)
-    ]
+    assert found["clone_2"][0][:5] == [*("CPU:2", "3", "652 B", "652 B", shard)]
     assert found["clone_2"][0][5] == f"about {readable(652 + 16 + 24 + 96)}"
-    [[at_clone]] = [row for row in found["/device:CPU:2"] if len(row) == 1]
+    [[at_clone]] = [row for row in found["CPU:2"] if len(row) == 1]
     assert at_clone == readable(2 * 652 + 96)
     [[at_home]] = [row for row in found[home] if len(row) == 1]
     slots = 2 * weights + 12
@@ -174,9 +173,7 @@ def test_summary_of_a_model_that_is_not_there_yet(capsys):
     model = clone_model(cases.subclassed(), 2)
     deployment(model).summary(batch_size=5)
     text = capsys.readouterr().out
-    assert cells(text)["clone_0"] == [
-        ["/device:CPU:0", "3", *["not built"] * 5]
-    ]
+    assert cells(text)["clone_0"] == [["CPU:0", "3", *["not built"] * 5]]
     assert "The model is not built" in text
     model(cases.arrays(5)["subclassed"][0])
     deployment(model).summary(batch_size=5)
@@ -195,7 +192,7 @@ def test_rows_of_no_fixed_size_are_not_known(capsys):
     model.compile("sgd", "mse")
     deployment(clone_model(model, 2)).summary(batch_size=8)
     found = cells(capsys.readouterr().out)
-    assert found["trainable variables"][0][1] == "1.28 MB"
+    assert found["trainable variables"][0][1] == "1.22 MiB"
     assert found["global batch"][0][1] == "not known"
     # Its table stays home: the seed's 16 bytes and the share's go for sure.
     assert found["clone_1"][0][-2] == "about 40 B + the shard's"
@@ -229,6 +226,35 @@ def test_a_deployment_is_copied_and_pickled_without_its_model(capsys):
         assert other.clones == made.clones
         other.summary()
         assert "The model is gone" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "0.977 KiB"),
+        (1024, "1 KiB"),
+        (1_750_000, "1.67 MiB"),
+        (2**30, "1 GiB"),
+        (5 * 2**50, "5.12e+03 TiB"),
+    ],
+)
+def test_bytes_have_one_unit(size, text):
+    assert readable(size) == text
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ("/device:GPU:1", "GPU:1"),
+        ("gpu", "GPU:0"),
+        ("/job:localhost/replica:0/task:0/device:CPU:3", "CPU:3"),
+        ("/job:ps/task:2/device:CPU:0", "/job:ps/task:2/CPU:0"),
+    ],
+)
+def test_devices_have_one_name(device, name):
+    assert placement.short_name(device) == name
 
 
 @pytest.mark.parametrize("bad", [0, -4, "8", 2.0, True])
@@ -291,7 +317,7 @@ def test_a_notebook_shows_html(monkeypatch, capsys):
     del shell.kernel
     made.summary()
     assert len(shown) == 1
-    assert "clone_1  /device:CPU:1" in capsys.readouterr().out
+    assert "clone_1  CPU:1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("num_clones", [1, 2, 4, 8])
@@ -383,14 +409,31 @@ def test_devices_are_listed_with_what_clone_model_would_choose(capsys):
     found = cells(text)
     clones = deployment(clone_model(cases.mlp())).clones
     for clone in clones:
-        assert [clone.device] in found[clone.scope]
-        assert clone.device in found
+        device = clone.device.removeprefix("/device:")
+        assert [device] in found[clone.scope]
+        assert device in found
     assert len([name for name in found if name.startswith("clone_")]) == 9
-    assert found["variables"] == [["/device:CPU:0"]]
+    assert found["variables"] == [["CPU:0"]]
     assert "There is no GPU" in text
     with open("/proc/meminfo") as file:
         kilobytes = int(file.readline().split()[1])
     assert found["CPU:0"][0][0] == readable(kilobytes * 1024)
+    assert "/device:" not in text and "/job:" not in text
     with pytest.raises(SystemExit) as end:
         main(["devices", "--all"])
     assert end.value.code == 2
+
+
+def test_the_commands_tell_their_version_and_explain_each_flag(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    version = keras_clones.__version__
+    assert capsys.readouterr().out == f"keras_clones {version}\n"
+    for command in ("benchmark", "devices"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        _, _, flags = capsys.readouterr().out.partition("options:")
+        for entry in flags.split("\n  -")[1:]:
+            first, *rest = entry.split("\n")
+            assert rest or "  " in first, entry

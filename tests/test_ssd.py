@@ -128,7 +128,9 @@ def small(monkeypatch):
     """Let the example's main function make less of a model."""
     made = functools.partial(ssd.make_model, width=4, deeper=False)
     monkeypatch.setattr(ssd, "make_model", made)
-    monkeypatch.setattr(ssd, "use_virtual_devices", lambda n: None)
+    monkeypatch.setattr(
+        ssd, "take_devices", lambda clones, without_gpu: clones or without_gpu
+    )
 
 
 def trained_weights(folder):
@@ -167,6 +169,7 @@ def test_the_example_runs_stops_and_resumes(tmp_path, small, capsys, float64):
         ssd.main(arguments(tmp_path / "cut", "--resume", "--batch-size", "5"))
     with pytest.raises(SystemExit, match="Expected a stopped run to resume"):
         ssd.main(arguments(tmp_path / "none", "--resume"))
+    assert not (tmp_path / "none").exists()
 
 
 def test_the_example_says_what_is_wrong(tmp_path, small):
@@ -189,6 +192,31 @@ def test_the_example_says_what_is_wrong(tmp_path, small):
     ):
         with pytest.raises(SystemExit):
             ssd.parse(wrong)
+
+
+def test_labels_stay_in_their_panels(tmp_path):
+    ssd_voc.draw_shapes(tmp_path, 1, 3)
+    _, samples = ssd_voc.read_voc(tmp_path, ssd_voc.SHAPES)
+    corners = np.array([[0, 0, 0.2, 0.2], [0, 0.9, 1, 1], [0.95, 0.8, 1, 1]])
+    found = [(corners, [0, 1, 2], [0.9, 0.8, 0.7])] * len(samples)
+    figures = []
+    savefig = ssd.matplotlib.figure.Figure.savefig
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            ssd.matplotlib.figure.Figure,
+            "savefig",
+            lambda self, *args, **kwargs: [
+                figures.append(self),
+                savefig(self, *args, **kwargs),
+            ],
+        )
+        ssd.draw(samples, found, ssd_voc.SHAPES, tmp_path / "found.png")
+    for axis in figures[0].axes:
+        panel = axis.get_window_extent()
+        for text in axis.texts:
+            box = text.get_bbox_patch().get_window_extent()
+            assert panel.x0 - 1 < box.x0 and box.x1 < panel.x1 + 1
+            assert panel.y0 - 1 < box.y0 and box.y1 < panel.y1 + 1
 
 
 def test_the_detector_finds_what_it_was_trained_on(tmp_path):
