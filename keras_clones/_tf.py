@@ -151,6 +151,20 @@ def num_writes(value: tf.Tensor) -> int:
     return sum(not _only_reads(op, handle) for op in handle.consumers())
 
 
+def mark_of_writes(variable: tf.Variable) -> Any:
+    """Return what changes when a variable is assigned."""
+    if tf.executing_eagerly():
+        return variable.numpy().tobytes()
+    graph = tf.compat.v1.get_default_graph()
+    captured = getattr(graph, "captures", [])
+    return sum(
+        not _only_reads(op, handle)
+        for outer, handle in captured
+        if outer is variable.handle
+        for op in handle.consumers()
+    )
+
+
 def _only_reads(operation: Any, handle: tf.Tensor) -> bool:
     if operation.type in _READING_OPS:
         return True

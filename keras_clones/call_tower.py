@@ -7,24 +7,30 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_clones import _keras, exchange, layer_losses, laying_out, traced
+from keras_clones import (
+    _keras,
+    exchange,
+    layer_losses,
+    laying_out,
+    outside,
+    traced,
+)
 from keras_clones.arguments import TENSOR, Arguments
-from keras_clones.joining import Joining
-from keras_clones.options import StepOptions
-from keras_clones.scopes import CloneScope
-from keras_clones.state import Changes, Variables
-from keras_clones.tower import (
+from keras_clones.changes import by_rows, find_changes
+from keras_clones.clone_input import (
     TowerInput,
     Weights,
     alike_in_all,
-    by_rows,
     drawing,
-    find_changes,
     first_writes,
-    kept_tensors,
     mapping,
     sources,
 )
+from keras_clones.joining import Joining
+from keras_clones.leftovers import kept_tensors
+from keras_clones.options import StepOptions
+from keras_clones.scopes import CloneScope
+from keras_clones.state import Changes, Variables
 
 
 class CallOutput(NamedTuple):
@@ -74,6 +80,7 @@ class Body:
         self.layer = layer
         self.variables = variables
         self.watched_others = watched_others
+        self.exact = options.exact
         self._method = method
         self._given = given
         self._options = options
@@ -125,7 +132,9 @@ class Body:
         with scope, first_writes(inputs):
             with layer_losses.marking(layer) as marks:
                 outputs = self._method(*args, **kwargs)
-            losses = layer_losses.own(layer, marks, options.scalar_losses)
+            losses = layer_losses.own(
+                layer, marks, options.scalar_losses, options.exact
+            )
             _keras.clear_losses(layer)
         is_alike = self.alike_in_all(inputs)
         changes, notes = find_changes(
@@ -270,11 +279,17 @@ def trace(
         return (output, residuals), notes
 
     made = exchange.callable_tower(
-        body.layer, with_residuals, inline, jit_compile
+        body.layer,
+        with_residuals,
+        inline,
+        jit_compile,
+        exact=body.exact,
     )
     tower = exchange.trace(made, layout, synchronized, in_graph)
     if tower.concrete is None:
         opened = exchange.with_open_rows(body, layout)
+        if len(layout.clones) > 1:
+            opened = outside.telling(body.layer, opened, body.exact)
         return CallTower(tower._replace(call=opened), None, [])
     if jit_compile and watched and traced.has_loops(tower.concrete):
         # What a loop keeps to run backward cannot leave what XLA compiles.

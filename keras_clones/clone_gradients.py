@@ -14,9 +14,9 @@ from keras_clones import (
     placement,
     traced,
 )
+from keras_clones.changes import by_rows
 from keras_clones.clones import Clone, name_scope, scopes_of
 from keras_clones.mirrors import MirrorScope
-from keras_clones.tower import by_rows
 from keras_clones.traced import RowGradient
 
 

@@ -9,14 +9,15 @@ import tensorflow as tf
 from keras_clones import (
     balance,
     bringing_home,
-    exactness,
     exchange,
+    inexact,
     laying_out,
     sharding,
     traced,
 )
 from keras_clones.begin import Step
-from keras_clones.tower import Notes, TowerOutput
+from keras_clones.changes import Notes
+from keras_clones.tower import TowerOutput
 
 
 class StepResult(NamedTuple):
@@ -61,8 +62,8 @@ def run(
     if tf.executing_eagerly() and _have_rows(results):
         results, notes = _call(trace_in_graph(), layout)
     if step.training and len(layout.clones) > 1:
-        exactness.warn_of_inexact_state(
-            step.model, notes.assigned, step.options.batch_norm, notes.unknown
+        inexact.tell_of_inexact_state(
+            step.model, notes.assigned, step.options, notes.unknown
         )
     merged = bringing_home.merge_gradients(
         layout,

@@ -1,13 +1,11 @@
 """Which losses split over shards exactly, and may stay in the clones."""
 
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import keras
 
 from keras_clones import _keras, sharding
-from keras_clones.warn import warn
 
 # Functions that give each row a loss of its own, whatever the other rows are.
 # `hinge` and `dice` are not here: they look at the whole batch.
@@ -60,19 +58,6 @@ ADDITIVE = {
     keras.metrics.TrueNegatives,
     keras.metrics.TruePositives,
 }
-# Metrics whose state is a sum over rows.
-_SUMS = (
-    keras.metrics.Sum,
-    keras.metrics.Mean,
-    keras.metrics.AUC,
-    keras.metrics.Precision,
-    keras.metrics.Recall,
-    keras.metrics.TruePositives,
-    keras.metrics.TrueNegatives,
-    keras.metrics.FalsePositives,
-    keras.metrics.FalseNegatives,
-    keras.metrics.MeanIoU,
-)
 _MEANS = ("sum_over_batch_size", "mean")
 
 
@@ -109,93 +94,6 @@ def check_layers(
             "output (`return_state=True`), call the layers whole by "
             f"`clone_model(..., whole={stateful})`, or use one clone."
         )
-
-
-def warn_of_inexact_state(
-    model: keras.Layer,
-    assigned: Sequence[keras.Variable],
-    batch_norm: str,
-    unknown: Sequence[keras.Variable],
-) -> None:
-    """Warn of what a training step assigned that differs by clone.
-
-    Args:
-        model: A `keras.Model`.
-        assigned: Sequence of `keras.Variable`s that the forward pass assigned.
-        batch_norm: String, the policy of `BatchNormalization` layers.
-        unknown: Sequence of those of which nothing says how they merge.
-    """
-    ids = {id(variable) for variable in assigned}
-
-    def owners(kind: Any, keep: Callable[[Any], bool]) -> list[Any]:
-        return [
-            layer
-            for layer in _keras.layers(model)
-            if isinstance(layer, kind)
-            and keep(layer)
-            and ids & {id(v) for v in layer.variables}
-        ]
-
-    normalizing = owners(
-        keras.layers.BatchNormalization,
-        lambda layer: batch_norm != "sync" and not layer.synchronized,
-    )
-    if normalizing:
-        warn(
-            f"{_some([layer.name for layer in normalizing])} normalize each "
-            "clone's shard by itself, so they do not train what one device "
-            "trains. `clone_model(..., batch_norm='sync')` normalizes over "
-            "the global batch."
-        )
-    metrics = {
-        id(v): m for m in _keras.layer_metrics(model) for v in m.variables
-    }
-    _warn_of_unknown([v for v in unknown if id(v) not in metrics])
-    not_sums = {
-        metrics[i].name
-        for i in ids & metrics.keys()
-        if not isinstance(metrics[i], _SUMS)
-    }
-    if not_sums:
-        warnings.warn(
-            f"Metrics {sorted(not_sums)} are updated in a layer, by each "
-            "clone with its own shard, and what they add is added up. That "
-            "is exact for a metric whose state is a sum. Update any other "
-            "in `compute_metrics`, which sees the global batch.",
-            stacklevel=1,
-        )
-
-
-def _warn_of_unknown(inexact: Sequence[keras.Variable]) -> None:
-    """Warn of variables of which nothing says how their values merge."""
-    floats = [v.path for v in inexact if keras.backend.is_float_dtype(v.dtype)]
-    if floats:
-        warnings.warn(
-            f"Variables {floats} are assigned in the forward pass, by each "
-            "clone from its own shard; their values are averaged by rows, "
-            "which may differ from what one device comes to. Make the "
-            "variable with `aggregation='mean'`, `'sum'` or "
-            "`'only_first_replica'` to say what is right, or say it here: "
-            f"`clone_model(..., state={{{floats[0]!r}: 'mean'}})`.",
-            stacklevel=1,
-        )
-    counts = [v.path for v in inexact if v.path not in floats]
-    if counts:
-        warnings.warn(
-            f"Variables {counts} are assigned in the forward pass, by each "
-            "clone from its own shard, and the first clone's value counts: a "
-            "count of rows counts the first clone's. Make the variable with "
-            "`aggregation='sum'` to add up what the clones add, or say it "
-            f"here: `clone_model(..., state={{{counts[0]!r}: 'sum'}})`.",
-            stacklevel=1,
-        )
-
-
-def _some(names: list[str]) -> str:
-    """Return the names of layers if they are few, else how many there are."""
-    if len(names) <= 3:
-        return f"Layers {names}"
-    return f"{len(names)} layers, {names[:3]} among them,"
 
 
 def metrics_add_up(model: keras.Model) -> bool:

@@ -1,15 +1,14 @@
 """Trace tower functions once, for all clones to call."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
-from keras_clones import _keras, errors, traced, warn
+from keras_clones import errors, outside, traced, warn
+from keras_clones.clone_input import TowerInput
 from keras_clones.laying_out import Layout
-from keras_clones.tower import TowerInput
 
 # Clones times variables up to which the towers are inlined. It costs well
 # under a second at the first step.
@@ -54,13 +53,14 @@ class CallableTower(NamedTuple):
     `function` is a `tf.function`, and `returned` holds what the tower
     returned when it was last traced, also what the function leaves out, and
     its notes. `tower` is the Python function, which returns both. `layer` is
-    what it calls.
+    what it calls, and `exact` says whether to refuse what could differ.
     """
 
     function: Any
     returned: list[Any]
     tower: Callable[[TowerInput], tuple[Any, Any]]
     layer: keras.Layer
+    exact: bool
 
 
 def callable_tower(
@@ -69,6 +69,7 @@ def callable_tower(
     inline: bool,
     jit_compile: bool,
     returns: Callable[[Any], Any] = lambda output: output,
+    exact: bool = False,
 ) -> CallableTower:
     """Make a tower function callable from any place of a graph.
 
@@ -79,6 +80,8 @@ def callable_tower(
             cannot where XLA compiles it.
         jit_compile: Boolean, whether XLA compiles the function.
         returns: Function of the output that keeps what is needed of it.
+        exact: Boolean, whether to refuse what could differ from one device.
+            Defaults to `False`.
     """
     returned: list[Any] = []
 
@@ -89,7 +92,7 @@ def callable_tower(
     function = tf.function(
         run_tower, autograph=False, **function_options(inline, jit_compile)
     )
-    return CallableTower(function, returned, tower, layer)
+    return CallableTower(function, returned, tower, layer, exact)
 
 
 def function_options(inline: bool, jit_compile: bool) -> dict[str, Any]:
@@ -120,13 +123,16 @@ def trace(
         in_graph: Boolean, whether to trace outside of a graph, too. Defaults
             to `False`.
     """
-    function, returned, python, layer = tower
+    function, returned, python, layer, exact = tower
+    by_python = python
+    if len(layout.clones) > 1:
+        by_python = outside.telling(layer, python, exact)
     if synchronized:
         return TracedTower(
-            with_open_rows(python, layout), None, None, synchronized
+            with_open_rows(by_python, layout), None, None, synchronized
         )
     if tf.executing_eagerly() and not in_graph:
-        return TracedTower(python)
+        return TracedTower(by_python)
     try:
         concrete = concrete_tower(tower, layout)
     except Exception as error:
@@ -134,7 +140,9 @@ def trace(
             errors.add_note_of_trace(error, layout.shards)
         raise
     output, notes = returned
-    warn_of_outside_variables(layer, concrete)
+    if len(layout.clones) > 1:
+        found = traced.outside_variables(concrete)
+        outside.tell(layer, found, exact)
     if traced.calls_python(concrete):
         return TracedTower(with_open_rows(python, layout), output, notes)
     call: Callable[[TowerInput], Any] = concrete
@@ -250,26 +258,6 @@ def open_rows(inputs: TowerInput, layout: Layout) -> TowerInput:
 def types_of(layout: Layout) -> tuple[Any, ...]:
     """Return the types of what clones get, to tell layouts apart by."""
     return tuple(tf.nest.flatten(_common_types(layout)))
-
-
-def warn_of_outside_variables(layer: keras.Layer, concrete: Any) -> None:
-    """Warn of variables that each clone assigns by itself."""
-    variables = traced.outside_variables(concrete)
-    names = {
-        id(value): f"{type(one).__name__}.{name}"
-        for one in _keras.layers(layer)
-        for name, value in list(vars(one).items())
-        if isinstance(value, tf.Variable)
-    }
-    if variables:
-        found = sorted({names.get(id(v), v.name) for v in variables})
-        warnings.warn(
-            f"A layer assigns {found}, made by `tf.Variable`, in `call`: every "
-            "clone assigns it, once for its own shard. Make such variables "
-            "with `self.add_weight(..., trainable=False, aggregation=...)`, "
-            "which clones merge as `aggregation` says.",
-            stacklevel=1,
-        )
 
 
 def apart(concrete: Any) -> Callable[[TowerInput], Any]:

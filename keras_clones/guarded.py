@@ -1,14 +1,23 @@
 """Step functions of a cloned model that can fail without harm."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_clones import _keras, errors, looks, sharding, undone
+from keras_clones import (
+    _keras,
+    errors,
+    exactness,
+    looks,
+    rows_apart,
+    sharding,
+    undone,
+)
 from keras_clones.deployed import Deployment
+from keras_clones.warn import RefusedError
 
 
 def guard(
@@ -36,7 +45,12 @@ def guard(
         if made.looks is None or made.looks.is_settled:
             return function(*args)
         return _run_and_look(
-            model, made.looks, made.exact, lambda: function(*args), variables
+            model,
+            made,
+            made.looks,
+            lambda: function(*args),
+            variables,
+            args[0],
         )
 
     def step_function(*args: Any) -> Any:
@@ -58,16 +72,18 @@ def guard(
 
 def _run_and_look(
     model: keras.Model,
+    made: Deployment,
     found: looks.Looks,
-    exact: bool,
     run: Callable[[], Any],
     variables: Callable[[], Iterable[keras.Variable]],
+    data: Any,
 ) -> Any:
     """Run a step, then look whether rows stay apart in what it called.
 
     What is refused is undone: a look within a running step would wait for
     the threads that the step runs in.
     """
+    exact = made.exact
     undo = _remember(model, variables()) if exact else None
     found.refused = None
     try:
@@ -79,20 +95,37 @@ def _run_and_look(
         if found.refused is not None:
             raise found.refused from None
         # Rows that know each other may be what it failed by.
-        _tell(found, exact, undo, error)
+        findings = found.findings()
+        if not findings and not isinstance(error, RefusedError):
+            findings = _look_at_next(model, made, found, data)
+        _tell(found, findings, exact, undo, error)
         raise
-    _tell(found, exact, undo)
+    _tell(found, found.findings(), exact, undo)
     return result
+
+
+def _look_at_next(
+    model: keras.Model, made: Deployment, found: looks.Looks, data: Any
+) -> list[rows_apart.Finding]:
+    """Look at the batch that a step of Keras could not be traced for."""
+    if exactness.overrides(model, "train_step") or model.run_eagerly:
+        return []
+    try:
+        x, _, _ = keras.utils.unpack_x_y_sample_weight(next(data))
+    except Exception:
+        return []
+    return found.at_once(made.step_options(), model, x)
 
 
 def _tell(
     found: looks.Looks,
+    findings: Sequence[rows_apart.Finding],
     exact: bool,
     undo: Callable[[], None] | None,
     cause: Exception | None = None,
 ) -> None:
     try:
-        looks.tell(found.findings(), exact)
+        looks.tell(findings, exact)
     except ValueError as error:
         found.start_again()
         if undo is not None:

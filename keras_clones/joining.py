@@ -7,12 +7,8 @@ import keras
 import tensorflow as tf
 
 from keras_clones import _keras, sharding, traced
-from keras_clones.tower import (
-    TowerInput,
-    Weights,
-    kept_tensors,
-    tensors_in,
-)
+from keras_clones.clone_input import TowerInput, Weights
+from keras_clones.leftovers import kept_tensors, tensors_in
 
 
 class Joining:

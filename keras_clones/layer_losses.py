@@ -1,7 +1,6 @@
 """What the losses that layers add are of the rows: means, sums or by row."""
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
@@ -9,6 +8,7 @@ import keras
 import tensorflow as tf
 
 from keras_clones import _keras
+from keras_clones.warn import warn_or_refuse
 
 # What `clone_model(layer_losses=...)` takes: for all layers, or by name.
 Kinds: TypeAlias = "str | Mapping[str, str] | None"
@@ -88,19 +88,19 @@ def kind(
     return kinds
 
 
-def warn_of_scalars(names: list[str]) -> None:
-    """Warn of scalars passed to `add_loss` that are taken for means."""
-    warnings.warn(
+def _tell_of_scalars(names: list[str], exact: bool) -> None:
+    """Tell of scalars passed to `add_loss` that are taken for means."""
+    warn_or_refuse(
         f"Layers {names} pass scalars to `add_loss`, which are taken for "
         "means over the rows of the batch. Say "
         "`clone_model(..., layer_losses='mean')` if they are, or 'sum' if "
         "they are sums, or which is what: `layer_losses={'name': 'sum'}`.",
-        stacklevel=1,
+        exact,
     )
 
 
 def own(
-    layer: keras.Layer, marks: set[int], kinds: Kinds
+    layer: keras.Layer, marks: set[int], kinds: Kinds, exact: bool
 ) -> list[tuple[keras.Layer, tf.Tensor, str]]:
     """Return the losses that layers added: whose, what, and of which kind."""
     found, unknown = [], []
@@ -111,12 +111,16 @@ def own(
                 unknown.append(one.name)
             found.append((one, loss, what or "mean"))
     if unknown:
-        warn_of_scalars(sorted(set(unknown)))
+        _tell_of_scalars(sorted(set(unknown)), exact)
     return found
 
 
 def local(
-    model: keras.Model, marks: set[int], kinds: Kinds, weights: Any
+    model: keras.Model,
+    marks: set[int],
+    kinds: Kinds,
+    weights: Any,
+    exact: bool,
 ) -> list[tf.Tensor]:
     """Return `model.losses` so that their average by rows is the global one.
 
@@ -128,9 +132,10 @@ def local(
         marks: Set of the ids of losses of activity regularizers.
         kinds: What scalars are.
         weights: `Weights` of the clone.
+        exact: Boolean, whether to refuse scalars of which nothing is said.
     """
     losses = []
-    for _, loss, what in own(model, marks, kinds):
+    for _, loss, what in own(model, marks, kinds, exact):
         loss = tf.reduce_sum(_keras.as_loss(loss))
         if what != "mean":
             loss = tf.math.divide_no_nan(loss, weights.share(loss.dtype))

@@ -9,11 +9,11 @@ import tensorflow as tf
 
 from keras_clones import _keras, errors, gradients, sharding, state
 from keras_clones.balance import seconds_now
+from keras_clones.clone_input import TowerInput
 from keras_clones.placement import Clone
 from keras_clones.rendezvous import run_side_by_side
 from keras_clones.state import Variables
 from keras_clones.synchronize import over_clones
-from keras_clones.tower import TowerInput
 
 
 class Layout(NamedTuple):

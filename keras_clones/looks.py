@@ -63,6 +63,17 @@ class Looks:
         self.is_settled = not self._kept
         return [found for kept in ready for found in self._look(kept)]
 
+    def at_once(
+        self, options: StepOptions, model: keras.Model, x: Any
+    ) -> list[rows_apart.Finding]:
+        """Look at a training call of a model that has tensors with values."""
+
+        def call(x: Any) -> Any:
+            return _keras.call(model, x, training=True)
+
+        given = Arguments.of((x,), {})
+        return self._look(_Kept(options, model, call, given))
+
     def start_again(self) -> None:
         """Look at everything once more."""
         self.is_settled = False

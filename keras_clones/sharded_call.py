@@ -16,6 +16,7 @@ from keras_clones import (
     call_tower,
     exactness,
     exchange,
+    inexact,
     layer_losses,
     laying_out,
     looks,
@@ -321,8 +322,8 @@ def _assign_changes(
     """Give variables that the clones assigned their merged values."""
     notes, layout = joined.runs[0].notes, joined.layout
     if calls.training and len(layout.clones) > 1:
-        exactness.warn_of_inexact_state(
-            layer, notes.assigned, calls.options.batch_norm, notes.unknown
+        inexact.tell_of_inexact_state(
+            layer, notes.assigned, calls.options, notes.unknown
         )
     changes = [run.output.changes for run in joined.runs]
     with _tf.stop_recording(), tf.device(calls.options.home):

@@ -27,7 +27,7 @@ from keras_clones import (
 from keras_clones.begin import Step, as_tensors, begin, unpack
 from keras_clones.options import StepOptions
 from keras_clones.tables import looked_up_at_home
-from keras_clones.tower import make_tower
+from keras_clones.tower import Tower
 from keras_clones.watch import Watch
 
 
@@ -196,15 +196,13 @@ def _towers(step: Step) -> exchange.CallableTower:
     model, options = step.model, step.options
     with_metrics = step.plan.metrics_in_clones
     num = sharding.enough(step.rows, len(options.clones))
-    tower = make_tower(
+    tower = Tower(
         model,
         step.variables,
+        options,
         training=step.training,
-        scalar_losses=options.scalar_losses,
-        policies=options.policies,
         with_metrics=with_metrics,
         may_be_idle=num > 1 and not isinstance(step.rows, int),
-        exact=options.exact,
     )
     needed = step.plan.outputs_leave
     devices = [clone.device for clone in options.clones]
@@ -216,6 +214,7 @@ def _towers(step: Step) -> exchange.CallableTower:
         lambda output: (
             output if needed else output._replace(outputs=None, masks=[])
         ),
+        options.exact,
     )
 
 

@@ -1,0 +1,158 @@
+"""What a clone gets: its rows, its mirrors, and what it goes by."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from keras_clones import _keras, draws, sharding
+from keras_clones.state import Variables
+from keras_clones.traced import dependence
+
+
+class TowerInput(NamedTuple):
+    """What a clone gets.
+
+    `mirrors` holds the values of `Variables.trainable`, then of
+    `Variables.others`, and `None` for a table that stays home. `data` is a
+    nest with the clone's rows: a batch `(x, y, sample_weight)`, or what a
+    layer is called with. `numbers` holds three float64 numbers: the rows of
+    the shard over those of the whole, the optimizer's loss scale, and the
+    index of the clone. `place` is a resource that keeps clones with a state
+    of their own from waiting for each other. Where layers draw what one device
+    draws, `total` is of shape (rows of the global batch, 0), and a fourth of
+    the `numbers` says which of these rows is the first of the clone.
+    """
+
+    mirrors: list[tf.Tensor | None]
+    seeds: list[tf.Tensor]
+    data: Any
+    numbers: tf.Tensor
+    place: tf.Tensor | None = None
+    total: tf.Tensor | None = None
+
+
+class Weights:
+    """What a clone's values are multiplied by.
+
+    Args:
+        inputs: `TowerInput` of the clone.
+        may_be_idle: Boolean, whether the clone may have got no row of its
+            own. It then runs on another's, and nothing of that counts.
+    """
+
+    def __init__(self, inputs: TowerInput, may_be_idle: bool) -> None:
+        self._share = inputs.numbers[0]
+        self._idle = may_be_idle
+        self.share = functools.cache(lambda t: tf.cast(self._share, t))
+
+    def weigh(self, value: tf.Tensor) -> tf.Tensor:
+        """Multiply a value by the clone's share of the rows."""
+        return value * self.share(value.dtype)
+
+    def if_live(self, value: tf.Tensor) -> tf.Tensor:
+        """Return zeros in place of a value of a clone without rows."""
+        if not self._idle:
+            return value
+        return value * tf.cast(self._share > 0, value.dtype)
+
+    def own_rows(self, value: Any) -> Any:
+        """Return a tensor without the rows of a clone that has none."""
+        if not self._idle or not sharding.has_rows(value):
+            return value
+        if isinstance(value, tf.SparseTensor):
+            shape = tf.where(
+                tf.one_hot(0, value.shape.rank, True, False),
+                tf.cast(self._share > 0, tf.int64) * value.dense_shape,
+                value.dense_shape,
+            )
+            return tf.sparse.slice(value, tf.zeros_like(shape), shape)
+        rows = tf.cast(
+            value.nrows()
+            if isinstance(value, tf.RaggedTensor)
+            else tf.shape(value)[0],
+            tf.int32,
+        )
+        return value[: rows * tf.cast(self._share > 0, tf.int32)]
+
+
+def drawing(
+    inputs: TowerInput, leaves: Sequence[Any], exact: bool
+) -> contextlib.AbstractContextManager[None]:
+    """Let a clone draw what it is to draw.
+
+    Args:
+        inputs: `TowerInput` of the clone.
+        leaves: Sequence of the tensors in its data that have its rows.
+        exact: Boolean, whether to refuse draws that cannot be those of the
+            global batch.
+    """
+    if inputs.total is None or not leaves:
+        return contextlib.nullcontext()
+    return draws.of_global_batch(leaves, inputs.total, inputs.numbers[3], exact)
+
+
+def mapping(
+    variables: Variables, inputs: TowerInput
+) -> list[tuple[keras.Variable, tf.Tensor]]:
+    """Return which value stands for which variable in a clone."""
+    mirrored = zip(
+        [*variables.trainable, *variables.others], inputs.mirrors, strict=True
+    )
+    seeds = zip(variables.seeds, inputs.seeds, strict=True)
+    return [*((v, m) for v, m in mirrored if m is not None), *seeds]
+
+
+def sources(variables: Variables, inputs: TowerInput) -> list[Any]:
+    """Return what a clone's gradients are with respect to.
+
+    These are the mirrors of the trainable variables, or the variable itself
+    where it is a table that stays home.
+    """
+    mirrors = inputs.mirrors[: len(variables.trainable)]
+    return [
+        _keras.tf_variable(variable) if mirror is None else mirror
+        for variable, mirror in zip(variables.trainable, mirrors, strict=True)
+    ]
+
+
+def alike_in_all(
+    inputs: TowerInput, shards: Any = None
+) -> Callable[[tf.Tensor], bool]:
+    """Return what says whether a tensor is alike in all clones.
+
+    It is if it depends neither on the rows nor on random numbers.
+
+    Args:
+        inputs: `TowerInput` of a clone.
+        shards: Nest of what in its data differs by clone. Defaults to `None`:
+            all of it.
+    """
+    if tf.executing_eagerly():
+        return lambda tensor: False
+    differs = inputs.data if shards is None else shards
+    leaves = tf.nest.flatten(differs, expand_composites=True)
+    rows = [
+        leaf for leaf in leaves if leaf is not None and leaf.shape.rank != 0
+    ]
+    # With draws of the global batch, what is drawn for no rows is alike.
+    drawn = inputs.seeds if inputs.total is None else [inputs.numbers]
+    depends = dependence([*rows, *drawn])
+    return lambda tensor: not depends(tensor)
+
+
+def first_writes(inputs: TowerInput) -> contextlib.AbstractContextManager[Any]:
+    """Let the first clone alone write summaries, if anything writes any."""
+    # Without TensorBoard installed there is nothing to write with.
+    if not hasattr(tf.summary, "should_record_summaries"):
+        return contextlib.nullcontext()
+    wanted = tf.summary.should_record_summaries()
+    if tf.get_static_value(wanted) is not None and not tf.get_static_value(
+        wanted
+    ):
+        return contextlib.nullcontext()
+    is_first = tf.equal(inputs.numbers[2], 0)
+    return tf.summary.record_if(tf.logical_and(is_first, wanted))

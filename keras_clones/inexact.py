@@ -1,0 +1,113 @@
+"""What clones assign in a way that one device does not: told, or refused."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+
+from keras_clones import _keras
+from keras_clones.options import StepOptions
+from keras_clones.warn import warn_or_refuse
+
+# Metrics whose state is a sum over rows.
+_SUMS = (
+    keras.metrics.Sum,
+    keras.metrics.Mean,
+    keras.metrics.AUC,
+    keras.metrics.Precision,
+    keras.metrics.Recall,
+    keras.metrics.TruePositives,
+    keras.metrics.TrueNegatives,
+    keras.metrics.FalsePositives,
+    keras.metrics.FalseNegatives,
+    keras.metrics.MeanIoU,
+)
+
+
+def tell_of_inexact_state(
+    model: keras.Layer,
+    assigned: Sequence[keras.Variable],
+    options: StepOptions,
+    unknown: Sequence[keras.Variable],
+) -> None:
+    """Tell of what a training step assigned that differs by clone.
+
+    Args:
+        model: A `keras.Model`.
+        assigned: Sequence of `keras.Variable`s that the forward pass assigned.
+        options: `StepOptions` of the deployment.
+        unknown: Sequence of those of which nothing says how they merge.
+    """
+    ids = {id(variable) for variable in assigned}
+
+    def owners(kind: Any, keep: Callable[[Any], bool]) -> list[Any]:
+        return [
+            layer
+            for layer in _keras.layers(model)
+            if isinstance(layer, kind)
+            and keep(layer)
+            and ids & {id(v) for v in layer.variables}
+        ]
+
+    normalizing = owners(
+        keras.layers.BatchNormalization,
+        lambda layer: options.batch_norm != "sync" and not layer.synchronized,
+    )
+    if normalizing:
+        warn_or_refuse(
+            f"{_some([layer.name for layer in normalizing])} normalize each "
+            "clone's shard by itself, so they do not train what one device "
+            "trains. `clone_model(..., batch_norm='sync')` normalizes over "
+            "the global batch.",
+            options.exact,
+        )
+    metrics = {
+        id(v): m for m in _keras.layer_metrics(model) for v in m.variables
+    }
+    unknown = [v for v in unknown if id(v) not in metrics]
+    _tell_of_unknown(unknown, options.exact)
+    not_sums = {
+        metrics[i].name
+        for i in ids & metrics.keys()
+        if not isinstance(metrics[i], _SUMS)
+    }
+    if not_sums:
+        warn_or_refuse(
+            f"Metrics {sorted(not_sums)} are updated in a layer, by each "
+            "clone with its own shard, and what they add is added up. That "
+            "is exact for a metric whose state is a sum. Update any other "
+            "in `compute_metrics`, which sees the global batch.",
+            options.exact,
+        )
+
+
+def _tell_of_unknown(inexact: Sequence[keras.Variable], exact: bool) -> None:
+    """Tell of variables of which nothing says how their values merge."""
+    floats = [v.path for v in inexact if keras.backend.is_float_dtype(v.dtype)]
+    if floats:
+        warn_or_refuse(
+            f"Variables {floats} are assigned in the forward pass, by each "
+            "clone from its own shard; their values are averaged by rows, "
+            "which may differ from what one device comes to. Make the "
+            "variable with `aggregation='mean'`, `'sum'` or "
+            "`'only_first_replica'` to say what is right, or say it here: "
+            f"`clone_model(..., state={{{floats[0]!r}: 'mean'}})`.",
+            exact,
+        )
+    counts = [v.path for v in inexact if v.path not in floats]
+    if counts:
+        warn_or_refuse(
+            f"Variables {counts} are assigned in the forward pass, by each "
+            "clone from its own shard, and the first clone's value counts: a "
+            "count of rows counts the first clone's. Make the variable with "
+            "`aggregation='sum'` to add up what the clones add, or say it "
+            f"here: `clone_model(..., state={{{counts[0]!r}: 'sum'}})`.",
+            exact,
+        )
+
+
+def _some(names: list[str]) -> str:
+    """Return the names of layers if they are few, else how many there are."""
+    if len(names) <= 3:
+        return f"Layers {names}"
+    return f"{len(names)} layers, {names[:3]} among them,"

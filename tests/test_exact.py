@@ -1,0 +1,213 @@
+"""`exact=True`: what it accepts trains as plain Keras does; the rest it names.
+
+Every case of `test_equivalence.py`, as it is and with dropout put in, is right
+or refused.
+"""
+
+import warnings
+
+import cases
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+import test_equivalence as equivalence
+from keras import layers as L  # noqa: N812
+from keras import ops
+
+from keras_clones import clone_model, deployment
+
+X = np.random.default_rng(0).normal(size=(20, 6))
+Y = np.random.default_rng(1).normal(size=(20, 2))
+
+
+def network(*middle):
+    inputs = keras.Input((6,))
+    hidden = L.Dense(8, "tanh")(inputs)
+    for layer in middle:
+        hidden = layer(hidden)
+    return keras.Model(inputs, L.Dense(2)(hidden))
+
+
+def fit(make, num_clones=None, **options):
+    keras.utils.set_random_seed(3)
+    model = make()
+    if num_clones:
+        clone_model(model, num_clones, **options)
+    model.compile("adam", "mse", jit_compile=False)
+    data = cases.dataset((X, Y), (8, 8, 4))
+    model.fit(data, epochs=2, verbose=0, shuffle=False)
+    return model
+
+
+class Kept(L.Layer):
+    """Assigns what it gets the mean of, or how many rows it has seen."""
+
+    def __init__(self, aggregation="none", count=False, raw=False, **kwargs):
+        super().__init__(**kwargs)
+        self.aggregation, self.count, self.raw = aggregation, count, raw
+
+    def build(self, shape):
+        dtype = "int32" if self.count else None
+        self.seen = self.add_weight(
+            shape=(),
+            initializer="zeros",
+            trainable=False,
+            dtype=dtype,
+            aggregation=self.aggregation,
+            name="seen",
+        )
+        self.plain = tf.Variable(0.0, trainable=False) if self.raw else None
+
+    def call(self, x):
+        if self.raw:
+            self.plain.assign_add(tf.cast(tf.shape(x)[0], tf.float32))
+        elif self.count:
+            self.seen.assign_add(tf.shape(x)[0])
+        else:
+            self.seen.assign(ops.mean(x))
+        return x
+
+
+class Adding(L.Layer):
+    def call(self, x):
+        self.add_loss(0.1 * ops.mean(x**2))
+        return x
+
+
+class Centered(L.Layer):
+    def call(self, x):
+        return x - ops.mean(x, axis=0)
+
+
+class Fixed(L.Layer):
+    def call(self, x):
+        return ops.reshape(ops.reshape(x, (8, 8)), (-1, 8))
+
+
+class Drawing(L.Layer):
+    def call(self, x):
+        return x + tf.random.normal(tf.shape(x), dtype=x.dtype)
+
+
+REFUSED = {
+    "state without a policy": (Kept, "seen"),
+    "rows counted": (lambda: Kept(count=True), "seen|kept"),
+    "raw variable": (lambda: Kept(raw=True), r"Kept\.plain"),
+    "scalar loss": (lambda: Adding(name="adding"), "adding"),
+    "rows mixed": (lambda: Centered(name="centered"), "centered"),
+    "rows mixed in a Lambda": (
+        lambda: L.Lambda(lambda x: x - ops.mean(x, 0), name="lambda"),
+        "lambda",
+    ),
+    "batch size fixed": (lambda: Fixed(name="fixed"), "fixed"),
+    "tf.random": (lambda: Drawing(name="drawing"), "drawing"),
+}
+
+
+@pytest.mark.parametrize("eagerly", [False, True])
+@pytest.mark.parametrize("beside", ["dropout", "batch_norm"])
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_could_differ_is_refused(name, beside, eagerly, float64):
+    if eagerly and beside == "dropout":
+        pytest.skip("one of both ways is enough outside of a graph")
+    make, named = REFUSED[name]
+    other = L.Dropout(0.5) if beside == "dropout" else L.BatchNormalization()
+    model = clone_model(network(other, make()), 3, exact=True)
+    model.compile("adam", "mse", jit_compile=False, run_eagerly=eagerly)
+    before = [np.array(v) for v in model.variables]
+    with pytest.raises(ValueError, match=named):
+        model.fit(cases.dataset((X, Y), (8, 8, 4)), verbose=0)
+    for variable, value in zip(model.variables, before, strict=True):
+        # Seeds aside, which say nothing of the model.
+        if "seed" not in variable.path:
+            np.testing.assert_array_equal(variable, value)
+    assert int(model.optimizer.iterations) == 0
+
+
+ACCEPTED = {
+    "dropout and normalization": (
+        lambda: network(L.BatchNormalization(), L.Dropout(0.5)),
+        {},
+    ),
+    "state with a policy": (lambda: network(Kept("mean"), Kept("mean")), {}),
+    "rows counted": (lambda: network(Kept("sum", count=True)), {}),
+    "a scalar loss": (
+        lambda: network(Adding(), L.GaussianNoise(0.3)),
+        {"layer_losses": "mean"},
+    ),
+    "a whole layer": (
+        lambda: network(Centered(), L.Dropout(0.2)),
+        {"whole": [Centered]},
+    ),
+}
+
+
+@pytest.mark.parametrize("num_clones", [2, 3])
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_what_is_accepted_trains_the_same(name, num_clones, float64):
+    make, options = ACCEPTED[name]
+    plain = fit(make)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        model = fit(make, num_clones, exact=True, **options)
+    for one, other in zip(plain.variables, model.variables, strict=True):
+        assert cases.difference(np.array(one), np.array(other)) < 1e-10
+    assert deployment(model).exact
+
+
+def test_one_clone_refuses_nothing():
+    fit(lambda: network(Adding(), Centered(), Kept(raw=True)), 1, exact=True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch_norm": "mean"},
+        {"random": "clones"},
+        {"loss": "clones"},
+        {"check_rows": False},
+    ],
+)
+def test_contradictions(options):
+    (name,) = options
+    with pytest.raises(ValueError, match=f"`exact=True` needs `{name}="):
+        clone_model(network(), 2, exact=True, **options)
+
+
+# Refused: what is named in the second half of each.
+NAMED = {}
+
+
+@pytest.mark.parametrize("drops", [False, True])
+@pytest.mark.parametrize("name", equivalence.CASES)
+def test_case(name, drops, float64, monkeypatch):
+    """Every case is right, or refused with the name of what could differ."""
+    if drops:
+        dense = equivalence.dense
+
+        def dropping(*args, **kwargs):
+            def make():
+                model = dense(*args, **kwargs)()
+                model.add(model.pop())
+                parts = [*model.layers[:-1], L.Dropout(0.3), model.layers[-1]]
+                return keras.Sequential([keras.Input((6,)), *parts])
+
+            return make
+
+        monkeypatch.setattr(equivalence, "dense", dropping)
+    made = equivalence.CASES[name]()
+    clone = {**made.clone, "exact": True}
+    for key in ("batch_norm", "random", "loss"):
+        if clone.get(key) not in ("gather", "sync"):
+            clone.pop(key, None)
+    try:
+        received = equivalence.train(made._replace(clone=clone), 3)
+    except ValueError as error:
+        assert name in NAMED, str(error)
+        assert NAMED[name] in str(error)
+        return
+    assert name not in NAMED
+    expected = equivalence.train(made, None)
+    equivalence.compare(expected, received, made.float64)
