@@ -2,6 +2,7 @@
 
 import ast
 import collections
+import itertools
 import pathlib
 import re
 import sys
@@ -12,8 +13,10 @@ import keras_clones
 
 PACKAGE = pathlib.Path(keras_clones.__file__).parent
 CONTRIBUTING = pathlib.Path(__file__).parents[1] / "CONTRIBUTING.md"
-# The modules from the top down.
-TABLE = re.findall(r"^\| `(\w+)\.py` \|", CONTRIBUTING.read_text(), re.M)
+# The modules from the top down, a room after the other.
+TABLE = re.findall(r"^\| `([\w/]+)\.py` \|", CONTRIBUTING.read_text(), re.M)
+# The rooms. Their own files say what they are for, and import nothing.
+ROOMS = re.findall(r"^\| \*\*`(\w+)/`\*\* \|", CONTRIBUTING.read_text(), re.M)
 
 LIBRARIES = {"keras", "numpy", "tensorflow"}
 # What is imported inside of the functions that need it, if at all.
@@ -49,20 +52,54 @@ def imported(path):
     return imports(ast.walk(ast.parse(path.read_text())))
 
 
+def dotted(name):
+    """Return the name by which a file of the table is imported."""
+    return ".".join(["keras_clones", *name.split("/")])
+
+
+def names_of_own(path):
+    """Return the modules of the package that a file imports."""
+    known = {dotted(name) for name in TABLE}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and is_own(node.module):
+            inside = [f"{node.module}.{a.name}" for a in node.names]
+            modules = [name for name in inside if name in known]
+            yield from modules or [node.module]
+
+
 def is_own(module):
     return module.split(".")[0] == "keras_clones"
 
 
 def test_every_module_is_in_the_table_once():
-    modules = [path.stem for path in PACKAGE.glob("*.py")]
+    modules = [
+        str(path.relative_to(PACKAGE).with_suffix(""))
+        for path in PACKAGE.rglob("*.py")
+        if path.parent == PACKAGE or path.stem != "__init__"
+    ]
     assert collections.Counter(TABLE) == collections.Counter(modules)
+
+
+def test_rooms_follow_each_other():
+    found = [name.split("/")[0] for name in TABLE if "/" in name]
+    assert [room for room, _ in itertools.groupby(found)] == ROOMS
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_say_what_they_are_for(room):
+    source = (PACKAGE / room / "__init__.py").read_text()
+    said = ast.get_docstring(ast.parse(source))
+    assert "In: " in said
+    assert "Out: " in said
+    if room != "model_deploy":
+        assert not list(imported(PACKAGE / room / "__init__.py"))
 
 
 @pytest.mark.parametrize("name", TABLE)
 def test_imports_only_go_down(name):
-    below = TABLE[TABLE.index(name) + 1 :]
-    for module in filter(is_own, imported(PACKAGE / f"{name}.py")):
-        assert module.removeprefix("keras_clones.") in below, module
+    below = {dotted(other) for other in TABLE[TABLE.index(name) + 1 :]}
+    for module in names_of_own(PACKAGE / f"{name}.py"):
+        assert module in below, module
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -83,13 +120,13 @@ def test_imports_from_outside(name):
     [("_keras", "keras.src."), ("_tf", "tensorflow.python.")],
 )
 def test_private_names_have_one_door(door, private):
-    for path in PACKAGE.glob("*.py"):
+    for path in PACKAGE.rglob("*.py"):
         if path.stem not in (door, "_private"):
             assert private not in path.read_text(), path.name
         assert not any(m.startswith(private) for m in imported(path)), path.name
 
 
 def test_no_module_holds_two_concepts():
-    for path in PACKAGE.glob("*.py"):
+    for path in PACKAGE.rglob("*.py"):
         if path.stem not in LISTS:
             assert len(path.read_text().splitlines()) <= 400, path.name
