@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from keras_clones import benchmark, compare_command, devices
+from keras_clones import benchmark, compare_command, machine
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="command")
     compare_command.add_command(commands)
     benchmark.add_command(commands)
-    devices.add_command(commands)
+    machine.add_command(commands)
     options = parser.parse_args(arguments)
     return options.run(options)
 

@@ -31,7 +31,7 @@ COMMAND = {
     *("argparse", "datetime", "platform", "resource", "statistics"),
     "subprocess",
 }
-COMMANDS = ("__main__", "benchmark", "compare_command", "devices")
+COMMANDS = ("__main__", "benchmark", "compare_command", "machine")
 # The doors to private names are lists, one short function each.
 LISTS = {"_keras"}
 
