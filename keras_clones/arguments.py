@@ -7,7 +7,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_clones import _keras, sharding, traced
+from keras_clones import _keras
+from keras_clones.tensors import sharding, traced
 
 # Stands where an argument is a tensor.
 TENSOR = object()

@@ -9,16 +9,15 @@ import tensorflow as tf
 
 from keras_clones import (
     _keras,
-    balance,
     checks,
     exactness,
     guarded,
     option_checks,
-    placement,
     steps,
 )
-from keras_clones.config import DeploymentConfig
 from keras_clones.deployed import Deployment
+from keras_clones.devices import balance, placement
+from keras_clones.devices.config import DeploymentConfig
 from keras_clones.state import model_variables
 from keras_clones.watch import Watch
 

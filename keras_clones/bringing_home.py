@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_clones import _keras, gradients, state, traced
+from keras_clones import _keras, state
 from keras_clones.laying_out import Layout
+from keras_clones.tensors import gradients, traced
 
 
 def bring_home(layout: Layout, values: list[Any]) -> list[Any]:

@@ -8,7 +8,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_clones import _keras, placement
+from keras_clones import _keras
+from keras_clones.devices import placement
 from keras_clones.options import StepOptions
 
 

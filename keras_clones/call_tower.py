@@ -7,14 +7,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_clones import (
-    _keras,
-    exchange,
-    layer_losses,
-    laying_out,
-    outside,
-    traced,
-)
+from keras_clones import _keras, exchange, layer_losses, laying_out, outside
 from keras_clones.arguments import TENSOR, Arguments
 from keras_clones.changes import by_rows, find_changes
 from keras_clones.clone_input import (
@@ -31,6 +24,7 @@ from keras_clones.leftovers import kept_tensors
 from keras_clones.options import StepOptions
 from keras_clones.scopes import CloneScope
 from keras_clones.state import Changes, Variables
+from keras_clones.tensors import traced
 
 
 class CallOutput(NamedTuple):

@@ -10,7 +10,7 @@ from keras_clones import _keras, state
 from keras_clones.clone_input import TowerInput, Weights, mapping
 from keras_clones.scopes import CloneScope
 from keras_clones.state import Changes, Policies, Variables
-from keras_clones.traced import RowGradient, row_gradient
+from keras_clones.tensors.traced import RowGradient, row_gradient
 
 
 class Notes(NamedTuple):

@@ -6,18 +6,13 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_clones import (
-    _keras,
-    bringing_home,
-    gradients,
-    laying_out,
-    placement,
-    traced,
-)
+from keras_clones import _keras, bringing_home, laying_out
 from keras_clones.changes import by_rows
 from keras_clones.clones import Clone, name_scope, scopes_of
+from keras_clones.devices import placement
 from keras_clones.mirrors import MirrorScope
-from keras_clones.traced import RowGradient
+from keras_clones.tensors import gradients, traced
+from keras_clones.tensors.traced import RowGradient
 
 
 def differentiate(

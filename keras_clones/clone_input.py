@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_clones import _keras, draws, sharding
+from keras_clones import _keras, draws
 from keras_clones.state import Variables
-from keras_clones.traced import dependence
+from keras_clones.tensors import sharding
+from keras_clones.tensors.traced import dependence
 
 
 class TowerInput(NamedTuple):

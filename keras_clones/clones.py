@@ -10,16 +10,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_clones import (
-    bringing_home,
-    laying_out,
-    placement,
-    sharding,
-    state,
-    tables,
-)
-from keras_clones.config import CPU, DeploymentConfig, check_integer
+from keras_clones import bringing_home, laying_out, state, tables
+from keras_clones.devices import placement
+from keras_clones.devices.config import CPU, DeploymentConfig, check_integer
 from keras_clones.mirrors import Mirrors, MirrorScope, rehearse
+from keras_clones.tensors import sharding
 
 
 class Made(NamedTuple):

@@ -4,9 +4,9 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from keras_clones import placement
 from keras_clones.attach import clone_model
-from keras_clones.config import check_integer
+from keras_clones.devices import placement
+from keras_clones.devices.config import check_integer
 from keras_clones.option_checks import check_choice
 
 # What stands for the default: those of them that the GPUs allow.

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_clones import _tf, sharding
+from keras_clones import _tf
 from keras_clones.axes import MIXED, OTHER, ROWS, UNKNOWN
 from keras_clones.leading import Sizes
+from keras_clones.tensors import sharding
 from keras_clones.warn import warn_or_refuse
 
 # What draws by a seed alone, and which of its arguments may have a row for

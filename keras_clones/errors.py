@@ -5,7 +5,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_clones import sharding
+from keras_clones.tensors import sharding
 
 _RAISED = "This was raised while"
 _MAY_MEAN = (

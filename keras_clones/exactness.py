@@ -5,7 +5,8 @@ from typing import Any
 
 import keras
 
-from keras_clones import _keras, sharding
+from keras_clones import _keras
+from keras_clones.tensors import sharding
 
 # Functions that give each row a loss of its own, whatever the other rows are.
 # `hinge` and `dice` are not here: they look at the whole batch.

@@ -6,9 +6,10 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_clones import _keras, sharding, traced
+from keras_clones import _keras
 from keras_clones.clone_input import TowerInput, Weights
 from keras_clones.leftovers import kept_tensors, tensors_in
+from keras_clones.tensors import sharding, traced
 
 
 class Joining:

@@ -10,7 +10,6 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_clones import traced
 from keras_clones.axes import (
     MIXED,
     OTHER,
@@ -22,6 +21,7 @@ from keras_clones.axes import (
     one_of,
     start_of_slice,
 )
+from keras_clones.tensors import traced
 
 # Of what these give back, nothing tells.
 _HIDING = (

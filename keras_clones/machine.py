@@ -8,8 +8,9 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_clones import _tf, placement
-from keras_clones.config import canonical_device
+from keras_clones import _tf
+from keras_clones.devices import placement
+from keras_clones.devices.config import canonical_device
 from keras_clones.report import Page, Table, readable
 
 

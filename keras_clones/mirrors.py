@@ -7,7 +7,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_clones import _keras, laying_out, placement, state
+from keras_clones import _keras, laying_out, state
+from keras_clones.devices import placement
 from keras_clones.scopes import CloneScope
 
 

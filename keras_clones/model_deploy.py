@@ -14,7 +14,7 @@ from keras_clones.clones import (
     create_clones,
     split_batch,
 )
-from keras_clones.config import DeploymentConfig
+from keras_clones.devices.config import DeploymentConfig
 from keras_clones.optimize import optimize_clones
 from keras_clones.runner import Runner
 

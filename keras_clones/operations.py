@@ -13,7 +13,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_clones import _keras, sharding
+from keras_clones import _keras
+from keras_clones.tensors import sharding
 
 _ROWS = 3
 _SHARDS = sharding.divide(_ROWS, 2)

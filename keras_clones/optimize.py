@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_clones import _keras, bringing_home, clone_gradients, sharding
+from keras_clones import _keras, bringing_home, clone_gradients
 from keras_clones.clones import (
     Clone,
     find_shares,
@@ -16,7 +16,8 @@ from keras_clones.clones import (
     rows_of,
     scopes_of,
 )
-from keras_clones.config import CPU
+from keras_clones.devices.config import CPU
+from keras_clones.tensors import sharding
 
 
 @tf.autograph.experimental.do_not_convert

@@ -5,8 +5,9 @@ from typing import Any
 
 import keras
 
-from keras_clones import _keras, footprint, placement, whole
-from keras_clones.config import DeploymentConfig
+from keras_clones import _keras, footprint, whole
+from keras_clones.devices import placement
+from keras_clones.devices.config import DeploymentConfig
 from keras_clones.state import POLICIES
 
 _LAYER_LOSSES = ("mean", "sum")

@@ -6,8 +6,8 @@ import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from keras_clones.devices.placement import Clone, short_name
 from keras_clones.footprint import Flow, Footprint
-from keras_clones.placement import Clone, short_name
 from keras_clones.report import (
     AT_HOME,
     flow_text,

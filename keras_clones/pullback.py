@@ -12,14 +12,12 @@ from keras_clones import (
     bringing_home,
     call_tower,
     exchange,
-    gradients,
     joining,
     laying_out,
-    sharding,
-    traced,
 )
 from keras_clones.arguments import Arguments
 from keras_clones.call_tower import Body, CallTower, floating
+from keras_clones.tensors import gradients, sharding, traced
 
 
 class Sharded(NamedTuple):

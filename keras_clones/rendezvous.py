@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from keras_clones import _keras
-from keras_clones.placement import Clone
+from keras_clones.devices.placement import Clone
 
 Combine = Callable[[list[Any]], list[Any]]
 

@@ -11,19 +11,13 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_clones import (
-    _keras,
-    _tf,
-    call_tower,
-    laying_out,
-    sharding,
-    state,
-)
+from keras_clones import _keras, _tf, call_tower, laying_out, state
 from keras_clones.arguments import Arguments
+from keras_clones.devices.placement import Clone
 from keras_clones.options import StepOptions
-from keras_clones.placement import Clone
 from keras_clones.runs import Ran, compare_state, compare_values, rounding
 from keras_clones.synchronize import synchronized_layers
+from keras_clones.tensors import sharding
 from keras_clones.undone import left_as_it_is, through
 
 # How many rows are looked at, and how many to be sure of what was found.

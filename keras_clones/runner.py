@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_clones import _keras, optimize, placement
+from keras_clones import _keras, optimize
 from keras_clones.clones import (
     Call,
     Clone,
@@ -16,7 +16,8 @@ from keras_clones.clones import (
     call_clones,
     check_arguments,
 )
-from keras_clones.config import DeploymentConfig
+from keras_clones.devices import placement
+from keras_clones.devices.config import DeploymentConfig
 from keras_clones.mirrors import rehearse
 from keras_clones.warn import warn
 

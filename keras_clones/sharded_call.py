@@ -11,7 +11,6 @@ import tensorflow as tf
 from keras_clones import (
     _keras,
     _tf,
-    balance,
     bringing_home,
     call_tower,
     exactness,
@@ -20,17 +19,17 @@ from keras_clones import (
     layer_losses,
     laying_out,
     looks,
-    placement,
     pullback,
-    sharding,
     state,
     whole,
 )
 from keras_clones.arguments import Arguments
 from keras_clones.build import build_by_call, resolve_jit_compile
+from keras_clones.devices import balance, placement
 from keras_clones.options import StepOptions
 from keras_clones.synchronize import synchronized_layers
 from keras_clones.tables import large_tables, looked_up_at_home
+from keras_clones.tensors import sharding
 
 
 class _Mirrors(NamedTuple):

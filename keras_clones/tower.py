@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_clones import _keras, layer_losses, sharding
+from keras_clones import _keras, layer_losses
 from keras_clones.changes import Notes, by_rows, find_changes
 from keras_clones.clone_input import (
     TowerInput,
@@ -20,6 +20,7 @@ from keras_clones.leftovers import kept_tensors
 from keras_clones.options import StepOptions
 from keras_clones.scopes import CloneScope
 from keras_clones.state import Changes, Variables
+from keras_clones.tensors import sharding
 
 
 class TowerOutput(NamedTuple):

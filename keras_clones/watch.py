@@ -6,7 +6,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_clones import _keras, gradients
+from keras_clones import _keras
+from keras_clones.tensors import gradients
 
 
 class Watch:

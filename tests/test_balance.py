@@ -18,7 +18,9 @@ from cases import (
 )
 from cases import batches as batches_of
 
-from keras_clones import balance, clone_model, deployment, sharding
+from keras_clones import clone_model, deployment
+from keras_clones.devices import balance
+from keras_clones.tensors import sharding
 
 
 @pytest.mark.parametrize(

@@ -24,11 +24,11 @@ from keras_clones import (
     comparing,
     deployment,
     layer_losses,
-    placement,
-    sharding,
     state,
 )
 from keras_clones.__main__ import main
+from keras_clones.devices import placement
+from keras_clones.tensors import sharding
 
 ROWS = 26
 

@@ -25,11 +25,11 @@ from keras_clones import (
     create_clones,
     deploy,
     deployment,
-    placement,
     split_batch,
     unclone_model,
     use_virtual_devices,
 )
+from keras_clones.devices import placement
 
 CPUS = [f"/device:CPU:{i}" for i in range(8)]
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_clones import gradients
-from keras_clones.traced import RowGradient
+from keras_clones.tensors import gradients
+from keras_clones.tensors.traced import RowGradient
 
 
 def test_dense_gradients_add_up():

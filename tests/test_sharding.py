@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_clones import sharding
+from keras_clones.tensors import sharding
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_clones import choosers
+from keras_clones.devices import choosers
 
 CPU = "/device:CPU:0"
 # What TensorFlow takes for the name of a job.

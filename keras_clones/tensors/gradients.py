@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import tensorflow as tf
 
-from keras_clones.traced import RowGradient
+from keras_clones.tensors.traced import RowGradient
 
 Gradient: TypeAlias = "tf.Tensor | tf.IndexedSlices | None"
 
