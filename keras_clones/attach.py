@@ -15,10 +15,10 @@ from keras_clones import (
     option_checks,
     steps,
 )
+from keras_clones.clone.state import model_variables
 from keras_clones.deployed import Deployment
 from keras_clones.devices import balance, placement
 from keras_clones.devices.config import DeploymentConfig
-from keras_clones.state import model_variables
 from keras_clones.watch import Watch
 
 _LOSSES = ("auto", "clones", "gather")

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_clones import _keras, state
+from keras_clones import _keras
+from keras_clones.clone import state
 from keras_clones.laying_out import Layout
 from keras_clones.tensors import gradients, traced
 

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_clones import _keras, exchange, layer_losses, laying_out, outside
+from keras_clones import _keras, exchange, laying_out, outside
 from keras_clones.arguments import TENSOR, Arguments
-from keras_clones.changes import by_rows, find_changes
-from keras_clones.clone_input import (
+from keras_clones.clone import layer_losses
+from keras_clones.clone.changes import by_rows, find_changes
+from keras_clones.clone.inputs import (
     TowerInput,
     Weights,
     alike_in_all,
@@ -19,11 +20,11 @@ from keras_clones.clone_input import (
     mapping,
     sources,
 )
+from keras_clones.clone.leftovers import kept_tensors
+from keras_clones.clone.scopes import CloneScope
+from keras_clones.clone.state import Changes, Variables
 from keras_clones.joining import Joining
-from keras_clones.leftovers import kept_tensors
 from keras_clones.options import StepOptions
-from keras_clones.scopes import CloneScope
-from keras_clones.state import Changes, Variables
 from keras_clones.tensors import traced
 
 

@@ -7,7 +7,7 @@ import keras
 import tensorflow as tf
 
 from keras_clones import _keras, bringing_home, laying_out
-from keras_clones.changes import by_rows
+from keras_clones.clone.changes import by_rows
 from keras_clones.clones import Clone, name_scope, scopes_of
 from keras_clones.devices import placement
 from keras_clones.mirrors import MirrorScope

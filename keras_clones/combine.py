@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from keras_clones import bringing_home, exchange, inexact, laying_out
 from keras_clones.begin import Step
-from keras_clones.changes import Notes
+from keras_clones.clone.changes import Notes
 from keras_clones.devices import balance
 from keras_clones.tensors import sharding, traced
 from keras_clones.tower import TowerOutput

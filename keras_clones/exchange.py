@@ -7,7 +7,7 @@ import keras
 import tensorflow as tf
 
 from keras_clones import errors, outside, warn
-from keras_clones.clone_input import TowerInput
+from keras_clones.clone.inputs import TowerInput
 from keras_clones.laying_out import Layout
 from keras_clones.tensors import traced
 

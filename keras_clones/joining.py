@@ -7,8 +7,8 @@ import keras
 import tensorflow as tf
 
 from keras_clones import _keras
-from keras_clones.clone_input import TowerInput, Weights
-from keras_clones.leftovers import kept_tensors, tensors_in
+from keras_clones.clone.inputs import TowerInput, Weights
+from keras_clones.clone.leftovers import kept_tensors, tensors_in
 from keras_clones.tensors import sharding, traced
 
 

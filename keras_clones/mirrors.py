@@ -7,9 +7,10 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_clones import _keras, laying_out, state
+from keras_clones import _keras, laying_out
+from keras_clones.clone import state
+from keras_clones.clone.scopes import CloneScope
 from keras_clones.devices import placement
-from keras_clones.scopes import CloneScope
 
 
 class Mirrors:

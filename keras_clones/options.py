@@ -2,10 +2,10 @@
 
 from typing import Any, NamedTuple
 
+from keras_clones.clone.layer_losses import Kinds
+from keras_clones.clone.state import Policies
 from keras_clones.devices.balance import Balance
 from keras_clones.devices.placement import Clone
-from keras_clones.layer_losses import Kinds
-from keras_clones.state import Policies
 from keras_clones.watch import Watch
 
 

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_clones import _keras, _tf, call_tower, laying_out, state
+from keras_clones import _keras, _tf, call_tower, laying_out
 from keras_clones.arguments import Arguments
+from keras_clones.clone import state
 from keras_clones.devices.placement import Clone
 from keras_clones.options import StepOptions
 from keras_clones.runs import Ran, compare_state, compare_values, rounding

@@ -16,19 +16,18 @@ from keras_clones import (
     exactness,
     exchange,
     inexact,
-    layer_losses,
     laying_out,
     looks,
     pullback,
-    state,
     whole,
 )
 from keras_clones.arguments import Arguments
 from keras_clones.build import build_by_call, resolve_jit_compile
+from keras_clones.clone import layer_losses, state
+from keras_clones.clone.tables import large_tables, looked_up_at_home
 from keras_clones.devices import balance, placement
 from keras_clones.options import StepOptions
 from keras_clones.synchronize import synchronized_layers
-from keras_clones.tables import large_tables, looked_up_at_home
 from keras_clones.tensors import sharding
 
 

@@ -24,8 +24,8 @@ from keras_clones import (
     looks,
 )
 from keras_clones.begin import Step, as_tensors, begin, unpack
+from keras_clones.clone.tables import looked_up_at_home
 from keras_clones.options import StepOptions
-from keras_clones.tables import looked_up_at_home
 from keras_clones.tensors import sharding
 from keras_clones.tower import Tower
 from keras_clones.watch import Watch

@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_clones import _keras, layer_losses
-from keras_clones.changes import Notes, by_rows, find_changes
-from keras_clones.clone_input import (
+from keras_clones import _keras
+from keras_clones.clone import layer_losses
+from keras_clones.clone.changes import Notes, by_rows, find_changes
+from keras_clones.clone.inputs import (
     TowerInput,
     Weights,
     alike_in_all,
@@ -16,10 +17,10 @@ from keras_clones.clone_input import (
     mapping,
     sources,
 )
-from keras_clones.leftovers import kept_tensors
+from keras_clones.clone.leftovers import kept_tensors
+from keras_clones.clone.scopes import CloneScope
+from keras_clones.clone.state import Changes, Variables
 from keras_clones.options import StepOptions
-from keras_clones.scopes import CloneScope
-from keras_clones.state import Changes, Variables
 from keras_clones.tensors import sharding
 
 

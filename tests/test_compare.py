@@ -23,10 +23,9 @@ from keras_clones import (
     compare_time,
     comparing,
     deployment,
-    layer_losses,
-    state,
 )
 from keras_clones.__main__ import main
+from keras_clones.clone import layer_losses, state
 from keras_clones.devices import placement
 from keras_clones.tensors import sharding
 

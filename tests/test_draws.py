@@ -6,7 +6,8 @@ import pytest
 import tensorflow as tf
 from keras import layers, ops, random
 
-from keras_clones import _tf, clone_model, draws, unclone_model
+from keras_clones import _tf, clone_model, unclone_model
+from keras_clones.clone import draws
 from tests import cases
 
 RNG = np.random.default_rng(0)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_clones import state
+from keras_clones.clone import state
 
 
 @pytest.mark.parametrize(

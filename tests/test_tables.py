@@ -7,7 +7,8 @@ import pytest
 import tensorflow as tf
 from keras import layers, ops
 
-from keras_clones import clone_model, tables
+from keras_clones import clone_model
+from keras_clones.clone import tables
 
 
 def pooled():

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_clones import _keras, state
-from keras_clones.clone_input import TowerInput, Weights, mapping
-from keras_clones.scopes import CloneScope
-from keras_clones.state import Changes, Policies, Variables
+from keras_clones import _keras
+from keras_clones.clone import state
+from keras_clones.clone.inputs import TowerInput, Weights, mapping
+from keras_clones.clone.scopes import CloneScope
+from keras_clones.clone.state import Changes, Policies, Variables
 from keras_clones.tensors.traced import RowGradient, row_gradient
 
 

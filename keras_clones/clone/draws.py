@@ -17,8 +17,8 @@ import keras
 import tensorflow as tf
 
 from keras_clones import _tf
-from keras_clones.axes import MIXED, OTHER, ROWS, UNKNOWN
-from keras_clones.leading import Sizes
+from keras_clones.clone.axes import MIXED, OTHER, ROWS, UNKNOWN
+from keras_clones.clone.leading import Sizes
 from keras_clones.tensors import sharding
 from keras_clones.warn import warn_or_refuse
 

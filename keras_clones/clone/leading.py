@@ -10,7 +10,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_clones.axes import (
+from keras_clones.clone.axes import (
     MIXED,
     OTHER,
     ROWS,

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_clones import _keras, draws
-from keras_clones.state import Variables
+from keras_clones import _keras
+from keras_clones.clone import draws
+from keras_clones.clone.state import Variables
 from keras_clones.tensors import sharding
 from keras_clones.tensors.traced import dependence
 
