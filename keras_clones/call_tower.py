@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_clones import _keras, exchange, laying_out, outside
+from keras_clones import _keras
 from keras_clones.arguments import TENSOR, Arguments
 from keras_clones.clone import layer_losses
 from keras_clones.clone.changes import by_rows, find_changes
@@ -23,6 +23,7 @@ from keras_clones.clone.inputs import (
 from keras_clones.clone.leftovers import kept_tensors
 from keras_clones.clone.scopes import CloneScope
 from keras_clones.clone.state import Changes, Variables
+from keras_clones.exchange import laying_out, outside, tracing
 from keras_clones.joining import Joining
 from keras_clones.options import StepOptions
 from keras_clones.tensors import traced
@@ -202,7 +203,7 @@ class CallTower(NamedTuple):
     too.
     """
 
-    tower: exchange.TracedTower
+    tower: tracing.TracedTower
     backward: Backward | None
     extra: Sequence[tf.Variable]
 
@@ -252,7 +253,7 @@ def trace(
         in_graph: Boolean, whether it is traced also outside of a graph.
             Defaults to `False`: there the Python function itself runs.
     """
-    options = exchange.function_options(inline, jit_compile)
+    options = tracing.function_options(inline, jit_compile)
 
     def with_residuals(inputs: TowerInput) -> tuple[Any, Any]:
         # What runs back may call layers again, and they draw the same again.
@@ -273,16 +274,16 @@ def trace(
             notes = notes._replace(backward=backward, extra=extra)
         return (output, residuals), notes
 
-    made = exchange.callable_tower(
+    made = tracing.callable_tower(
         body.layer,
         with_residuals,
         inline,
         jit_compile,
         exact=body.exact,
     )
-    tower = exchange.trace(made, layout, synchronized, in_graph)
+    tower = tracing.trace(made, layout, synchronized, in_graph)
     if tower.concrete is None:
-        opened = exchange.with_open_rows(body, layout)
+        opened = tracing.with_open_rows(body, layout)
         if len(layout.clones) > 1:
             opened = outside.telling(body.layer, opened, body.exact)
         return CallTower(tower._replace(call=opened), None, [])

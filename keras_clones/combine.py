@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_clones import bringing_home, exchange, inexact, laying_out
+from keras_clones import inexact
 from keras_clones.begin import Step
 from keras_clones.clone.changes import Notes
 from keras_clones.devices import balance
+from keras_clones.exchange import bringing_home, laying_out, tracing
 from keras_clones.tensors import sharding, traced
 from keras_clones.tower import TowerOutput
 
@@ -40,8 +41,8 @@ class StepResult(NamedTuple):
 def run(
     step: Step,
     layout: laying_out.Layout,
-    tower: exchange.TracedTower,
-    trace_in_graph: Callable[[], exchange.TracedTower],
+    tower: tracing.TracedTower,
+    trace_in_graph: Callable[[], tracing.TracedTower],
 ) -> StepResult:
     """Run the clones on their shards, and bring the results home.
 
@@ -115,7 +116,7 @@ def _have_rows(results: list[TowerOutput]) -> bool:
 
 
 def _call(
-    tower: exchange.TracedTower, layout: laying_out.Layout
+    tower: tracing.TracedTower, layout: laying_out.Layout
 ) -> tuple[list[TowerOutput], Notes]:
     """Run the tower on every clone."""
     if tower.concrete is not None:

@@ -7,10 +7,11 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_clones import _keras, laying_out
+from keras_clones import _keras
 from keras_clones.clone import state
 from keras_clones.clone.scopes import CloneScope
 from keras_clones.devices import placement
+from keras_clones.exchange import laying_out
 
 
 class Mirrors:

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_clones import _keras, bringing_home, clone_gradients
+from keras_clones import _keras, clone_gradients
 from keras_clones.clones import (
     Clone,
     find_shares,
@@ -17,6 +17,7 @@ from keras_clones.clones import (
     scopes_of,
 )
 from keras_clones.devices.config import CPU
+from keras_clones.exchange import bringing_home
 from keras_clones.tensors import sharding
 
 

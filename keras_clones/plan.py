@@ -10,8 +10,8 @@ import keras
 from keras_clones import exactness, whole
 from keras_clones.build import resolve_jit_compile
 from keras_clones.clone.tables import large_tables
+from keras_clones.exchange.batch_norm import synchronized_layers
 from keras_clones.options import StepOptions
-from keras_clones.synchronize import synchronized_layers
 
 
 class Plan(NamedTuple):

@@ -7,16 +7,10 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_clones import (
-    _tf,
-    bringing_home,
-    call_tower,
-    exchange,
-    joining,
-    laying_out,
-)
+from keras_clones import _tf, call_tower, joining
 from keras_clones.arguments import Arguments
 from keras_clones.call_tower import Body, CallTower, floating
+from keras_clones.exchange import bringing_home, laying_out, tracing
 from keras_clones.tensors import gradients, sharding, traced
 
 
@@ -375,7 +369,7 @@ def _pull_again(
         with sharded.busy():
             outputs = laying_out.each(
                 layout,
-                lambda i: body(exchange.open_rows(layout.inputs[i], layout)),
+                lambda i: body(tracing.open_rows(layout.inputs[i], layout)),
             )
         runs = [Run(output, notes) for output, notes in outputs]
         values = _join(body.layer, runs)

@@ -11,12 +11,9 @@ import tensorflow as tf
 from keras_clones import (
     _keras,
     _tf,
-    bringing_home,
     call_tower,
     exactness,
-    exchange,
     inexact,
-    laying_out,
     looks,
     pullback,
     whole,
@@ -26,8 +23,9 @@ from keras_clones.build import build_by_call, resolve_jit_compile
 from keras_clones.clone import layer_losses, state
 from keras_clones.clone.tables import large_tables, looked_up_at_home
 from keras_clones.devices import balance, placement
+from keras_clones.exchange import bringing_home, laying_out, tracing
+from keras_clones.exchange.batch_norm import synchronized_layers
 from keras_clones.options import StepOptions
-from keras_clones.synchronize import synchronized_layers
 from keras_clones.tensors import sharding
 
 
@@ -225,7 +223,7 @@ def _trace(
     synchronized = _synchronized(calls, body.layer, layout.clones)
     key = (
         body.key(),
-        exchange.types_of(layout),
+        tracing.types_of(layout),
         len(layout.clones),
         watched,
         in_graph,
@@ -241,7 +239,7 @@ def _trace(
             layout,
             watched,
             calls.jit_compile,
-            exchange.inlines(devices, len(body.variables.trainable)),
+            tracing.inlines(devices, len(body.variables.trainable)),
             synchronized,
             in_graph,
         )

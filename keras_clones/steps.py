@@ -13,18 +13,10 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_clones import (
-    _keras,
-    bringing_home,
-    calls,
-    combine,
-    exactness,
-    exchange,
-    laying_out,
-    looks,
-)
+from keras_clones import _keras, calls, combine, exactness, looks
 from keras_clones.begin import Step, as_tensors, begin, unpack
 from keras_clones.clone.tables import looked_up_at_home
+from keras_clones.exchange import bringing_home, laying_out, tracing
 from keras_clones.options import StepOptions
 from keras_clones.tensors import sharding
 from keras_clones.tower import Tower
@@ -121,7 +113,7 @@ def unless_empty(
 
 def trace_towers(
     step: Step,
-) -> tuple[laying_out.Layout, exchange.TracedTower] | None:
+) -> tuple[laying_out.Layout, tracing.TracedTower] | None:
     """Trace the towers of a step, if the clones can compute its loss.
 
     Returns:
@@ -135,7 +127,7 @@ def trace_towers(
         return None
     layout = _lay_out(step)
     with looked_up_at_home(plan.tables, step.options.home):
-        tower = exchange.trace(_towers(step), layout, plan.synchronized)
+        tower = tracing.trace(_towers(step), layout, plan.synchronized)
     if tower.returns is not None:
         plan = plan.knowing(_why_not(step, tower))
     if not plan.loss_in_clones:
@@ -151,7 +143,7 @@ def trace_towers(
     return layout, tower
 
 
-def _why_not(step: Step, tower: exchange.TracedTower) -> str | None:
+def _why_not(step: Step, tower: tracing.TracedTower) -> str | None:
     """Say why losses of shards do not average, going by a traced tower."""
     own_metrics = exactness.overrides(step.model, "compute_metrics")
     if tower.notes.keeps and own_metrics:
@@ -191,7 +183,7 @@ def _lay_out(step: Step) -> laying_out.Layout:
     )
 
 
-def _towers(step: Step) -> exchange.CallableTower:
+def _towers(step: Step) -> tracing.CallableTower:
     """Return the tower function of a step, callable from any place."""
     model, options = step.model, step.options
     with_metrics = step.plan.metrics_in_clones
@@ -206,10 +198,10 @@ def _towers(step: Step) -> exchange.CallableTower:
     )
     needed = step.plan.outputs_leave
     devices = [clone.device for clone in options.clones]
-    return exchange.callable_tower(
+    return tracing.callable_tower(
         model,
         tower,
-        exchange.inlines(devices, len(step.variables.trainable)),
+        tracing.inlines(devices, len(step.variables.trainable)),
         step.plan.jit_compile,
         lambda output: (
             output if needed else output._replace(outputs=None, masks=[])
@@ -219,7 +211,7 @@ def _towers(step: Step) -> exchange.CallableTower:
 
 
 def run_by_towers(
-    step: Step, layout: laying_out.Layout, tower: exchange.TracedTower
+    step: Step, layout: laying_out.Layout, tower: tracing.TracedTower
 ) -> dict:
     """Run a step whose clones compute their own losses and gradients."""
     model, variables = step.model, step.variables.trainable
@@ -229,7 +221,7 @@ def run_by_towers(
             step,
             layout,
             tower,
-            lambda: exchange.trace(_towers(step), layout, in_graph=True),
+            lambda: tracing.trace(_towers(step), layout, in_graph=True),
         )
     watch = step.options.watch
     if watch is not None and step.training:

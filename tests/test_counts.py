@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_clones import clone_model, exchange
+from keras_clones import clone_model
+from keras_clones.exchange import tracing
 from keras_clones.transfers import count_transfers, traffic
 
 HOME = "/device:CPU:0"
@@ -219,7 +220,7 @@ def before(operation):
 @pytest.mark.parametrize("small", [False, True])
 def test_gradients_leave_a_small_clone_as_they_are_made(small, monkeypatch):
     if not small:
-        monkeypatch.setattr(exchange, "INLINE_VARIABLES", 0)
+        monkeypatch.setattr(tracing, "INLINE_VARIABLES", 0)
     model = compiled(stack(300, 3), 2)
     sent = [
         transfer.name
@@ -233,7 +234,7 @@ def test_gradients_leave_a_small_clone_as_they_are_made(small, monkeypatch):
 
 def test_towers_are_inlined_where_it_helps():
     cpus = ["/device:CPU:0", "/device:CPU:1"]
-    assert exchange.inlines(cpus, 20)
-    assert not exchange.inlines(cpus, 300)
-    assert exchange.inlines(cpus[:1], 300)
-    assert exchange.inlines(["/device:GPU:0", "/device:GPU:1"], 300)
+    assert tracing.inlines(cpus, 20)
+    assert not tracing.inlines(cpus, 300)
+    assert tracing.inlines(cpus[:1], 300)
+    assert tracing.inlines(["/device:GPU:0", "/device:GPU:1"], 300)

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 from keras_clones import Clone
-from keras_clones.rendezvous import current_clone, meet, run_side_by_side
+from keras_clones.exchange.meeting import current_clone, meet, run_side_by_side
 
 CLONES = [Clone(f"clone_{i}", f"/device:CPU:{i}") for i in range(3)]
 

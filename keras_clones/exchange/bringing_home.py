@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from keras_clones import _keras
 from keras_clones.clone import state
-from keras_clones.laying_out import Layout
+from keras_clones.exchange.laying_out import Layout
 from keras_clones.tensors import gradients, traced
 
 

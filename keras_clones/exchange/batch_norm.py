@@ -7,7 +7,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_clones import _keras, rendezvous
+from keras_clones import _keras
+from keras_clones.exchange import meeting
 
 
 def synchronized_layers(
@@ -63,9 +64,9 @@ def _sum_over_clones(value: tf.Tensor) -> Any:
         return [tf.add_n(values)] * len(values)
 
     def gradient(upstream: tf.Tensor) -> tf.Tensor:
-        return rendezvous.meet("a sum of gradients", upstream, add_up)
+        return meeting.meet("a sum of gradients", upstream, add_up)
 
-    return rendezvous.meet("a sum over clones", value, add_up), gradient
+    return meeting.meet("a sum over clones", value, add_up), gradient
 
 
 def _moments(
@@ -82,7 +83,7 @@ def _moments(
                 values = tf.where(mask[..., None], values, 0)
             part = tf.reduce_sum(values, axes)
             if shares is not None:
-                share = shares[rendezvous.current_clone() or 0]
+                share = shares[meeting.current_clone() or 0]
                 part *= tf.cast(share > 0, part.dtype)
             return _sum_over_clones(part)
 

@@ -7,14 +7,15 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_clones import _keras, errors
+from keras_clones import _keras
 from keras_clones.clone import state
 from keras_clones.clone.inputs import TowerInput
 from keras_clones.clone.state import Variables
 from keras_clones.devices.balance import seconds_now
 from keras_clones.devices.placement import Clone
-from keras_clones.rendezvous import run_side_by_side
-from keras_clones.synchronize import over_clones
+from keras_clones.exchange import errors
+from keras_clones.exchange.batch_norm import over_clones
+from keras_clones.exchange.meeting import run_side_by_side
 from keras_clones.tensors import gradients, sharding
 
 

@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_clones import errors, outside, warn
+from keras_clones import warn
 from keras_clones.clone.inputs import TowerInput
-from keras_clones.laying_out import Layout
+from keras_clones.exchange import errors, outside
+from keras_clones.exchange.laying_out import Layout
 from keras_clones.tensors import traced
 
 # Clones times variables up to which the towers are inlined. It costs well
