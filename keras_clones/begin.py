@@ -5,12 +5,12 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_clones import exactness, whole
-from keras_clones.build import build
 from keras_clones.clone import state
 from keras_clones.clone.state import Variables
-from keras_clones.options import StepOptions
-from keras_clones.plan import Plan, plan_step
+from keras_clones.plan import exactness, whole
+from keras_clones.plan.build import build
+from keras_clones.plan.options import StepOptions
+from keras_clones.plan.plan import Plan, plan_step
 from keras_clones.tensors import sharding
 
 

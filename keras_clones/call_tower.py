@@ -25,7 +25,7 @@ from keras_clones.clone.scopes import CloneScope
 from keras_clones.clone.state import Changes, Variables
 from keras_clones.exchange import laying_out, outside, tracing
 from keras_clones.joining import Joining
-from keras_clones.options import StepOptions
+from keras_clones.plan.options import StepOptions
 from keras_clones.tensors import traced
 
 

@@ -16,8 +16,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_clones import _keras, build, sharded_call
-from keras_clones.options import StepOptions
+from keras_clones import _keras, sharded_call
+from keras_clones.plan import build
+from keras_clones.plan.options import StepOptions
 
 _METHODS = ("call", "quantized_call")
 _lock = threading.Lock()

@@ -8,7 +8,8 @@ from typing import Any
 
 import keras
 
-from keras_clones import _keras, exactness
+from keras_clones import _keras
+from keras_clones.plan import exactness
 
 INSTEAD = (
     "Pass a function that makes the compiled model in its place: "

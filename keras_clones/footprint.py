@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_clones import _keras, exactness
+from keras_clones import _keras
 from keras_clones.clone.state import Variables, model_variables
-from keras_clones.options import StepOptions
-from keras_clones.plan import Plan, plan_step
+from keras_clones.plan import exactness
+from keras_clones.plan.options import StepOptions
+from keras_clones.plan.plan import Plan, plan_step
 
 # What a clone gets besides: its share of the rows, the loss scale and its
 # index.

@@ -7,9 +7,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_clones import _keras, exactness, looks, rows_apart, undone
+from keras_clones import _keras, looks, rows_apart, undone
 from keras_clones.deployed import Deployment
 from keras_clones.exchange import errors
+from keras_clones.plan import exactness
 from keras_clones.tensors import sharding
 from keras_clones.warn import RefusedError
 

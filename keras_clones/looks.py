@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from keras_clones import _keras, _tf, rows_apart
 from keras_clones.arguments import Arguments
-from keras_clones.options import StepOptions
+from keras_clones.plan.options import StepOptions
 from keras_clones.warn import warn_or_refuse
 
 _CPU = "/device:CPU:0"

@@ -17,7 +17,7 @@ from keras_clones.clone import state
 from keras_clones.devices.placement import Clone
 from keras_clones.exchange import laying_out
 from keras_clones.exchange.batch_norm import synchronized_layers
-from keras_clones.options import StepOptions
+from keras_clones.plan.options import StepOptions
 from keras_clones.runs import Ran, compare_state, compare_values, rounding
 from keras_clones.tensors import sharding
 from keras_clones.undone import left_as_it_is, through

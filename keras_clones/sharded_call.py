@@ -8,24 +8,16 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_clones import (
-    _keras,
-    _tf,
-    call_tower,
-    exactness,
-    inexact,
-    looks,
-    pullback,
-    whole,
-)
+from keras_clones import _keras, _tf, call_tower, looks, pullback
 from keras_clones.arguments import Arguments
-from keras_clones.build import build_by_call, resolve_jit_compile
 from keras_clones.clone import layer_losses, state
 from keras_clones.clone.tables import large_tables, looked_up_at_home
 from keras_clones.devices import balance, placement
 from keras_clones.exchange import bringing_home, laying_out, tracing
 from keras_clones.exchange.batch_norm import synchronized_layers
-from keras_clones.options import StepOptions
+from keras_clones.plan import exactness, inexact, whole
+from keras_clones.plan.build import build_by_call, resolve_jit_compile
+from keras_clones.plan.options import StepOptions
 from keras_clones.tensors import sharding
 
 

@@ -13,14 +13,15 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_clones import _keras, calls, combine, exactness, looks
+from keras_clones import _keras, calls, combine, looks
 from keras_clones.begin import Step, as_tensors, begin, unpack
 from keras_clones.clone.tables import looked_up_at_home
 from keras_clones.exchange import bringing_home, laying_out, tracing
-from keras_clones.options import StepOptions
+from keras_clones.plan import exactness
+from keras_clones.plan.options import StepOptions
+from keras_clones.plan.watch import Watch
 from keras_clones.tensors import sharding
 from keras_clones.tower import Tower
-from keras_clones.watch import Watch
 
 
 def train_step(model: keras.Model, options: StepOptions, data: Any) -> dict:

@@ -6,9 +6,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_clones import exactness
 from keras_clones.attach import deployment, watch_training
-from keras_clones.watch import Watch
+from keras_clones.plan import exactness
+from keras_clones.plan.watch import Watch
 
 
 class CloneSummaries(keras.callbacks.Callback):

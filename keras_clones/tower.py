@@ -20,7 +20,7 @@ from keras_clones.clone.inputs import (
 from keras_clones.clone.leftovers import kept_tensors
 from keras_clones.clone.scopes import CloneScope
 from keras_clones.clone.state import Changes, Variables
-from keras_clones.options import StepOptions
+from keras_clones.plan.options import StepOptions
 from keras_clones.tensors import sharding
 
 

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_clones import exactness
+from keras_clones.plan import exactness
 
 ROWS, CLASSES = 11, 3
 # What a metric of a kind is made with, and fed.

@@ -8,7 +8,7 @@ from keras import layers as L  # noqa: N812
 from keras import ops
 
 from keras_clones import clone_model, deployment, sharded_call
-from keras_clones.plan import plan_step
+from keras_clones.plan.plan import plan_step
 
 ROWS = 27
 

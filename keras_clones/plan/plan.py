@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import keras
 
-from keras_clones import exactness, whole
-from keras_clones.build import resolve_jit_compile
 from keras_clones.clone.tables import large_tables
 from keras_clones.exchange.batch_norm import synchronized_layers
-from keras_clones.options import StepOptions
+from keras_clones.plan import exactness, whole
+from keras_clones.plan.build import resolve_jit_compile
+from keras_clones.plan.options import StepOptions
 
 
 class Plan(NamedTuple):

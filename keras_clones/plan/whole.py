@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 import keras
 
-from keras_clones import _keras, operations
+from keras_clones import _keras
+from keras_clones.plan import operations
 
 Named = Sequence["str | keras.Layer | type"]
 

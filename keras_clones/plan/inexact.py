@@ -6,7 +6,7 @@ from typing import Any
 import keras
 
 from keras_clones import _keras
-from keras_clones.options import StepOptions
+from keras_clones.plan.options import StepOptions
 from keras_clones.warn import warn_or_refuse
 
 # Metrics whose state is a sum over rows.

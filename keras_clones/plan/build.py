@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from keras_clones import _keras
 from keras_clones.devices import placement
-from keras_clones.options import StepOptions
+from keras_clones.plan.options import StepOptions
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from keras_clones.clone.layer_losses import Kinds
 from keras_clones.clone.state import Policies
 from keras_clones.devices.balance import Balance
 from keras_clones.devices.placement import Clone
-from keras_clones.watch import Watch
+from keras_clones.plan.watch import Watch
 
 
 class StepOptions(NamedTuple):
