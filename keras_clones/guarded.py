@@ -7,7 +7,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_clones import _keras, looks, rows_apart, undone
+from keras_clones import _keras
+from keras_clones.calls import looks, rows_apart, undone
 from keras_clones.deployed import Deployment
 from keras_clones.exchange import errors
 from keras_clones.plan import exactness

@@ -13,8 +13,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_clones import _keras, calls, combine, looks
+from keras_clones import _keras, combine
 from keras_clones.begin import Step, as_tensors, begin, unpack
+from keras_clones.calls import calls, looks
 from keras_clones.clone.tables import looked_up_at_home
 from keras_clones.exchange import bringing_home, laying_out, tracing
 from keras_clones.plan import exactness

@@ -7,7 +7,8 @@ import tensorflow as tf
 from keras import layers as L  # noqa: N812
 from keras import ops
 
-from keras_clones import clone_model, deployment, sharded_call
+from keras_clones import clone_model, deployment
+from keras_clones.calls import sharded_call
 from keras_clones.plan.plan import plan_step
 
 ROWS = 27

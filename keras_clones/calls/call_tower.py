@@ -8,7 +8,8 @@ import keras
 import tensorflow as tf
 
 from keras_clones import _keras
-from keras_clones.arguments import TENSOR, Arguments
+from keras_clones.calls.arguments import TENSOR, Arguments
+from keras_clones.calls.joining import Joining
 from keras_clones.clone import layer_losses
 from keras_clones.clone.changes import by_rows, find_changes
 from keras_clones.clone.inputs import (
@@ -24,7 +25,6 @@ from keras_clones.clone.leftovers import kept_tensors
 from keras_clones.clone.scopes import CloneScope
 from keras_clones.clone.state import Changes, Variables
 from keras_clones.exchange import laying_out, outside, tracing
-from keras_clones.joining import Joining
 from keras_clones.plan.options import StepOptions
 from keras_clones.tensors import traced
 

@@ -7,7 +7,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_clones import _keras, call_tower
+from keras_clones import _keras
+from keras_clones.calls import call_tower
 from keras_clones.exchange import bringing_home, laying_out
 from keras_clones.tensors import sharding
 

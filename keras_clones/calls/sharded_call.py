@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_clones import _keras, _tf, call_tower, looks, pullback
-from keras_clones.arguments import Arguments
+from keras_clones import _keras, _tf
+from keras_clones.calls import call_tower, looks, pullback
+from keras_clones.calls.arguments import Arguments
 from keras_clones.clone import layer_losses, state
 from keras_clones.clone.tables import large_tables, looked_up_at_home
 from keras_clones.devices import balance, placement

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_clones import _tf, call_tower, joining
-from keras_clones.arguments import Arguments
-from keras_clones.call_tower import Body, CallTower, floating
+from keras_clones import _tf
+from keras_clones.calls import call_tower, joining
+from keras_clones.calls.arguments import Arguments
+from keras_clones.calls.call_tower import Body, CallTower, floating
 from keras_clones.exchange import bringing_home, laying_out, tracing
 from keras_clones.tensors import gradients, sharding, traced
 

@@ -16,7 +16,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_clones import _keras, sharded_call
+from keras_clones import _keras
+from keras_clones.calls import sharded_call
 from keras_clones.plan import build
 from keras_clones.plan.options import StepOptions
 

@@ -13,8 +13,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_clones import _keras, _tf, rows_apart
-from keras_clones.arguments import Arguments
+from keras_clones import _keras, _tf
+from keras_clones.calls import rows_apart
+from keras_clones.calls.arguments import Arguments
 from keras_clones.plan.options import StepOptions
 from keras_clones.warn import warn_or_refuse
 

@@ -11,16 +11,17 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_clones import _keras, _tf, call_tower
-from keras_clones.arguments import Arguments
+from keras_clones import _keras, _tf
+from keras_clones.calls import call_tower
+from keras_clones.calls.arguments import Arguments
+from keras_clones.calls.runs import Ran, compare_state, compare_values, rounding
+from keras_clones.calls.undone import left_as_it_is, through
 from keras_clones.clone import state
 from keras_clones.devices.placement import Clone
 from keras_clones.exchange import laying_out
 from keras_clones.exchange.batch_norm import synchronized_layers
 from keras_clones.plan.options import StepOptions
-from keras_clones.runs import Ran, compare_state, compare_values, rounding
 from keras_clones.tensors import sharding
-from keras_clones.undone import left_as_it_is, through
 
 # How many rows are looked at, and how many to be sure of what was found.
 _ROWS = 3
