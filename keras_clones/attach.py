@@ -7,13 +7,14 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_clones import _keras, checks, guarded, option_checks, steps
+from keras_clones import _keras, checks, guarded, option_checks
 from keras_clones.clone.state import model_variables
 from keras_clones.deployed import Deployment
 from keras_clones.devices import balance, placement
 from keras_clones.devices.config import DeploymentConfig
 from keras_clones.plan import exactness
 from keras_clones.plan.watch import Watch
+from keras_clones.step import steps
 
 _LOSSES = ("auto", "clones", "gather")
 _STEPS = ("train_step", "test_step", "predict_step")

@@ -13,16 +13,17 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_clones import _keras, combine
-from keras_clones.begin import Step, as_tensors, begin, unpack
+from keras_clones import _keras
 from keras_clones.calls import calls, looks
 from keras_clones.clone.tables import looked_up_at_home
 from keras_clones.exchange import bringing_home, laying_out, tracing
 from keras_clones.plan import exactness
 from keras_clones.plan.options import StepOptions
 from keras_clones.plan.watch import Watch
+from keras_clones.step import combine
+from keras_clones.step.begin import Step, as_tensors, begin, unpack
+from keras_clones.step.tower import Tower
 from keras_clones.tensors import sharding
-from keras_clones.tower import Tower
 
 
 def train_step(model: keras.Model, options: StepOptions, data: Any) -> dict:

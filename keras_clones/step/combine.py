@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_clones.begin import Step
 from keras_clones.clone.changes import Notes
 from keras_clones.devices import balance
 from keras_clones.exchange import bringing_home, laying_out, tracing
 from keras_clones.plan import inexact
+from keras_clones.step.begin import Step
+from keras_clones.step.tower import TowerOutput
 from keras_clones.tensors import sharding, traced
-from keras_clones.tower import TowerOutput
 
 
 class StepResult(NamedTuple):
