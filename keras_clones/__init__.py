@@ -6,13 +6,17 @@ from keras_clones.attach import (
     deployment,
     unclone_model,
 )
-from keras_clones.clones import PerClone, create_clones, split_batch
 from keras_clones.comparing import compare
 from keras_clones.comparison import Comparison
 from keras_clones.devices.config import DeploymentConfig
 from keras_clones.devices.placement import Clone, use_virtual_devices
 from keras_clones.model_deploy import DeployedModel, deploy
-from keras_clones.optimize import optimize_clones
+from keras_clones.model_deploy.clone_losses import optimize_clones
+from keras_clones.model_deploy.clones import (
+    PerClone,
+    create_clones,
+    split_batch,
+)
 from keras_clones.profiler import CloneProfiler
 from keras_clones.summaries import CloneSummaries
 

@@ -7,8 +7,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_clones import _keras, optimize
-from keras_clones.clones import (
+from keras_clones import _keras
+from keras_clones.devices import placement
+from keras_clones.devices.config import DeploymentConfig
+from keras_clones.model_deploy import clone_losses
+from keras_clones.model_deploy.clones import (
     Call,
     Clone,
     PerClone,
@@ -16,9 +19,7 @@ from keras_clones.clones import (
     call_clones,
     check_arguments,
 )
-from keras_clones.devices import placement
-from keras_clones.devices.config import DeploymentConfig
-from keras_clones.mirrors import rehearse
+from keras_clones.model_deploy.reads import rehearse
 from keras_clones.warn import warn
 
 
@@ -167,7 +168,7 @@ class Runner:
         moving = list(read)
         optimizer = self._optimizer
         if optimizer is not None:
-            optimize.check_loss(outputs)
+            clone_losses.check_loss(outputs)
             moving += optimizer.variables
             self._trained = (
                 _keras.optimized_variables(optimizer)
@@ -182,7 +183,7 @@ class Runner:
     def _train_step(self, args: list[Any], kwargs: dict[str, Any]) -> Run:
         clones = self._call_clones(args, kwargs)
         extra = self._extra_losses()
-        total, pairs = optimize.optimize_clones(
+        total, pairs = clone_losses.optimize_clones(
             clones, self._optimizer, extra, var_list=self._trained
         )
         run = self._describe(clones, extra, total)
@@ -202,14 +203,14 @@ class Runner:
 
     def _evaluate_step(self, args: list[Any], kwargs: dict[str, Any]) -> Run:
         clones = self._call_clones(args, kwargs)
-        if optimize.find_loss(clones[0].outputs) is None:
+        if clone_losses.find_loss(clones[0].outputs) is None:
             return self._describe(clones, None, None)
         extra = self._extra_losses()
-        regularization = optimize.regularization(
-            optimize.variables_of(clones), extra, self._home
+        regularization = clone_losses.regularization(
+            clone_losses.variables_of(clones), extra, self._home
         )
-        total = optimize.total_loss(
-            optimize.weighted_loss(clones), regularization, self._home
+        total = clone_losses.total_loss(
+            clone_losses.weighted_loss(clones), regularization, self._home
         )
         return self._describe(clones, extra, total)
 
@@ -222,11 +223,13 @@ class Runner:
         return list(losses()) if callable(losses) else losses
 
     def _describe(self, clones: list[Clone], extra: Any, total: Any) -> Run:
-        losses = [optimize.find_loss(clone.outputs) for clone in clones]
+        losses = [clone_losses.find_loss(clone.outputs) for clone in clones]
         return Run(
             outputs=[clone.outputs for clone in clones],
             losses=[loss for loss in losses if loss is not None],
-            regularization=optimize.regularization([], extra or [], self._home),
+            regularization=clone_losses.regularization(
+                [], extra or [], self._home
+            ),
             total=total,
             gradients=[],
         )

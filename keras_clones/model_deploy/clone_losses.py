@@ -7,8 +7,11 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_clones import _keras, clone_gradients
-from keras_clones.clones import (
+from keras_clones import _keras
+from keras_clones.devices.config import CPU
+from keras_clones.exchange import bringing_home
+from keras_clones.model_deploy import clone_gradients
+from keras_clones.model_deploy.clones import (
     Clone,
     find_shares,
     layout_of,
@@ -16,8 +19,6 @@ from keras_clones.clones import (
     rows_of,
     scopes_of,
 )
-from keras_clones.devices.config import CPU
-from keras_clones.exchange import bringing_home
 from keras_clones.tensors import sharding
 
 

@@ -8,10 +8,10 @@ import tensorflow as tf
 
 from keras_clones import _keras
 from keras_clones.clone.changes import by_rows
-from keras_clones.clones import Clone, name_scope, scopes_of
 from keras_clones.devices import placement
 from keras_clones.exchange import bringing_home, laying_out
-from keras_clones.mirrors import MirrorScope
+from keras_clones.model_deploy.clones import Clone, name_scope, scopes_of
+from keras_clones.model_deploy.reads import MirrorScope
 from keras_clones.tensors import gradients, traced
 from keras_clones.tensors.traced import RowGradient
 

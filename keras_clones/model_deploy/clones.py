@@ -14,7 +14,7 @@ from keras_clones.clone import state, tables
 from keras_clones.devices import placement
 from keras_clones.devices.config import CPU, DeploymentConfig, check_integer
 from keras_clones.exchange import bringing_home, laying_out
-from keras_clones.mirrors import Mirrors, MirrorScope, rehearse
+from keras_clones.model_deploy.reads import Mirrors, MirrorScope, rehearse
 from keras_clones.tensors import sharding
 
 

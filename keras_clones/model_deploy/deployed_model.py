@@ -1,4 +1,4 @@
-"""TF-Slim's `model_deploy` for Keras: all its names, and `deploy`."""
+"""`deploy`: clones, an optimizer and what runs them, as TF-Slim has it."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -6,28 +6,13 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_clones.clones import (
+from keras_clones.devices.config import DeploymentConfig
+from keras_clones.model_deploy.clones import (
     Call,
     Clone,
-    PerClone,
     check_arguments,
-    create_clones,
-    split_batch,
 )
-from keras_clones.devices.config import DeploymentConfig
-from keras_clones.optimize import optimize_clones
-from keras_clones.runner import Runner
-
-__all__ = [
-    "Clone",
-    "DeployedModel",
-    "DeploymentConfig",
-    "PerClone",
-    "create_clones",
-    "deploy",
-    "optimize_clones",
-    "split_batch",
-]
+from keras_clones.model_deploy.runner import Runner
 
 
 class DeployedModel(NamedTuple):
