@@ -21,7 +21,7 @@ from keras_clones import (
     deployment,
     use_virtual_devices,
 )
-from keras_clones.timeline import PHASES
+from keras_clones.look.timeline import PHASES
 
 DOCS = pathlib.Path(__file__).parent
 PICTURES = DOCS / "pictures"

@@ -4,7 +4,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from keras_clones import benchmark, compare_command, machine
+from keras_clones import benchmark, compare_command
+from keras_clones.look import machine
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

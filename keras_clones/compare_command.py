@@ -10,11 +10,11 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_clones import picture
 from keras_clones.compare_config import CannotCopyError
 from keras_clones.comparing import compare
 from keras_clones.comparison import Comparison
 from keras_clones.devices import placement
+from keras_clones.look import picture
 
 
 def add_command(commands: Any) -> None:

@@ -9,8 +9,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_clones import _keras, compare_config, footprint
+from keras_clones import _keras, compare_config
 from keras_clones.compare_config import FLOATING, INSTEAD, CannotCopyError
+from keras_clones.look import footprint
 from keras_clones.plan import build, exactness
 
 

@@ -3,8 +3,9 @@
 import os
 from typing import Any
 
-from keras_clones import comparison_page, comparison_picture, picture, report
+from keras_clones import comparison_page, comparison_picture
 from keras_clones.comparison_records import Findings
+from keras_clones.look import picture, report
 
 
 class Comparison:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from keras_clones.comparison_records import Findings, Run, named
-from keras_clones.timeline import PHASES
+from keras_clones.look.timeline import PHASES
 
 # Below this, a logarithmic axis has no room: no difference at all.
 _LEAST = 1e-17

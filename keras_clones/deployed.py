@@ -7,11 +7,11 @@ from typing import Any
 
 import keras
 
-from keras_clones import footprint, picture, report
 from keras_clones.calls.looks import Looks
 from keras_clones.devices import balance
 from keras_clones.devices.config import DeploymentConfig, check_integer
 from keras_clones.devices.placement import Clone, short_name
+from keras_clones.look import footprint, picture, report
 from keras_clones.plan import watch
 from keras_clones.plan.options import StepOptions
 from keras_clones.tensors import sharding

@@ -5,10 +5,11 @@ from typing import Any
 
 import keras
 
-from keras_clones import _keras, footprint
+from keras_clones import _keras
 from keras_clones.clone.state import POLICIES
 from keras_clones.devices import placement
 from keras_clones.devices.config import DeploymentConfig
+from keras_clones.look import footprint
 from keras_clones.plan import whole
 
 _LAYER_LOSSES = ("mean", "sum")

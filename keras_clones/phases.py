@@ -9,7 +9,7 @@ import keras
 from keras_clones import _keras
 from keras_clones.attach import deployment
 from keras_clones.devices.placement import logical_devices, short_name
-from keras_clones.timeline import PIPELINE
+from keras_clones.look.timeline import PIPELINE
 
 WAITING = "waiting for input"
 # Name scopes of the step, outside of the clones' own.

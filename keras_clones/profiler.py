@@ -12,9 +12,10 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_clones import checks, timeline, trace
+from keras_clones import checks, trace
+from keras_clones.look import timeline
+from keras_clones.look.timeline import Event, Window
 from keras_clones.phases import find_places
-from keras_clones.timeline import Event, Window
 from keras_clones.verdict import Report, find_machine, make_report
 from keras_clones.warn import warn
 

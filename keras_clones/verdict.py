@@ -8,7 +8,14 @@ import keras
 
 from keras_clones.attach import deployment
 from keras_clones.devices.placement import logical_devices
-from keras_clones.timeline import PIPELINE, Event, Window, clip, intervals, join
+from keras_clones.look.timeline import (
+    PIPELINE,
+    Event,
+    Window,
+    clip,
+    intervals,
+    join,
+)
 
 # What can bound a step. A moment counts for the first that is going on.
 KINDS = {

@@ -13,16 +13,9 @@ import tensorflow as tf
 from keras import layers
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from keras_clones import (
-    CloneProfiler,
-    clone_model,
-    phases,
-    profiler,
-    timeline,
-    verdict,
-)
-from keras_clones.phases import WAITING, Places, classify
-from keras_clones.timeline import (
+from keras_clones import CloneProfiler, clone_model, phases, profiler, verdict
+from keras_clones.look import timeline
+from keras_clones.look.timeline import (
     PIPELINE,
     Event,
     Window,
@@ -30,6 +23,7 @@ from keras_clones.timeline import (
     join,
     typical,
 )
+from keras_clones.phases import WAITING, Places, classify
 from keras_clones.trace import STEP, Span, find_windows, place
 from keras_clones.verdict import (
     KINDS,

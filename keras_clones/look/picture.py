@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from keras_clones.devices.placement import Clone, short_name
-from keras_clones.footprint import Flow, Footprint
-from keras_clones.report import (
+from keras_clones.look.footprint import Flow, Footprint
+from keras_clones.look.report import (
     AT_HOME,
     flow_text,
     readable,
@@ -16,7 +16,7 @@ from keras_clones.report import (
     size_text,
     slots_text,
 )
-from keras_clones.timeline import PHASES
+from keras_clones.look.timeline import PHASES
 
 # All lengths are in inches. A tower's row holds two arrows and their labels.
 _ROW = 1.0

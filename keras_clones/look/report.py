@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from keras_clones.devices.placement import Clone, short_name, short_names
-from keras_clones.footprint import Flow, Footprint
+from keras_clones.look.footprint import Flow, Footprint
 
 UNKNOWN = "not known"
 # In place of the mirrors of a clone on the device of the variables: it reads
