@@ -1,15 +1,15 @@
 """Clones for Keras 3: a model's computation on every device of a machine."""
 
-from keras_clones.attach import (
+from keras_clones.comparing import compare
+from keras_clones.comparison import Comparison
+from keras_clones.devices.config import DeploymentConfig
+from keras_clones.devices.placement import Clone, use_virtual_devices
+from keras_clones.door.attach import (
     Deployment,
     clone_model,
     deployment,
     unclone_model,
 )
-from keras_clones.comparing import compare
-from keras_clones.comparison import Comparison
-from keras_clones.devices.config import DeploymentConfig
-from keras_clones.devices.placement import Clone, use_virtual_devices
 from keras_clones.model_deploy import DeployedModel, deploy
 from keras_clones.model_deploy.clone_losses import optimize_clones
 from keras_clones.model_deploy.clones import (

@@ -18,12 +18,12 @@ from keras_clones import (
     compare_run,
     compare_time,
 )
-from keras_clones.attach import clone_model
 from keras_clones.compare_copy import Source
 from keras_clones.compare_data import Batches
 from keras_clones.compare_run import Plain
 from keras_clones.comparison import Comparison
 from keras_clones.comparison_records import NOISE, Cause, Findings, Run, joined
+from keras_clones.door.attach import clone_model
 
 _NO_REPEAT = (
     "Plain Keras does not come to the same when it trains again, as where "

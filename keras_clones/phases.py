@@ -7,8 +7,8 @@ from typing import NamedTuple
 import keras
 
 from keras_clones import _keras
-from keras_clones.attach import deployment
 from keras_clones.devices.placement import logical_devices, short_name
+from keras_clones.door.attach import deployment
 from keras_clones.look.timeline import PIPELINE
 
 WAITING = "waiting for input"

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import keras
 
-from keras_clones.attach import deployment
 from keras_clones.devices.placement import logical_devices
+from keras_clones.door.attach import deployment
 from keras_clones.look.timeline import (
     PIPELINE,
     Event,

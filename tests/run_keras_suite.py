@@ -28,7 +28,7 @@ import pytest
 import tensorflow as tf
 
 import keras_clones
-from keras_clones import attach
+from keras_clones.door import attach
 
 SOURCE = pathlib.Path(keras.__file__).parent / "src"
 FILES = (

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 import keras_clones
-from keras_clones import deployed, model_deploy
+from keras_clones import model_deploy
+from keras_clones.door import deployed
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

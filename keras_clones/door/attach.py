@@ -7,11 +7,12 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_clones import _keras, checks, guarded, option_checks
+from keras_clones import _keras, checks
 from keras_clones.clone.state import model_variables
-from keras_clones.deployed import Deployment
 from keras_clones.devices import balance, placement
 from keras_clones.devices.config import DeploymentConfig
+from keras_clones.door import guarded, option_checks
+from keras_clones.door.deployed import Deployment
 from keras_clones.plan import exactness
 from keras_clones.plan.watch import Watch
 from keras_clones.step import steps

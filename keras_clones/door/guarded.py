@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from keras_clones import _keras
 from keras_clones.calls import looks, rows_apart, undone
-from keras_clones.deployed import Deployment
+from keras_clones.door.deployed import Deployment
 from keras_clones.exchange import errors
 from keras_clones.plan import exactness
 from keras_clones.tensors import sharding
