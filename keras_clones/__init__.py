@@ -1,5 +1,7 @@
 """Clones for Keras 3: a model's computation on every device of a machine."""
 
+from keras_clones.callbacks.profiler import CloneProfiler
+from keras_clones.callbacks.summaries import CloneSummaries
 from keras_clones.comparing import compare
 from keras_clones.comparison import Comparison
 from keras_clones.devices.config import DeploymentConfig
@@ -17,8 +19,6 @@ from keras_clones.model_deploy.clones import (
     create_clones,
     split_batch,
 )
-from keras_clones.profiler import CloneProfiler
-from keras_clones.summaries import CloneSummaries
 
 __version__ = "0.1.0"
 

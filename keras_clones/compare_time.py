@@ -13,13 +13,13 @@ import numpy as np
 import tensorflow as tf
 
 from keras_clones import compare_copy, compare_data, compare_run
+from keras_clones.callbacks.profiler import CloneProfiler
 from keras_clones.compare_copy import Source
 from keras_clones.compare_data import Batches
 from keras_clones.comparison_records import Run, joined
 from keras_clones.devices import placement
 from keras_clones.door.attach import clone_model, deployment
 from keras_clones.look import footprint, report
-from keras_clones.profiler import CloneProfiler
 
 # Steps between the first, which traces, and the first that is timed.
 _WARM_UP = 3

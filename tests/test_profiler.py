@@ -13,7 +13,17 @@ import tensorflow as tf
 from keras import layers
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from keras_clones import CloneProfiler, clone_model, phases, profiler, verdict
+from keras_clones import CloneProfiler, clone_model
+from keras_clones.callbacks import lanes, profiler, verdict
+from keras_clones.callbacks.lanes import WAITING, Places, classify
+from keras_clones.callbacks.trace import STEP, Span, find_windows, place
+from keras_clones.callbacks.verdict import (
+    KINDS,
+    Machine,
+    advise,
+    make_report,
+    with_another_clone,
+)
 from keras_clones.look import timeline
 from keras_clones.look.timeline import (
     PIPELINE,
@@ -22,15 +32,6 @@ from keras_clones.look.timeline import (
     chrome_trace,
     join,
     typical,
-)
-from keras_clones.phases import WAITING, Places, classify
-from keras_clones.trace import STEP, Span, find_windows, place
-from keras_clones.verdict import (
-    KINDS,
-    Machine,
-    advise,
-    make_report,
-    with_another_clone,
 )
 
 HOME, CLONE_0, CLONE_1 = "CPU:0 (variables)", "clone_0 on A", "clone_1 on B"
@@ -754,7 +755,7 @@ def test_room_for_clones_is_devices_or_idle_cores(monkeypatch):
         return [f"/device:{kind}:{i}" for i in range(4)]
 
     monkeypatch.setattr(verdict, "logical_devices", logical_devices)
-    monkeypatch.setattr(phases, "logical_devices", logical_devices)
+    monkeypatch.setattr(lanes, "logical_devices", logical_devices)
     assert verdict.find_machine(plain, busy=2.0) == Machine(1, 4.0)
     # On a GPU, a plain model's work is all there.
-    assert phases.find_places(plain).devices == {"GPU:0": "GPU:0"}
+    assert lanes.find_places(plain).devices == {"GPU:0": "GPU:0"}

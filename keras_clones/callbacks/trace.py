@@ -5,9 +5,15 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from keras_clones.callbacks.lanes import (
+    COPIES,
+    WAITING,
+    Places,
+    classify,
+    known,
+)
 from keras_clones.devices.placement import short_name
 from keras_clones.look.timeline import PIPELINE, Event, Window
-from keras_clones.phases import COPIES, WAITING, Places, classify, known
 
 # The name of the span around each call of the step function.
 STEP = "keras_clones/step"

@@ -12,11 +12,12 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_clones import checks, trace
+from keras_clones import checks
+from keras_clones.callbacks import trace
+from keras_clones.callbacks.lanes import find_places
+from keras_clones.callbacks.verdict import Report, find_machine, make_report
 from keras_clones.look import timeline
 from keras_clones.look.timeline import Event, Window
-from keras_clones.phases import find_places
-from keras_clones.verdict import Report, find_machine, make_report
 from keras_clones.warn import warn
 
 # What its files are called where nothing says it.

@@ -1,0 +1,5 @@
+"""What a user passes to `fit`.
+
+In: a training model, and TensorFlow's profile of its steps.
+Out: verdicts, timelines and summaries.
+"""
