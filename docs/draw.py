@@ -16,11 +16,11 @@ import numpy as np
 
 from keras_clones import (
     CloneProfiler,
-    benchmark_table,
     clone_model,
     deployment,
     use_virtual_devices,
 )
+from keras_clones.benchmark import results
 from keras_clones.look.timeline import PHASES
 
 DOCS = pathlib.Path(__file__).parent
@@ -213,9 +213,9 @@ def rows_of_table():
     rows = []
     for model, cells in lines:
         plain, *ratios = map(float, cells.split(" | "))
-        rows.append(benchmark_table.Row(model, "plain Keras", plain))
+        rows.append(results.Row(model, "plain Keras", plain))
         for peer, ratio in zip(peers, ratios, strict=True):
-            rows.append(benchmark_table.Row(model, peer, plain * ratio))
+            rows.append(results.Row(model, peer, plain * ratio))
     return rows
 
 
@@ -248,7 +248,7 @@ def main():
     PICTURES.mkdir(exist_ok=True)
     draw_by_towers()
     draw_by_calls()
-    benchmark_table.draw(rows_of_table(), PICTURES / "benchmark.png")
+    results.draw(rows_of_table(), PICTURES / "benchmark.png")
     draw_by_running()
 
 

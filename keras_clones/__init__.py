@@ -2,8 +2,8 @@
 
 from keras_clones.callbacks.profiler import CloneProfiler
 from keras_clones.callbacks.summaries import CloneSummaries
-from keras_clones.comparing import compare
-from keras_clones.comparison import Comparison
+from keras_clones.comparing.comparing import compare
+from keras_clones.comparing.comparison import Comparison
 from keras_clones.devices.config import DeploymentConfig
 from keras_clones.devices.placement import Clone, use_virtual_devices
 from keras_clones.door.attach import (
@@ -12,13 +12,13 @@ from keras_clones.door.attach import (
     deployment,
     unclone_model,
 )
-from keras_clones.model_deploy import DeployedModel, deploy
 from keras_clones.model_deploy.clone_losses import optimize_clones
 from keras_clones.model_deploy.clones import (
     PerClone,
     create_clones,
     split_batch,
 )
+from keras_clones.model_deploy.deployed_model import DeployedModel, deploy
 
 __version__ = "0.1.0"
 

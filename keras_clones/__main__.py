@@ -4,7 +4,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from keras_clones import benchmark, compare_command
+from keras_clones.benchmark import benchmark_command
+from keras_clones.comparing import compare_command
 from keras_clones.look import machine
 
 
@@ -24,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(required=True, metavar="command")
     compare_command.add_command(commands)
-    benchmark.add_command(commands)
+    benchmark_command.add_command(commands)
     machine.add_command(commands)
     options = parser.parse_args(arguments)
     return options.run(options)

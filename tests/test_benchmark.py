@@ -8,10 +8,10 @@ import sys
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from keras_clones import benchmark_cell, benchmark_run
-from keras_clones import benchmark_table as table
 from keras_clones.__main__ import main
-from keras_clones.benchmark_cell import Cell
+from keras_clones.benchmark import cell, processes
+from keras_clones.benchmark import results as table
+from keras_clones.benchmark.cell import Cell
 
 PLAIN = Cell("mlp", "plain")
 CLONES = Cell("mlp", "clones", 2)
@@ -41,8 +41,8 @@ def forbid(*_):
 
 @pytest.fixture
 def no_cells(monkeypatch):
-    monkeypatch.setattr(benchmark_run, "run_cell", forbid)
-    monkeypatch.setattr(benchmark_run, "run_pair", forbid)
+    monkeypatch.setattr(processes, "run_cell", forbid)
+    monkeypatch.setattr(processes, "run_pair", forbid)
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def fake_cells(monkeypatch):
             return {"error": "ValueError: not today"}
         return {**FIGURES, **({"bytes": 1024} if cell.transfers else {})}
 
-    monkeypatch.setattr(benchmark_run, "run_cell", run_cell)
+    monkeypatch.setattr(processes, "run_cell", run_cell)
 
 
 @pytest.mark.parametrize(
@@ -101,10 +101,12 @@ def test_bad_arguments_end_before_any_cell_runs(
 
 
 def test_more_clones_than_gpus_are_an_error(no_cells, monkeypatch, capsys):
-    from keras_clones import benchmark
+    from keras_clones.benchmark import benchmark_command
 
     monkeypatch.setattr(
-        benchmark.tf.config, "list_physical_devices", lambda kind: ["gpu"] * 2
+        benchmark_command.tf.config,
+        "list_physical_devices",
+        lambda kind: ["gpu"] * 2,
     )
     with pytest.raises(SystemExit) as end:
         main(["benchmark", "--clones", "1,4"])
@@ -179,7 +181,7 @@ def test_controls_run_for_the_models_that_have_one(
     fake_cells, monkeypatch, capsys
 ):
     pair = {"alone": 10.0, "together": [12.0, 11.0]}
-    monkeypatch.setattr(benchmark_run, "run_pair", lambda cell: pair)
+    monkeypatch.setattr(processes, "run_pair", lambda cell: pair)
     run("--clones", "1", "--against", "plain", "--control", "--repeat", "1")
     printed = capsys.readouterr()
     assert "cnn               10.00        12.00      1.20" in printed.out
@@ -189,14 +191,14 @@ def test_controls_run_for_the_models_that_have_one(
 def test_interruption_keeps_what_has_finished(
     fake_cells, monkeypatch, tmp_path, capsys
 ):
-    finish = benchmark_run.run_cell
+    finish = processes.run_cell
 
     def interrupted(cell):
         if cell.peer == "clones":
             raise KeyboardInterrupt
         return finish(cell)
 
-    monkeypatch.setattr(benchmark_run, "run_cell", interrupted)
+    monkeypatch.setattr(processes, "run_cell", interrupted)
     out = tmp_path / "run.json"
     assert run("--out", str(out)) == 130
     printed = capsys.readouterr()
@@ -213,7 +215,7 @@ def test_interruption_of_the_first_cell_prints_an_empty_table(
     def interrupted(cell):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(benchmark_run, "run_cell", interrupted)
+    monkeypatch.setattr(processes, "run_cell", interrupted)
     assert run() == 130
     assert capsys.readouterr().out.startswith("model  peer ")
 
@@ -303,17 +305,17 @@ def test_the_labels_of_a_picture_are_short(tmp_path):
 
 
 def test_what_remains_goes_by_the_last_time_or_the_mean():
-    assert benchmark_run.remaining({}, [PLAIN, CLONES]) == 0.0
+    assert processes.remaining({}, [PLAIN, CLONES]) == 0.0
     seconds = {PLAIN: 2.0, CLONES: 6.0}
-    assert benchmark_run.remaining(seconds, [CLONES, ONE, COPY]) == 14.0
+    assert processes.remaining(seconds, [CLONES, ONE, COPY]) == 14.0
 
 
 def test_plain_keras_and_clones_run_in_processes_of_their_own():
-    plain = benchmark_run.run_cell(PLAIN._replace(steps=2, transfers=True))
+    plain = processes.run_cell(PLAIN._replace(steps=2, transfers=True))
     assert plain["ms"] > 0 and plain["first"] > 0 and plain["memory"] > 0
     assert (plain["bytes"], plain["transfers"]) == (0, 0)
     cell = CLONES._replace(steps=2, transfers=True, threads=(1, 2))
-    clones = benchmark_run.run_cell(cell)
+    clones = processes.run_cell(cell)
     assert clones["ms"] > 0
     moved = clones["devices"]["/device:CPU:1"]
     # Parameters and half of a batch go, gradients come; little else does.
@@ -323,7 +325,7 @@ def test_plain_keras_and_clones_run_in_processes_of_their_own():
 
 
 def test_memory_is_that_of_the_process_and_not_of_its_parent():
-    code = "from keras_clones import benchmark_cell as cell\n"
+    code = "from keras_clones.benchmark import cell\n"
     code += "before = cell._peak_resident()\n"
     code += "held = bytearray(b'1') * (50 << 20)\n"
     code += "print(cell._peak_resident() - before)"
@@ -334,7 +336,7 @@ def test_memory_is_that_of_the_process_and_not_of_its_parent():
 
 
 def test_mirrored_strategy_runs_in_a_process_of_its_own():
-    mirrored = benchmark_run.run_cell(COPY._replace(steps=2))
+    mirrored = processes.run_cell(COPY._replace(steps=2))
     assert mirrored["ms"] > 0
     assert "bytes" not in mirrored
 
@@ -343,8 +345,8 @@ def test_a_cell_that_raises_says_the_last_line_of_why(monkeypatch, capsys):
     def measure(cell):
         raise RuntimeError("first line\nlast line\n")
 
-    monkeypatch.setattr(benchmark_cell, "measure", measure)
-    benchmark_cell.main(json.dumps(PLAIN._asdict()))
+    monkeypatch.setattr(cell, "measure", measure)
+    cell.main(json.dumps(PLAIN._asdict()))
     result = json.loads(capsys.readouterr().out)
     assert result == {"error": "RuntimeError: last line"}
 
@@ -364,12 +366,12 @@ def fake_process(monkeypatch, tmp_path):
 
 def test_a_process_that_crashes_or_hangs_says_so(fake_process, monkeypatch):
     fake_process("echo killed by the system >&2; exit 9")
-    assert benchmark_run.run_cell(PLAIN) == {
+    assert processes.run_cell(PLAIN) == {
         "error": "exit code 9: killed by the system"
     }
     fake_process("exec sleep 3600")
-    monkeypatch.setattr(benchmark_run, "_MOST_SECONDS", 0.2)
-    result = benchmark_run.run_cell(PLAIN)
+    monkeypatch.setattr(processes, "_MOST_SECONDS", 0.2)
+    result = processes.run_cell(PLAIN)
     assert result == {"error": "no result after 0.2 seconds"}
 
 
@@ -382,7 +384,7 @@ def test_a_pair_runs_alone_and_then_two_that_start_together(
         f"echo ready >> {log}; echo ready; read line; echo $line >> {log}; "
         "sleep 0.2; echo '{\"ms\": 5.0}'"
     )
-    pair = benchmark_run.run_pair(CONTROL)
+    pair = processes.run_pair(CONTROL)
     assert pair == {"alone": 5.0, "together": [5.0, 5.0]}
     assert log.read_text().split() == [
         "ready",
@@ -392,25 +394,25 @@ def test_a_pair_runs_alone_and_then_two_that_start_together(
         "go",
     ]
     fake_process("echo no room >&2; exit 3")
-    assert benchmark_run.run_pair(CONTROL)["error"] == "exit code 3: no room"
+    assert processes.run_pair(CONTROL)["error"] == "exit code 3: no room"
     fake_process('echo \'{"error": "ValueError: no"}\'')
-    assert benchmark_run.run_pair(CONTROL) == {"error": "ValueError: no"}
+    assert processes.run_pair(CONTROL) == {"error": "ValueError: no"}
 
 
 def test_the_stopwatch_waits_after_the_warm_up(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO("go\nrest"))
-    stopwatch = benchmark_cell.Stopwatch(wait=True)
-    for batch in range(benchmark_cell.WARM_UP + 3):
-        assert sys.stdin.tell() == (3 if batch > benchmark_cell.WARM_UP else 0)
+    stopwatch = cell.Stopwatch(wait=True)
+    for batch in range(cell.WARM_UP + 3):
+        assert sys.stdin.tell() == (3 if batch > cell.WARM_UP else 0)
         stopwatch.on_train_batch_end(batch)
     assert capsys.readouterr().out == "ready\n"
-    assert len(stopwatch.ends) == benchmark_cell.WARM_UP + 3
+    assert len(stopwatch.ends) == cell.WARM_UP + 3
     assert stopwatch.ends == sorted(stopwatch.ends)
 
 
 def test_every_model_fits_its_task():
-    for name, task in benchmark_cell.TASKS.items():
+    for name, task in cell.TASKS.items():
         model = task.make()
         assert model.input_shape == (None, *task.shape), name
         assert model.output_shape == (None, 10), name
-    assert benchmark_cell.TASKS["wide"].make().count_params() > 10_000_000
+    assert cell.TASKS["wide"].make().count_params() > 10_000_000

@@ -14,18 +14,10 @@ import pytest
 import tensorflow as tf
 from keras import layers
 
-from keras_clones import (
-    Comparison,
-    clone_model,
-    compare,
-    compare_data,
-    compare_history,
-    compare_time,
-    comparing,
-    deployment,
-)
+from keras_clones import Comparison, clone_model, compare, deployment
 from keras_clones.__main__ import main
 from keras_clones.clone import layer_losses, state
+from keras_clones.comparing import comparing, history, kept_batches, timing
 from keras_clones.devices import placement
 from keras_clones.tensors import sharding
 
@@ -54,7 +46,7 @@ def arrays(rows=ROWS):
 def untimed(monkeypatch):
     """Leave the timing out: it takes as long as all else."""
     monkeypatch.setattr(
-        compare_time,
+        timing,
         "time_runs",
         lambda source, batches, rows, runs, options: runs,
     )
@@ -329,21 +321,21 @@ class Batches(keras.utils.PyDataset):
 def test_what_fit_takes():
     x, y = arrays()
     data = tf.data.Dataset.from_tensor_slices((x, y)).batch(9)
-    expected = compare_data.read(x, y, 9, 3)
+    expected = kept_batches.read(x, y, 9, 3)
     batches = Batches()
     generator = (batch for batch in [*data.as_numpy_iterator(), "the next"])
     for given in (data, batches, generator, list(data).__iter__()):
-        found = compare_data.read(given, None, None, 3)
+        found = kept_batches.read(given, None, None, 3)
         for one, other in zip(expected.parts, found.parts, strict=True):
             for array, same in zip(one, other, strict=True):
                 np.testing.assert_array_equal(array, same)
         assert not found.fixed
-    assert compare_data.read(x, None, 9, 3).parts[0].shape == (9, 6)
-    assert len(compare_data.read([x, x], None, 9, 3).parts[0][0]) == 2
+    assert kept_batches.read(x, None, 9, 3).parts[0].shape == (9, 6)
+    assert len(kept_batches.read([x, x], None, 9, 3).parts[0][0]) == 2
     assert batches.read == [0, 1, 2]
     assert next(generator) == "the next"
     fixed = data.take(2).unbatch().batch(9, drop_remainder=True)
-    assert compare_data.read(fixed, None, None, 2).fixed
+    assert kept_batches.read(fixed, None, None, 2).fixed
 
 
 def test_a_generator_is_read_once(untimed):
@@ -357,22 +349,22 @@ def test_a_generator_is_read_once(untimed):
 
 def test_the_rows_of_batches_stay():
     x, y = arrays()
-    batches = compare_data.read(x, y, 10, 3)
-    served = list(compare_data.serve(batches))
+    batches = kept_batches.read(x, y, 10, 3)
+    served = list(kept_batches.serve(batches))
     assert [len(one) for one, _ in served] == [10, 10, 6]
     np.testing.assert_array_equal(np.concatenate([a for a, _ in served]), x)
     weighted = tf.data.Dataset.from_tensors(({"a": x}, None, y))
-    [part] = compare_data.serve(compare_data.read(weighted, None, None, 1))
+    [part] = kept_batches.serve(kept_batches.read(weighted, None, None, 1))
     assert part[1] is None and set(part[0]) == {"a"}
-    moved = compare_data.permuted(batches, 0)
+    moved = kept_batches.permuted(batches, 0)
     for (one, _), (other, _) in zip(batches.parts, moved.parts, strict=True):
         assert (one != other).any()
         np.testing.assert_array_equal(np.sort(one, 0), np.sort(other, 0))
     ragged = tf.data.Dataset.from_tensors(tf.ragged.constant([[1.0], [], [2]]))
-    read = compare_data.read(ragged, None, None, 1)
-    [part] = compare_data.serve(read)
+    read = kept_batches.read(ragged, None, None, 1)
+    [part] = kept_batches.serve(read)
     assert part.to_list() == [[1.0], [], [2.0]]
-    assert compare_data.permuted(read, 0) is None
+    assert kept_batches.permuted(read, 0) is None
 
 
 def world():
@@ -404,7 +396,7 @@ def test_the_model_stays_as_it_is(ends, monkeypatch, untimed):
         def add(self, values, logs):
             raise error
 
-        monkeypatch.setattr(compare_history.History, "add", add)
+        monkeypatch.setattr(history.History, "add", add)
         with pytest.raises((KeyboardInterrupt, kind)):
             compared(model)
     for one, other in zip(before, values(model), strict=True):
@@ -542,7 +534,7 @@ def test_more_that_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="go with arrays"):
         compared(classifier(), data, batch_size=10)
     with pytest.raises(ValueError, match="kept in memory"):
-        compare_data.read(x, y, 10, 3, limit=300)
+        kept_batches.read(x, y, 10, 3, limit=300)
     gpus = ["/device:GPU:0", "/device:GPU:1"]
     logical = placement.logical_devices
     monkeypatch.setattr(

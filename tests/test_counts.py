@@ -7,8 +7,8 @@ import pytest
 import tensorflow as tf
 
 from keras_clones import clone_model
+from keras_clones.benchmark.transfers import count_transfers, traffic
 from keras_clones.exchange import tracing
-from keras_clones.transfers import count_transfers, traffic
 
 HOME = "/device:CPU:0"
 CLONE = "/device:CPU:1"

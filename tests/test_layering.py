@@ -22,16 +22,17 @@ LIBRARIES = {"keras", "numpy", "tensorflow"}
 # What is imported inside of the functions that need it, if at all.
 LATE = {
     "matplotlib": {
-        *("benchmark_table", "comparison_picture", "picture", "timeline"),
+        *("benchmark/results", "comparing/drawing", "look/picture"),
+        "look/timeline",
     },
-    "IPython": {"report"},
+    "IPython": {"look/report"},
 }
 # What the commands need besides, as no module of the library does.
 COMMAND = {
     *("argparse", "datetime", "platform", "resource", "statistics"),
     "subprocess",
 }
-COMMANDS = ("__main__", "benchmark", "compare_command", "machine")
+COMMANDS = ("__main__", "benchmark/", "comparing/compare_", "look/machine")
 # The doors to private names are lists, one short function each.
 LISTS = {"_keras"}
 

@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 from keras_clones import clone_model, deployment
-from keras_clones.transfers import count_transfers, traffic
+from keras_clones.benchmark.transfers import count_transfers, traffic
 
 SIZES = [12, 7, 12, 2]
 CPUS = ["CPU:0", "CPU:1", "CPU:2"]

@@ -22,7 +22,7 @@ from keras_clones import (
     optimize_clones,
     split_batch,
 )
-from keras_clones.transfers import count_transfers, traffic
+from keras_clones.benchmark.transfers import count_transfers, traffic
 
 CPUS = [f"CPU:{i}" for i in range(8)]
 

@@ -19,10 +19,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 import keras_clones
 from keras_clones import clone_model, deployment
 from keras_clones.__main__ import main
+from keras_clones.benchmark.transfers import count_transfers, traffic
 from keras_clones.devices import placement
 from keras_clones.look import picture
 from keras_clones.look.report import Page, Table, readable
-from keras_clones.transfers import count_transfers, traffic
 
 CPUS = [f"CPU:{i}" for i in range(8)]
 

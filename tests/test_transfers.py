@@ -6,7 +6,12 @@ import pytest
 import tensorflow as tf
 
 from keras_clones import clone_model
-from keras_clones.transfers import Traffic, Transfer, count_transfers, traffic
+from keras_clones.benchmark.transfers import (
+    Traffic,
+    Transfer,
+    count_transfers,
+    traffic,
+)
 
 HERE, THERE = "/device:CPU:0", "/device:CPU:1"
 

@@ -9,11 +9,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_clones import _keras, compare_copy, compare_data
-from keras_clones.compare_copy import Source
-from keras_clones.compare_data import Batches
-from keras_clones.compare_history import History, Recorder, as_numbers
-from keras_clones.comparison_records import NOISE, Difference
+from keras_clones import _keras
+from keras_clones.comparing import copies, kept_batches
+from keras_clones.comparing.copies import Source
+from keras_clones.comparing.history import History, Recorder, as_numbers
+from keras_clones.comparing.kept_batches import Batches
+from keras_clones.comparing.records import NOISE, Difference
 
 # What is taken for rounding, by the type of numbers, as the package's own
 # tests do.
@@ -62,7 +63,7 @@ def train(
     with _keras.made_in(dtype), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model.fit(
-            compare_data.serve(compare_data.cast(batches, dtype)),
+            kept_batches.serve(kept_batches.cast(batches, dtype)),
             epochs=1,
             verbose=0,
             shuffle=False,
@@ -87,11 +88,11 @@ def train_plain(source: Source, batches: Batches, dtype: str | None) -> Plain:
     where that alone changes far more than the last place does, the model goes
     by the order of its rows, and that is no rounding.
     """
-    model = compare_copy.copy_of(source, dtype)
+    model = copies.copy_of(source, dtype)
     history = History()
     train(model, batches, Recorder(history.add), dtype)
-    compare_copy.check_complete(model, source)
-    found = compare_copy.variables(model)
+    copies.check_complete(model, source)
+    found = copies.variables(model)
     names, kinds = _labels(source, found, history)
     drew = _what_drew(source, found, history)
     seed = _keras.global_seed_state().numpy()
@@ -103,8 +104,8 @@ def train_plain(source: Source, batches: Batches, dtype: str | None) -> Plain:
         again = model
         if len(source.state) != len(found):
             # What it made in its first step cannot be reset.
-            again = compare_copy.copy_of(source, dtype)
-        compare_copy.restore(again, source)
+            again = copies.copy_of(source, dtype)
+        copies.restore(again, source)
         change(again)
         return train_against(again, data, history, dtype)[0]
 
@@ -114,7 +115,7 @@ def train_plain(source: Source, batches: Batches, dtype: str | None) -> Plain:
     ]
     own = np.maximum.reduce(parts)
     by_order = False
-    shuffled = compare_data.permuted(batches, seed=0)
+    shuffled = kept_batches.permuted(batches, seed=0)
     if shuffled is not None and not drew and not unseeded:
         moved = spread(lambda m: None, shuffled)
         by_order = bool((moved > _limits(own, floor)).any())

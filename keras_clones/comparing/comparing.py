@@ -8,21 +8,21 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_clones import (
-    checks,
-    compare_advice,
-    compare_causes,
-    compare_check,
-    compare_copy,
-    compare_data,
-    compare_run,
-    compare_time,
+from keras_clones import checks
+from keras_clones.comparing import (
+    advice,
+    check,
+    copies,
+    explaining,
+    kept_batches,
+    timing,
+    training,
 )
-from keras_clones.compare_copy import Source
-from keras_clones.compare_data import Batches
-from keras_clones.compare_run import Plain
-from keras_clones.comparison import Comparison
-from keras_clones.comparison_records import NOISE, Cause, Findings, Run, joined
+from keras_clones.comparing.comparison import Comparison
+from keras_clones.comparing.copies import Source
+from keras_clones.comparing.kept_batches import Batches
+from keras_clones.comparing.records import NOISE, Cause, Findings, Run, joined
+from keras_clones.comparing.training import Plain
 from keras_clones.door.attach import clone_model
 
 _NO_REPEAT = (
@@ -38,7 +38,7 @@ def compare(
     y: Any = None,
     *,
     batch_size: int | None = None,
-    num_clones: Sequence[int] = compare_check.NUM_CLONES,
+    num_clones: Sequence[int] = check.NUM_CLONES,
     steps: int = 10,
     dtype: str | None = None,
     verbose: int = 1,
@@ -105,17 +105,15 @@ def compare(
     True
     """
     checks.check_backend()
-    counts = compare_check.check(
-        num_clones, batch_size, steps, dtype, verbose, options
-    )
+    counts = check.check(num_clones, batch_size, steps, dtype, verbose, options)
     if isinstance(model, keras.Model):
-        compare_copy.check_compiled(model)
+        copies.check_compiled(model)
     say = print if verbose else _say_nothing
-    batches = compare_data.read(x, y, batch_size, steps)
-    with compare_copy.keeping_global_state(), warnings.catch_warnings():
+    batches = kept_batches.read(x, y, batch_size, steps)
+    with copies.keeping_global_state(), warnings.catch_warnings():
         # What copies warn of is evidence, and not for the user to act on.
         warnings.simplefilter("ignore")
-        source = compare_copy.find_source(model, batches.parts[0])
+        source = copies.find_source(model, batches.parts[0])
         return Comparison(
             _compare(source, batches, counts, dtype, options, say)
         )
@@ -149,26 +147,24 @@ def _compare(
     differing = next((run for run in runs if run.wrong), None)
     causes: list[Cause] = []
     if differing is not None:
-        model = compare_copy.copy_of(source, exact)
-        causes = compare_causes.find(model, differing, plain, options)
+        model = copies.copy_of(source, exact)
+        causes = explaining.find(model, differing, plain, options)
         runs, causes = _mend(runs, differing, causes, train)
     say("Timing a step of each, in turns.")
     rows = _num_rows(batches.parts[0])
     noted = [batches.note, note, "" if plain.repeats else _NO_REPEAT]
-    timed = compare_time.time_runs(
-        source, batches, rows, [Run(0), *runs], options
-    )
+    timed = timing.time_runs(source, batches, rows, [Run(0), *runs], options)
     named_type = exact or keras.config.floatx()
     return Findings(
         runs=tuple(timed),
         causes=tuple(causes),
-        explained=bool(differing) and compare_advice.explains(causes),
-        advice=compare_advice.advise(timed, options),
+        explained=bool(differing) and advice.explains(causes),
+        advice=advice.advise(timed, options),
         dtype=named_type,
-        judged=compare_advice.how_judged(named_type, plain),
+        judged=advice.how_judged(named_type, plain),
         notes=tuple(filter(None, noted)),
         rows=rows,
-        versions=compare_advice.versions(),
+        versions=advice.versions(),
         options={key: repr(value) for key, value in options.items()},
     )
 
@@ -186,8 +182,8 @@ def _mend(
         done.append(train(differing.num_clones, more))
         return done[-1]
 
-    causes = compare_causes.attempt(causes, attempt)
-    mends = compare_causes.mending(causes)
+    causes = explaining.attempt(causes, attempt)
+    mends = explaining.mending(causes)
     if not mends:
         return runs, causes
     for run in [run for run in runs if run.wrong]:
@@ -210,9 +206,9 @@ def _train_plain(
         what to note of it.
     """
     if dtype == "float32":
-        return compare_run.train_plain(source, batches, None), None, ""
+        return training.train_plain(source, batches, None), None, ""
     try:
-        plain = compare_run.train_plain(source, batches, "float64")
+        plain = training.train_plain(source, batches, "float64")
         return plain, "float64", ""
     except (tf.errors.ResourceExhaustedError, MemoryError):
         raise
@@ -220,11 +216,11 @@ def _train_plain(
         if dtype == "float64":
             raise ValueError(
                 "Expected a model that trains in float64. Received: one that "
-                f"does not ({compare_run.first_line(error)}). Pass "
+                f"does not ({training.first_line(error)}). Pass "
                 "`dtype='float32'` to judge it in its own type."
             ) from error
-        reason = compare_run.first_line(error)
-    plain = compare_run.train_plain(source, batches, None)
+        reason = training.first_line(error)
+    plain = training.train_plain(source, batches, None)
     note = f"Judged in the model's own type, since float64 fails: {reason}"
     return plain, None, note
 
@@ -239,24 +235,24 @@ def _train_clones(
 ) -> Run:
     """Train a number of clones, and judge them by plain Keras."""
     try:
-        model = compare_copy.copy_of(source, dtype)
+        model = copies.copy_of(source, dtype)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             clone_model(model, num_clones=n, **options)
-        found, warned = compare_run.train_against(
+        found, warned = training.train_against(
             model, batches, plain.history, dtype
         )
     except Exception as error:
-        return Run(n, failed=compare_run.why_failed(error))
+        return Run(n, failed=training.why_failed(error))
     told = (plain.limits < NOISE) | (found > plain.limits)
     beyond = (np.where(told, found, 0.0) / plain.limits).argmax(axis=1)
     at = np.arange(len(found)), beyond
     return Run(
         n,
-        differences=compare_run.judge(plain, found),
+        differences=training.judge(plain, found),
         by_step=tuple(found[at].tolist()),
         limits=tuple(plain.limits[at].tolist()),
-        warnings=(*compare_run.texts(caught), *warned),
+        warnings=(*training.texts(caught), *warned),
     )
 
 

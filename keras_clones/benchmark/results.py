@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from keras_clones.benchmark_cell import Cell
+from keras_clones.benchmark.cell import Cell
 
 Results = Mapping[Cell, Sequence[Mapping[str, Any]]]
 

@@ -9,8 +9,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_clones import _keras, compare_config
-from keras_clones.compare_config import FLOATING, INSTEAD, CannotCopyError
+from keras_clones import _keras
+from keras_clones.comparing import by_config
+from keras_clones.comparing.by_config import FLOATING, INSTEAD, CannotCopyError
 from keras_clones.look import footprint
 from keras_clones.plan import build, exactness
 
@@ -58,7 +59,7 @@ def find_source(model: Any, batch: Any) -> Source:
     """
     if isinstance(model, keras.Model):
         check_compiled(model)
-        make = compare_config.copier(model)
+        make = by_config.copier(model)
     elif callable(model):
         make = _maker(model)
     else:

@@ -7,9 +7,10 @@ from typing import Any
 
 import keras
 
-from keras_clones import _keras, compare_copy
-from keras_clones.compare_run import Plain
-from keras_clones.comparison_records import Cause, Run, joined
+from keras_clones import _keras
+from keras_clones.comparing import copies
+from keras_clones.comparing.records import Cause, Run, joined
+from keras_clones.comparing.training import Plain
 
 # The names in a warning of this package, such as "Layers ['a', 'b'] ...".
 _NAMES = re.compile(r"\[[^\]]*\]")
@@ -98,7 +99,7 @@ def mending(causes: Sequence[Cause]) -> dict[str, Any]:
 def _place(model: keras.Model, run: Run, plain: Plain) -> int | None:
     """Return the place of the layer that has the first wrong variable."""
     index = plain.names.index(run.wrong[0].name)
-    found = compare_copy.variables(model)
+    found = copies.variables(model)
     if index >= len(found):
         return None
     for place, layer in enumerate(_keras.layers(model)):
@@ -133,7 +134,7 @@ def _drawing(
     known = options.get("random") == "global" or options.get("exact")
     if known or not plain.draws:
         return []
-    variables = compare_copy.variables(model)
+    variables = copies.variables(model)
     states = {id(variables[i]) for i in plain.drew}
     names = [
         layer.name

@@ -13,10 +13,10 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_clones import benchmark_run
-from keras_clones import benchmark_table as table
-from keras_clones.benchmark_cell import Cell
-from keras_clones.benchmark_models import TASKS
+from keras_clones.benchmark import processes
+from keras_clones.benchmark import results as table
+from keras_clones.benchmark.cell import Cell
+from keras_clones.benchmark.models import TASKS
 
 PEERS = ("plain", "mirrored", "central")
 REDUCTIONS = (
@@ -158,16 +158,16 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     if options.clones is None:
         options.clones = [n for n in (1, 2, 4, 8) if not most or n <= most]
     if "mirrored" in options.against and not gpus:
-        benchmark_run.say(
+        processes.say(
             "There is no GPU: NcclAllReduce, which needs them, is left out."
         )
     cells = make_cells(options, gpus)
     results: dict[Cell, list[dict]] = {}
     code = 0
     try:
-        benchmark_run.measure(cells, options.repeat, results)
+        processes.measure(cells, options.repeat, results)
     except KeyboardInterrupt:
-        benchmark_run.say("Interrupted. These cells have finished:")
+        processes.say("Interrupted. These cells have finished:")
         code = 130
     print(table.plain_text(results))
     print(f"\n{_LEGEND}")

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from keras_clones.comparison_records import Findings, Run, named
+from keras_clones.comparing.records import Findings, Run, named
 from keras_clones.look.timeline import PHASES
 
 # Below this, a logarithmic axis has no room: no difference at all.

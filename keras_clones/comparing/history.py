@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_clones import compare_copy
+from keras_clones.comparing import copies
 
 # Bytes of what plain Keras came to that are kept in memory.
 _LIMIT = 1 << 30
@@ -59,7 +59,7 @@ class Recorder(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
         """Read the variables: they have been updated by now."""
-        found = compare_copy.variables(self.model)
+        found = copies.variables(self.model)
         values = [as_numbers(v.numpy()) for v in found]
         self.record(values, _numbers_in(logs or {}))
 

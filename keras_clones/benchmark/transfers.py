@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from keras_clones import _tf
-from keras_clones.joined_graph import join
+from keras_clones.benchmark.joined_graph import join
 
 
 class Transfer(NamedTuple):

@@ -10,9 +10,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_clones.compare_config import CannotCopyError
-from keras_clones.comparing import compare
-from keras_clones.comparison import Comparison
+from keras_clones.comparing.by_config import CannotCopyError
+from keras_clones.comparing.comparing import compare
+from keras_clones.comparing.comparison import Comparison
 from keras_clones.devices import placement
 from keras_clones.look import picture
 

@@ -13,10 +13,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_clones.benchmark_models import CLASSES, TASKS, Task
+from keras_clones.benchmark.models import CLASSES, TASKS, Task
+from keras_clones.benchmark.transfers import count_transfers, traffic
 from keras_clones.devices.placement import logical_devices, use_virtual_devices
 from keras_clones.door.attach import clone_model
-from keras_clones.transfers import count_transfers, traffic
 
 # Steps between the first, which traces, and the first that is timed.
 WARM_UP = 3

@@ -8,9 +8,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_clones import compare_run
-from keras_clones.compare_run import Plain
-from keras_clones.comparison_records import Advice, Cause, Run, joined, named
+from keras_clones.comparing import training
+from keras_clones.comparing.records import Advice, Cause, Run, joined, named
+from keras_clones.comparing.training import Plain
 
 # What is faster by less than this is as fast.
 _GAIN = 1.05
@@ -60,7 +60,7 @@ def how_judged(dtype: str, plain: Plain) -> str:
     """Say what counts as rounding."""
     text = (
         f"Judged in {dtype}. Rounding is what is within "
-        f"{compare_run.SPREAD} times the spread of plain Keras itself, from "
+        f"{training.SPREAD} times the spread of plain Keras itself, from "
         "weights that differ by one unit in the last place"
     )
     if plain.draws:

@@ -12,11 +12,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_clones import compare_copy, compare_data, compare_run
 from keras_clones.callbacks.profiler import CloneProfiler
-from keras_clones.compare_copy import Source
-from keras_clones.compare_data import Batches
-from keras_clones.comparison_records import Run, joined
+from keras_clones.comparing import copies, kept_batches, training
+from keras_clones.comparing.copies import Source
+from keras_clones.comparing.kept_batches import Batches
+from keras_clones.comparing.records import Run, joined
 from keras_clones.devices import placement
 from keras_clones.door.attach import clone_model, deployment
 from keras_clones.look import footprint, report
@@ -89,7 +89,7 @@ class Candidate:
         gpus = placement.logical_devices("GPU")
         before = {gpu: _memory(gpu, reset=True)["current"] for gpu in gpus}
         self.model = make()
-        data = compare_data.serve(batches)
+        data = kept_batches.serve(batches)
         self._data = data.cache().repeat().prefetch(2)
         self._at_once = self.model.steps_per_execution
         begin = time.perf_counter()
@@ -158,7 +158,7 @@ def time_runs(
     """Time plain Keras and the clones that trained, in turns."""
 
     def make(run: Run) -> keras.Model:
-        model = compare_copy.copy_of(source)
+        model = copies.copy_of(source)
         if not run.num_clones:
             return model
         asked = joined(options, run.options)
@@ -174,7 +174,7 @@ def time_runs(
             try:
                 candidates[i] = Candidate(functools.partial(make, run), batches)
             except (tf.errors.ResourceExhaustedError, MemoryError) as error:
-                found[i] = run._replace(failed=compare_run.why_failed(error))
+                found[i] = run._replace(failed=training.why_failed(error))
         take_turns(list(candidates.values()))
         for i, candidate in candidates.items():
             timing = candidate.timing(rows)

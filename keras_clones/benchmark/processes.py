@@ -10,8 +10,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from keras_clones import benchmark_table as table
-from keras_clones.benchmark_cell import Cell
+from keras_clones.benchmark import results as table
+from keras_clones.benchmark.cell import Cell
 
 # A peer that hangs must not stop the run.
 _MOST_SECONDS = 1200
@@ -93,7 +93,7 @@ def _started(cell: Cell) -> Iterator[Any]:
     paths = [str(package), os.environ.get("PYTHONPATH", "")]
     process = subprocess.Popen(
         [
-            *(sys.executable, "-m", "keras_clones.benchmark_cell"),
+            *(sys.executable, "-m", "keras_clones.benchmark.cell"),
             json.dumps(cell._asdict()),
         ],
         stdin=subprocess.PIPE,

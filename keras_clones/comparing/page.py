@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from keras_clones.comparison_records import (
+from keras_clones.comparing.records import (
     NOISE,
     Cause,
     Difference,

@@ -3,8 +3,8 @@
 import os
 from typing import Any
 
-from keras_clones import comparison_page, comparison_picture
-from keras_clones.comparison_records import Findings
+from keras_clones.comparing import drawing, page
+from keras_clones.comparing.records import Findings
 from keras_clones.look import picture, report
 
 
@@ -48,7 +48,7 @@ class Comparison:
 
     def summary(self) -> None:
         """Print what it came to; in a notebook it shows as HTML."""
-        report.show(comparison_page.page(self._findings))
+        report.show(page.page(self._findings))
 
     def plot(self, path: str | os.PathLike[str] = "comparison.png") -> None:
         """Draw the difference by step, and the time by number of clones.
@@ -65,14 +65,14 @@ class Comparison:
                 the file cannot be written.
         """
         path = picture.check_path(path)
-        comparison_picture.draw(self._findings).savefig(path)
+        drawing.draw(self._findings).savefig(path)
 
     def to_dict(self) -> dict[str, Any]:
         """Return all of it as dicts, lists, strings and numbers, for JSON."""
-        return comparison_page.as_dict(self._findings)
+        return page.as_dict(self._findings)
 
     def _repr_html_(self) -> str:
-        return comparison_page.page(self._findings)._repr_html_()
+        return page.page(self._findings)._repr_html_()
 
     def __repr__(self) -> str:
-        return repr(comparison_page.page(self._findings))
+        return repr(page.page(self._findings))
