@@ -136,7 +136,7 @@ def _model(cell: Cell, task: Task) -> keras.Model:
     if cell.peer in ("plain", "clones"):
         model = task.make()
         if cell.peer == "clones":
-            clone_model(model, num_clones=cell.clones)
+            clone_model(model, num_clones=cell.clones, **task.options)
         return _compiled(model)
     devices = (logical_devices("GPU") or logical_devices("CPU"))[: cell.clones]
     if cell.peer == "mirrored":

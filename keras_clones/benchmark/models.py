@@ -1,6 +1,6 @@
 """The models that the benchmark times, and what their data looks like."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import keras
@@ -14,7 +14,7 @@ class Task(NamedTuple):
 
     `shape` is that of an input, `batch` the rows of the global batch and
     `steps` how many are timed. Inputs are whole numbers below `ids`, or
-    `None` for numbers between 0 and 1.
+    `None` for numbers between 0 and 1. `options` are those of `clone_model`.
     """
 
     make: Callable[[], keras.Model]
@@ -22,6 +22,7 @@ class Task(NamedTuple):
     batch: int
     steps: int
     ids: int | None = None
+    options: Mapping[str, Any] = {}
 
 
 def mlp() -> keras.Model:
@@ -50,16 +51,20 @@ def cnn() -> keras.Model:
     return keras.Sequential(layers)
 
 
-def transformer() -> keras.Model:
+def transformer(dropout: float = 0.0) -> keras.Model:
     """Return a classifier of sequences with two encoder layers."""
     width = 128
     inputs = keras.Input((64,), dtype="int32")
     x = keras.layers.Embedding(1000, width)(inputs)
     for _ in range(2):
-        attended = keras.layers.MultiHeadAttention(4, width // 4)(x, x)
-        x = keras.layers.LayerNormalization()(x + attended)
+        attention = keras.layers.MultiHeadAttention(
+            4, width // 4, dropout=dropout
+        )
+        x = keras.layers.LayerNormalization()(x + attention(x, x))
         hidden = keras.layers.Dense(4 * width, "gelu")(x)
         hidden = keras.layers.Dense(width)(hidden)
+        if dropout:
+            hidden = keras.layers.Dropout(dropout)(hidden)
         x = keras.layers.LayerNormalization()(x + hidden)
     x = keras.layers.GlobalAveragePooling1D()(x)
     return keras.Model(inputs, keras.layers.Dense(CLASSES, "softmax")(x))
@@ -117,6 +122,81 @@ def own() -> keras.Model:
     return OwnStep(plain.inputs, plain.outputs)
 
 
+class MinibatchStd(keras.layers.Layer):
+    """Adds to each row how far the rows of the batch are apart.
+
+    Reference:
+
+    - [Karras et al., 2018](https://arxiv.org/abs/1710.10196), section 3.
+    """
+
+    def call(self, x: Any) -> Any:
+        """Return the rows with one feature more."""
+        spread = keras.ops.mean(keras.ops.std(x, axis=0))
+        return keras.ops.concatenate(
+            [x, keras.ops.zeros_like(x[:, :1]) + spread], axis=1
+        )
+
+
+class Gan(keras.Model):
+    """A GAN for 32 x 32 images whose critic sees how far rows are apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = keras.Sequential(
+            [
+                keras.Input((64,)),
+                keras.layers.Dense(8 * 8 * 64, "relu"),
+                keras.layers.Reshape((8, 8, 64)),
+                keras.layers.Conv2DTranspose(
+                    32, 4, 2, "same", activation="relu"
+                ),
+                keras.layers.Conv2DTranspose(3, 4, 2, "same"),
+            ]
+        )
+        self.critic = keras.Sequential(
+            [
+                keras.Input((32, 32, 3)),
+                keras.layers.Conv2D(32, 4, 2, "same", activation="relu"),
+                keras.layers.Conv2D(64, 4, 2, "same", activation="relu"),
+                keras.layers.Flatten(),
+                MinibatchStd(name="minibatch_std"),
+                keras.layers.Dense(1),
+            ]
+        )
+
+    def train_step(self, data: Any) -> dict:
+        """Train the critic and the generator on one batch."""
+        images, _ = data
+        noise = keras.random.normal((tf.shape(images)[0], 64))
+        with tf.GradientTape(persistent=True) as tape:
+            made = self.generator(noise, training=True)
+            fake, real = self.critic(made), self.critic(images)
+            critic_loss = tf.reduce_mean(fake - real)
+            generator_loss = -tf.reduce_mean(fake)
+        critic, generator = (
+            self.critic.trainable_variables,
+            self.generator.trainable_variables,
+        )
+        gradients = [
+            *tape.gradient(critic_loss, critic),
+            *tape.gradient(generator_loss, generator),
+        ]
+        self.optimizer.apply(gradients, [*critic, *generator])
+        return {"critic_loss": critic_loss, "generator_loss": generator_loss}
+
+
+# Twice each: as one device trains them, and with what differs by clone.
+_EXACT = {
+    "dropout": Task(lambda: transformer(0.1), (64,), 32, 40, 1000),
+    "dropout-global": Task(
+        lambda: transformer(0.1), (64,), 32, 40, 1000, {"random": "global"}
+    ),
+    "minibatch": Task(Gan, (32, 32, 3), 64, 30, options={"check_rows": False}),
+    "minibatch-whole": Task(
+        Gan, (32, 32, 3), 64, 30, options={"whole": ["minibatch_std"]}
+    ),
+}
 TASKS = {
     "mlp": Task(mlp, (784,), 256, 200),
     "cnn": Task(cnn, (32, 32, 3), 64, 40),
@@ -125,4 +205,5 @@ TASKS = {
     "wide": Task(wide, (784,), 64, 30),
     "embedding": Task(embedding, (16,), 256, 20, 200_000),
     "mobilenet": Task(mobilenet, (96, 96, 3), 32, 10),
+    **_EXACT,
 }
