@@ -53,15 +53,80 @@ def pytest_addoption(parser):
         action="store_true",
         help="also run the equivalence cases with clones compiled by XLA",
     )
+    parser.addoption(
+        "--full",
+        action="store_true",
+        help="also run the tests marked `full`: long ones, and more of a kind",
+    )
 
 
+def pytest_configure(config):
+    config.left_to_full = 0
+    config.pluginmanager.register(Left())
+
+
+class Left:
+    """Learns from the workers how many tests are left to `--full`."""
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node):
+        found = getattr(node, "workeroutput", {}).get("left_to_full", 0)
+        node.config.left_to_full = max(node.config.left_to_full, found)
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):
+        found = session.config.left_to_full
+        session.config.workeroutput["left_to_full"] = found
+
+
+def mark_full(items):
+    """Mark what `full_but` does not name as `full`."""
+    named, there = {}, {}
+    for item in items:
+        mark = item.get_closest_marker("full_but")
+        if mark:
+            test = item.nodeid.partition("[")[0]
+            named[test] = set(mark.args)
+            there.setdefault(test, set()).add(item.callspec.id)
+            if item.callspec.id not in mark.args:
+                item.add_marker(pytest.mark.full)
+    if any("::" in one for one in items[0].config.args):
+        # Of a test that is run by its case's name, there is that case alone.
+        return
+    for test, ids in named.items():
+        if unknown := ids - there[test]:
+            raise pytest.UsageError(
+                f"{test}: `full_but` names cases that are not there: "
+                f"{sorted(unknown)}. There are: {sorted(there[test])}."
+            )
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
+    if not items:
+        return
     if not config.getoption("--xla"):
         items[:] = [item for item in items if "by_xla" not in item.name]
+    mark_full(items)
+    # Who names a test by `file::test` gets it.
+    asked = config.getoption("--full") or config.getoption("-m")
+    asked = asked or any("::" in one for one in config.args)
+    if not asked:
+        left = [item for item in items if item.get_closest_marker("full")]
+        items[:] = [
+            item for item in items if not item.get_closest_marker("full")
+        ]
+        config.hook.pytest_deselected(items=left)
+        config.left_to_full = len(left)
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    """Print what the equivalence cases came to, and keep it if asked to."""
+    """Say what is left to `--full`, and what the equivalence cases came to."""
+    if config.left_to_full:
+        terminalreporter.write_line(
+            f"{config.left_to_full} tests are left to `python -m pytest --full`"
+        )
     found = {}
     for report in terminalreporter.getreports("passed"):
         for key, value in getattr(report, "user_properties", []):

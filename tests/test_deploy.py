@@ -233,7 +233,7 @@ def under_a_strategy():
             "takes the place",
         ),
         (cases.mlp, {"loss": "mean"}, ValueError, "must be one of"),
-        (cases.mlp, {"batch_norm": None}, ValueError, "must be one of"),
+        (cases.mlp, {"batch_norm": "none"}, ValueError, "must be one of"),
         (cases.mlp, {"jit_compile": "yes"}, ValueError, "must be one of"),
         (cases.mlp, {"layer_losses": "max"}, ValueError, "must be one of"),
         (under_a_strategy, {}, ValueError, "outside of every `tf.distribute`"),
