@@ -109,10 +109,10 @@ def pytest_collection_modifyitems(config, items):
     if not config.getoption("--xla"):
         items[:] = [item for item in items if "by_xla" not in item.name]
     mark_full(items)
+    options = ("--full", "--write-table", "-m")
+    asked = any(config.getoption(option) for option in options)
     # Who names a test by `file::test` gets it.
-    asked = config.getoption("--full") or config.getoption("-m")
-    asked = asked or any("::" in one for one in config.args)
-    if not asked:
+    if not asked and not any("::" in one for one in config.args):
         left = [item for item in items if item.get_closest_marker("full")]
         items[:] = [
             item for item in items if not item.get_closest_marker("full")

@@ -175,6 +175,7 @@ def test_state_is_named_and_mended(untimed):
     assert list(found.causes[0].mends["state"].values()) == ["sum"]
 
 
+@pytest.mark.full
 def test_two_causes_are_mended_together(untimed):
     model = classifier(
         layers.BatchNormalization(name="norm"), AddsSum(name="adds")
@@ -202,6 +203,7 @@ def test_layers_whose_rows_know_each_other_are_suspected(untimed):
         assert not found.explained and "please report" in repr(found)
 
 
+@pytest.mark.full
 def test_noise_is_no_difference(untimed):
     """A bias before a normalization has a gradient of rounding alone."""
     norm = layers.BatchNormalization(synchronized=True)
@@ -245,6 +247,7 @@ def test_a_tower_that_drops_a_regularizer(untimed, monkeypatch):
     assert not found.explained and "please report" in repr(found)
 
 
+@pytest.mark.full
 def test_shards_that_are_not_weighted(untimed, monkeypatch):
     def equal(shards):
         n = len(shards.sizes)
@@ -259,6 +262,7 @@ def test_shards_that_are_not_weighted(untimed, monkeypatch):
     assert not found.explained
 
 
+@pytest.mark.full
 def test_one_seed_for_all_clones(untimed, monkeypatch):
     monkeypatch.setattr(state, "offset_seeds", lambda states, i: list(states))
     model = classifier(layers.Dropout(0.4))
@@ -286,6 +290,7 @@ class Doubled(keras.Model):
         return {"own": loss}
 
 
+@pytest.mark.full_but("False")
 @pytest.mark.parametrize("built", [True, False])
 def test_own_steps(untimed, built):
     model = Doubled()
@@ -307,6 +312,7 @@ def test_a_model_that_is_not_built(untimed):
     assert len(found.runs[1].differences) == 4 + 2 + 1
 
 
+@pytest.mark.full
 def test_several_inputs_and_outputs(untimed):
     x, y = cases.arrays(ROWS)["two_by_two"]
     found = compared(cases.compiled("two_by_two"), x, y, batch_size=10)
@@ -347,6 +353,7 @@ def test_what_fit_takes():
     assert compare_data.read(fixed, None, None, 2).fixed
 
 
+@pytest.mark.full
 def test_a_generator_is_read_once(untimed):
     x, y = arrays(40)
     generator = ((x[i : i + 9], y[i : i + 9]) for i in range(0, 40, 9))
@@ -387,6 +394,7 @@ def world():
     )
 
 
+@pytest.mark.full_but("well", "interrupted")
 @pytest.mark.parametrize("ends", ["well", "interrupted", "failing"])
 def test_the_model_stays_as_it_is(ends, monkeypatch, untimed):
     keras.utils.set_random_seed(3)
@@ -417,6 +425,7 @@ def test_the_model_stays_as_it_is(ends, monkeypatch, untimed):
     assert len(list(iterator)) == 3
 
 
+@pytest.mark.full
 def test_training_goes_on_as_without(untimed):
     def trained(look):
         keras.backend.clear_session()
@@ -434,6 +443,7 @@ def test_training_goes_on_as_without(untimed):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.full
 def test_a_trained_model_goes_on_from_its_state(untimed):
     model = classifier()
     x, y = arrays()
@@ -603,6 +613,7 @@ def test_float64_that_cannot_be(untimed):
         compared(classifier(Casts()), dtype="float64")
 
 
+@pytest.mark.full
 def test_nothing_is_left_behind(untimed):
     gc.collect()
     before = sum(isinstance(o, keras.Model) for o in gc.get_objects())

@@ -114,7 +114,7 @@ def of_rows(*kinds, batch_norm=False, model=keras.Model):
     return model(inputs, layers.Dense(1)(x))
 
 
-def of_times():
+def of_times(recurrent=()):
     inputs = keras.Input((6, 4))
     x = layers.Dense(4)(inputs)
     x = layers.SpatialDropout1D(0.3, seed=2)(x)
@@ -122,12 +122,9 @@ def of_times():
     x = layers.GaussianDropout(0.3, seed=4)(x)
     x = layers.AlphaDropout(0.3, seed=5)(x)
     x = layers.Dropout(0.3, noise_shape=(None, 1, 4), seed=6)(x)
-    x = layers.LSTM(
-        4, dropout=0.2, recurrent_dropout=0.2, return_sequences=True, seed=7
-    )(x)
-    x = layers.GRU(
-        4, dropout=0.2, recurrent_dropout=0.2, return_sequences=True, seed=8
-    )(x)
+    for seed, kind in enumerate(recurrent, 7):
+        shares = {"dropout": 0.2, "recurrent_dropout": 0.2}
+        x = kind(4, **shares, return_sequences=True, seed=seed)(x)
     # The bias of keys has a gradient of nothing but rounding.
     attention = layers.MultiHeadAttention(
         2, 4, dropout=0.3, use_bias=False, seed=9
@@ -154,10 +151,10 @@ AUGMENTATIONS = (
 )
 
 
-def of_images():
+def of_images(augmentations=AUGMENTATIONS):
     inputs = keras.Input((8, 8, 3))
     x = inputs
-    for i, (name, arguments) in enumerate(AUGMENTATIONS):
+    for i, (name, arguments) in enumerate(augmentations):
         # Some came after Keras 3.12.
         if hasattr(layers, name):
             x = getattr(layers, name)(**arguments, seed=i)(x)
@@ -215,22 +212,27 @@ def compare(make, x, *, num_clones=(3,), compiled=None, steps=None, **options):
 ROWS = (Functions, NoiseShapes, Distributions, Axes, Inside)
 
 
+@pytest.mark.full_but("float64")
 def test_rows(floatx):
     compare(lambda: of_rows(*ROWS), X)
 
 
+@pytest.mark.full
 def test_any_number_of_clones(float64):
     compare(lambda: of_rows(NoiseShapes), X, num_clones=(1, 2, 4))
 
 
+@pytest.mark.full
 def test_rows_of_a_known_number(float64):
     compare(lambda: of_rows(*ROWS), X, steps=2)
 
 
+@pytest.mark.full
 def test_rows_gathered(float64):
     compare(lambda: of_rows(*ROWS), X, loss="gather")
 
 
+@pytest.mark.full
 def test_uneven_shares(float64):
     kinds = (Functions, Distributions)
     shares = [0.5, 0.1, 0.4]
@@ -241,17 +243,30 @@ def test_times(float64):
     compare(of_times, TIMES)
 
 
+@pytest.mark.full
+def test_recurrent_layers(float64):
+    kinds = (layers.LSTM, layers.GRU)
+    compare(lambda: of_times(kinds), TIMES)
+
+
 def test_images():
     """`RandomRotation` of Keras takes float32 only."""
+    compare(lambda: of_images(AUGMENTATIONS[:3]), IMAGES)
+
+
+@pytest.mark.full
+def test_all_augmentations():
     compare(of_images, IMAGES)
 
 
+@pytest.mark.full
 def test_compiled(float64):
     """Compiled draws are others, in plain Keras too."""
     options = {"compiled": {"jit_compile": True}, "jit_compile": True}
     compare(lambda: of_rows(Axes), X, **options)
 
 
+@pytest.mark.full_but("2")
 @pytest.mark.parametrize("steps", [None, 2])
 def test_own_step(steps, float64):
     def make():
@@ -260,6 +275,7 @@ def test_own_step(steps, float64):
     compare(make, X, steps=steps)
 
 
+@pytest.mark.full_but("clones-2")
 @pytest.mark.parametrize("steps", [None, 2])
 @pytest.mark.parametrize("loss", ["auto", "clones"])
 def test_synchronized(loss, steps, float64):
@@ -392,6 +408,7 @@ class Doubled(Drawing):
         return both[: ops.shape(x)[0]]
 
 
+@pytest.mark.full_but("Stateful-SeedGenerator", "Doubled-batch axis first")
 @pytest.mark.parametrize(
     ("kind", "remedy"),
     [

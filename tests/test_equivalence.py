@@ -44,6 +44,49 @@ ALSO_ON_2_AND_4 = (
     "step_shifts_weights_and_back",
     "table_of_constant_ids",
 )
+# Left to `--full`: of each of these kinds, other cases run by default.
+MORE_OF_A_KIND = (
+    "input_sparse_bags",
+    "input_texts_of_rank_1",
+    "layer_attention",
+    "layer_batch_norm_sync_subclassed",
+    "layer_batch_norm_sync_with_metrics",
+    "layer_batch_norm_synchronized",
+    "layer_int8_with_lora",
+    "layer_layer_normalization",
+    "layer_shared",
+    "layer_spectral_normalization_gathered",
+    "layer_without_jit",
+    "layer_xla",
+    "loss_added_mean",
+    "loss_masked_by_time_step",
+    "loss_masked_mean_with_sample_weight",
+    "loss_output_without_a_loss",
+    "loss_outputs_in_a_list",
+    "loss_reduction_none",
+    "loss_saturated_summed",
+    "losses_by_row",
+    "metrics_of_one_hot_classes",
+    "metrics_of_probabilities",
+    "optimizer_Adadelta",
+    "optimizer_Adagrad",
+    "optimizer_AdamW",
+    "optimizer_Adamax",
+    "optimizer_Ftrl",
+    "optimizer_Lion",
+    "optimizer_Muon",
+    "optimizer_Nadam",
+    "optimizer_RMSprop",
+    "optimizer_SGD",
+    "optimizer_embedding_gathered",
+    "optimizer_variables_without_a_gradient_gathered",
+    "step_assigns_weights_before_apply",
+    "step_calls_an_unbuilt_layer",
+    "step_of_a_gan_with_noise_and_gradient_penalty",
+    "step_of_a_subclass_that_replaces_a_layer",
+    "step_uses_one_of_two_outputs",
+    "table_of_constant_ids_by_take",
+)
 
 
 class Case(NamedTuple):
@@ -1902,6 +1945,13 @@ def test_case_by_xla(name, float64):
     compare(expected, received, CASES[name]().float64)
 
 
+DEFAULT = (
+    *(f"float64-{name}" for name in CASES if name not in MORE_OF_A_KIND),
+    *(f"float32-{name}" for name in ALSO_ON_2_AND_4),
+)
+
+
+@pytest.mark.full_but(*DEFAULT)
 @pytest.mark.parametrize("name", CASES)
 def test_case(name, floatx, record_property):
     tolerance = getattr(CASES[name](), floatx)

@@ -110,6 +110,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.full_but("sgd-False", "adam-True", "scaled-False")
 @pytest.mark.parametrize("built", [False, True])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_training_equals_one_device(float64, optimizer, built):
@@ -188,6 +189,7 @@ def sentences():
     )
 
 
+@pytest.mark.full_but("False-2-sgd", "True-3-adam")
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize("num_clones", [1, 2, 3])
 @pytest.mark.parametrize("deployed", [False, True])
@@ -376,6 +378,7 @@ def count_keras_step(model, num_clones, batches):
 NUMBERS = 24
 
 
+@pytest.mark.full_but("mlp-float32-2", "wide-float32-3", "lookup-int32-2")
 @pytest.mark.filterwarnings("ignore:Layers.*normalize")
 @pytest.mark.parametrize("num_clones", [1, 2, 3])
 @pytest.mark.parametrize(

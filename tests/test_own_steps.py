@@ -166,6 +166,7 @@ STEPS = {
 }
 
 
+@pytest.mark.full_but("super-3", "distilled-3", "synchronized-3")
 @pytest.mark.parametrize(
     ("name", "num_clones"), [("super", 1), *((name, 3) for name in STEPS)]
 )
@@ -734,6 +735,7 @@ class Decorated(Twice):
         return super().train_step(data)
 
 
+@pytest.mark.full_but("decorated", "several")
 @pytest.mark.parametrize(
     ("model_class", "arguments"),
     [

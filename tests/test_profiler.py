@@ -432,6 +432,7 @@ class Rows(layers.Layer):
         return x
 
 
+@pytest.mark.full
 def test_a_convnet_is_bound_by_compute(tmp_path):
     model = keras.Sequential(
         [
@@ -451,6 +452,7 @@ def test_a_convnet_is_bound_by_compute(tmp_path):
     assert "bound by compute" in report.verdict
 
 
+@pytest.mark.full
 def test_a_large_table_with_a_tiny_batch_is_bound_by_its_update(tmp_path):
     # Clones compute with a few rows of it. Adam updates all of them.
     table = layers.Embedding(200_000, 64)
@@ -464,6 +466,7 @@ def test_a_large_table_with_a_tiny_batch_is_bound_by_its_update(tmp_path):
     assert "larger batch" in report.verdict
 
 
+@pytest.mark.full
 def test_many_variables_hardly_used_are_bound_by_their_transfer(tmp_path):
     model = keras.Sequential([keras.Input((32,)), Rows(), layers.Dense(10)])
     model = compile_and_clone(model, 6, "sgd")

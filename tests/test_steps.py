@@ -38,6 +38,16 @@ def plain(name, floatx):
     return train(name, eagerly=floatx == "float32")
 
 
+@pytest.mark.full_but(
+    "float64-mlp-1",
+    "float64-mlp-3",
+    "float64-convnet-2",
+    "float64-two_by_two-3",
+    "float64-subclassed-4",
+    "float64-mlp-8",
+    "float32-mlp-3",
+    "float32-convnet-3",
+)
 @pytest.mark.parametrize("num_clones", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("name", cases.MODELS)
 def test_clones_train_the_same_model(name, num_clones, floatx):
@@ -73,6 +83,7 @@ def noisy():
     )
 
 
+@pytest.mark.full_but("float32")
 def test_one_clone_is_plain_keras_bit_for_bit(floatx):
     x, y = cases.arrays(40)["convnet"]
     trained = []
@@ -169,6 +180,7 @@ def assert_same(results, tolerance=1e-10):
     assert cases.difference(logs, clone_logs) < tolerance
 
 
+@pytest.mark.full_but("by row", "scalar", "weighted metric")
 @pytest.mark.parametrize(
     "compiled",
     [
@@ -287,6 +299,7 @@ def test_forcing_clones_where_it_is_not_exact_warns():
         model.train_on_batch(x, y)
 
 
+@pytest.mark.full_but("auto-compiled0", "gather-compiled2")
 @pytest.mark.parametrize(
     "compiled",
     [{"metrics": []}, {"metrics": {}}, {"weighted_metrics": [], "metrics": []}],
@@ -370,6 +383,7 @@ def test_on_batch_methods(float64):
         assert cases.difference(expected, received) < 1e-12
 
 
+@pytest.mark.full_but("pydataset")
 @pytest.mark.parametrize("kind", ["generator", "pydataset", "tf.data"])
 def test_kinds_of_data(kind, float64):
     x, y = cases.arrays(22)["mlp"]
@@ -476,6 +490,7 @@ def test_step_is_traced_once_a_signature():
     assert len(traces) == traced
 
 
+@pytest.mark.full_but("4")
 @pytest.mark.parametrize("num_clones", [1, 4])
 def test_first_step_is_traced_once(num_clones):
     model = cases.compiled("mlp")
@@ -489,6 +504,7 @@ def test_first_step_is_traced_once(num_clones):
     assert len(traces) == 1
 
 
+@pytest.mark.full_but("4")
 @pytest.mark.parametrize("num_clones", [1, 4])
 def test_first_own_step_is_traced_once(num_clones):
     """Also where it makes the variables of several optimizers and metrics."""
