@@ -217,6 +217,7 @@ def test_noise_is_no_difference(untimed):
     assert bias.limit > 1e-5
 
 
+@pytest.mark.full
 def test_mixed_precision_is_judged_in_its_own_type(untimed):
     keras.config.set_dtype_policy("mixed_bfloat16")
     try:

@@ -204,13 +204,13 @@ class Counter(keras.layers.Layer):
         return x * 2
 
 
-@pytest.mark.full_but("Model", "OwnStep")
+@pytest.mark.full_but("Model")
 @BOTH_STEPS
 def test_a_count_of_batches_is_that_of_one_device(kind, float64, strictly):
     assert_same(lambda: model_of(Counter(), kind))
 
 
-@pytest.mark.full_but("Model", "OwnStep")
+@pytest.mark.full_but("OwnStep")
 @BOTH_STEPS
 def test_a_count_of_rows_that_adds_up(kind, float64, strictly):
     assert_same(lambda: model_of(Counter("rows", "sum"), kind))
@@ -251,7 +251,7 @@ def mixed(kind):
 WITH_EMPTY = [0, 12, 0, 7, 2, 0]
 
 
-@pytest.mark.full_but("auto-3", "gather-3")
+@pytest.mark.full_but("auto-3")
 @pytest.mark.parametrize("num_clones", [1, 3])
 @pytest.mark.parametrize("loss", ["auto", "gather"])
 def test_a_batch_of_no_rows_changes_nothing(num_clones, loss, float64):
@@ -291,7 +291,7 @@ def regularized(kind):
     return make
 
 
-@pytest.mark.full_but("sum-OwnStep", "how1-Model")
+@pytest.mark.full_but("sum-OwnStep")
 @BOTH_STEPS
 @pytest.mark.parametrize("how", ["sum", {"total": "sum"}])
 def test_losses_that_are_sums_beside_activity_regularizers(
@@ -309,7 +309,7 @@ def sums_and_means(kind):
     return make
 
 
-@pytest.mark.full_but("Model", "OwnStep")
+@pytest.mark.full_but("Model")
 @BOTH_STEPS
 def test_losses_are_sums_or_means_by_layer(kind, float64, strictly):
     how = {"total": "sum", "average": "mean"}
@@ -368,12 +368,7 @@ KEEPERS = {
 
 
 @pytest.mark.full_but(
-    "mean-OwnStep",
-    "sum-Model",
-    "max-OwnStep",
-    "min-Model",
-    "first-OwnStep",
-    "first-Model",
+    "mean-OwnStep", "sum-Model", "max-OwnStep", "min-Model", "first-OwnStep"
 )
 @BOTH_STEPS
 @pytest.mark.parametrize("policy", KEEPERS)
