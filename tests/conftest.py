@@ -132,7 +132,8 @@ def pytest_terminal_summary(terminalreporter, config):
         for key, value in getattr(report, "user_properties", []):
             if key == "case":
                 name, precision, worst = value
-                found.setdefault(name, {})[precision] = worst
+                row = found.setdefault(name, {})
+                row[precision] = max(worst, row.get(precision, 0))
     if not found:
         return
     lines = [

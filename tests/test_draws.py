@@ -210,6 +210,7 @@ def compare(make, x, *, num_clones=(3,), compiled=None, steps=None, **options):
 
 
 ROWS = (Functions, NoiseShapes, Distributions, Axes, Inside)
+FUNCTIONS = (Functions, NoiseShapes)
 
 
 @pytest.mark.full_but("float64")
@@ -266,13 +267,14 @@ def test_compiled(float64):
     compare(lambda: of_rows(Axes), X, **options)
 
 
-@pytest.mark.full_but("2")
-@pytest.mark.parametrize("steps", [None, 2])
-def test_own_step(steps, float64):
-    def make():
-        return of_rows(Functions, NoiseShapes, model=PenaltyModel)
-
-    compare(make, X, steps=steps)
+@pytest.mark.full_but("in_short")
+@pytest.mark.parametrize(
+    ("steps", "kinds"),
+    [(2, [NoiseShapes]), (2, FUNCTIONS), (None, FUNCTIONS)],
+    ids=["in_short", "of_known_rows", "of_any_rows"],
+)
+def test_own_step(steps, kinds, float64):
+    compare(lambda: of_rows(*kinds, model=PenaltyModel), X, steps=steps)
 
 
 @pytest.mark.full_but("clones-2")
@@ -280,7 +282,7 @@ def test_own_step(steps, float64):
 @pytest.mark.parametrize("loss", ["auto", "clones"])
 def test_synchronized(loss, steps, float64):
     def make():
-        return of_rows(NoiseShapes, Axes, batch_norm=True)
+        return of_rows(NoiseShapes, batch_norm=True)
 
     compare(make, X, steps=steps, loss=loss, batch_norm="sync")
 
