@@ -79,6 +79,7 @@ def test_transfers_do_not_grow_with_the_number_of_small_variables():
     assert counted(2) == counted(12)
 
 
+@pytest.mark.full
 def test_graph_hardly_grows_with_the_clones():
     def nodes(num_clones):
         keras.backend.clear_session()

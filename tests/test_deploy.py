@@ -134,6 +134,7 @@ def test_no_warning_where_the_cpu_is_meant(arguments, no_gpu_is_news, recwarn):
     assert not recwarn.list
 
 
+@pytest.mark.full
 def test_whoever_makes_virtual_devices_needs_no_warning():
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", ALONE],

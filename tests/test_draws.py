@@ -294,6 +294,7 @@ def test_outside_of_a_graph(float64):
     compare(make, X, compiled={"run_eagerly": True})
 
 
+@pytest.mark.full
 def test_several_steps_at_once(float64):
     compare(lambda: of_rows(), X, compiled={"steps_per_execution": 2})
 
@@ -327,6 +328,7 @@ def test_fewer_rows_than_clones(float64):
     assert cases.difference(*found) < 1e-10
 
 
+@pytest.mark.full
 def test_sparse_rows(float64):
     def make():
         inputs = keras.Input((8,), sparse=True)

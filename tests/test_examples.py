@@ -22,6 +22,7 @@ def load(name):
     return module
 
 
+@pytest.mark.full
 def test_digits(tmp_path, capsys):
     digits = load("digits")
     accuracy = digits.train(3, 4, 64, tmp_path, verbose=0)

@@ -343,6 +343,7 @@ def profiled(model, data, path, steps=(2, 5), **kwargs):
     return callback
 
 
+@pytest.mark.full_but("lanes1")
 @pytest.mark.parametrize(
     "lanes", [["clone on CPU:1"], ["clone_0 on CPU:1", "clone_1 on CPU:2"]]
 )
@@ -480,6 +481,7 @@ def test_many_variables_hardly_used_are_bound_by_their_transfer(tmp_path):
     assert "mirror" not in report.phases["clone_0 on CPU:0"]
 
 
+@pytest.mark.full_but("map")
 @pytest.mark.parametrize("source", ["map", "generator"])
 def test_slow_data_bounds_the_step_by_input(source, tmp_path):
     data = rows(6, 8, 32, classes=10)
@@ -550,6 +552,7 @@ def test_a_compiled_clone_has_one_phase_for_both_passes(tmp_path):
         assert "forward" not in computed
 
 
+@pytest.mark.full
 def test_outputs_gathered_run_backward_in_the_clones(tmp_path):
     model = napping_model()
     clone_model(model, devices=["CPU:1", "CPU:2"], loss="gather")
@@ -666,6 +669,7 @@ def test_a_range_past_the_end_is_refused_where_the_end_is_known(
     assert callback.report.seconds > 0
 
 
+@pytest.mark.full_but("steps0")
 @pytest.mark.parametrize("steps", [(2, 9), (7, 9)])
 def test_a_range_past_an_unknown_end_warns(small, steps, tmp_path):
     model, x, y = small

@@ -240,16 +240,7 @@ def fit(make, rows=27, compiled=None, epochs=1, batch=10, **options):
     return model, [str(w.message) for w in found]
 
 
-@pytest.mark.full_but(
-    "rows",
-    "scores",
-    "gated",
-    "activation",
-    "model",
-    "cell",
-    "own_step",
-    "two",
-)
+@pytest.mark.full_but("scores", "gated", "model", "cell", "own_step", "two")
 @pytest.mark.parametrize("name", MIXING)
 def test_names_the_layer_that_mixes_rows(name):
     make, names = MIXING[name]
@@ -271,11 +262,9 @@ def test_names_it_outside_of_a_graph(name):
     "normalized-mixed_float16",
     "block-float32",
     "time_major-float32",
-    "row_cell-float32",
     "spectral-float32",
     "noise-float32",
     "mean-bfloat16",
-    "outer-float32",
     "own_step-float32",
 )
 @pytest.mark.parametrize("policy", ["float32", "mixed_float16", "bfloat16"])
