@@ -131,6 +131,7 @@ def test_batch_normalization_is_named_and_mended(untimed):
     assert "mends it" in text and "different" in text
 
 
+@pytest.mark.full
 def test_dropout_is_named(untimed):
     model = classifier(layers.Dropout(0.4, name="drop"))
     found = compared(model)
@@ -147,6 +148,7 @@ class AddsSum(layers.Layer):
         return x
 
 
+@pytest.mark.full
 def test_scalar_losses_are_named_and_mended(untimed):
     found = compared(classifier(AddsSum(name="adds")))
     cause = found.causes[0]
@@ -566,6 +568,7 @@ def test_more_that_is_refused(monkeypatch):
         compared(classifier(), num_clones=[1, 4])
 
 
+@pytest.mark.full
 def test_draws_that_cannot_be_repeated_are_told(untimed):
     class Draws(layers.Layer):
         def call(self, x):
@@ -646,31 +649,44 @@ def wrong():
 """
 
 
-def test_command(untimed, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def program(tmp_path, monkeypatch):
+    """Return the name of a module that makes models."""
     (tmp_path / "program_to_compare.py").write_text(PROGRAM)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     importlib.invalidate_caches()
-    name = "program_to_compare"
-    common = ["--clones", "1,2", "--batch-size", "10", "--steps", "2"]
-    assert main(["compare", f"{name}:make", *common, "--quiet"]) == 0
-    assert "Same: 1 clone and 2 clones" in capsys.readouterr().out
+    return "program_to_compare"
+
+
+COMMON = ("--clones", "1,2", "--batch-size", "10", "--steps", "2")
+
+
+def test_command(untimed, program, tmp_path, capsys):
     extra = ["--out", "found.json", "--plot", "found.png"]
-    assert main(["compare", f"{name}:normalized", *common, *extra]) == 1
+    assert main(["compare", f"{program}:normalized", *COMMON, *extra]) == 1
     assert "batch_norm='sync'" in capsys.readouterr().out
     assert json.loads((tmp_path / "found.json").read_text())["explained"]
     assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.full
+def test_command_of_what_is_the_same(untimed, program, capsys):
+    assert main(["compare", f"{program}:make", *COMMON, "--quiet"]) == 0
+    assert "Same: 1 clone and 2 clones" in capsys.readouterr().out
     option = ["--option", "batch_norm=sync", "--quiet"]
-    assert main(["compare", f"{name}:normalized", *common, *option]) == 0
-    capsys.readouterr()
+    assert main(["compare", f"{program}:normalized", *COMMON, *option]) == 0
+
+
+def test_command_says_what_is_wrong(program, capsys):
     for arguments, message in (
         (["no_such_module:make"], "cannot find"),
-        ([f"{name}:missing"], "cannot find"),
-        ([name], "expected module:function"),
-        ([f"{name}:wrong"], "a compiled model and its data"),
-        ([f"{name}:make", "--steps", "99"], "at least 99 batches"),
-        ([f"{name}:make", "--clones", "0"], "at least 1"),
-        ([f"{name}:make", "--option", "x"], "NAME=VALUE"),
+        ([f"{program}:missing"], "cannot find"),
+        ([program], "expected module:function"),
+        ([f"{program}:wrong"], "a compiled model and its data"),
+        ([f"{program}:make", "--steps", "99"], "at least 99 batches"),
+        ([f"{program}:make", "--clones", "0"], "at least 1"),
+        ([f"{program}:make", "--option", "x"], "NAME=VALUE"),
     ):
         with pytest.raises(SystemExit) as end:
             main(["compare", *arguments])

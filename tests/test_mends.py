@@ -216,11 +216,7 @@ def test_a_count_of_rows_that_adds_up(kind, float64, strictly):
     assert_same(lambda: model_of(Counter("rows", "sum"), kind))
 
 
-@pytest.mark.full_but(
-    "fit-Model",
-    "train_on_batch-OwnStep",
-    "drop_remainder-Model",
-)
+@pytest.mark.full_but("fit-Model", "train_on_batch-OwnStep")
 @BOTH_STEPS
 @pytest.mark.parametrize("how", ["fit", "train_on_batch", "drop_remainder"])
 def test_a_count_of_rows_is_warned_of(kind, how, float64):
@@ -413,7 +409,7 @@ def spectral():
     return keras.layers.SpectralNormalization(dense, power_iterations=2)
 
 
-@pytest.mark.full_but("Averaging-OwnStep", "spectral-Model")
+@pytest.mark.full_but("Averaging-OwnStep")
 @BOTH_STEPS
 @pytest.mark.parametrize("make_layer", [Averaging, spectral])
 def test_state_that_is_alike_in_all_clones_is_not_warned_of(
