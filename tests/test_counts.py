@@ -47,6 +47,7 @@ def bytes_of(variables):
     )
 
 
+@pytest.mark.full_but("metrics0-2", "None-4")
 @pytest.mark.parametrize("num_clones", [1, 2, 4])
 @pytest.mark.parametrize("metrics", [["accuracy"], None])
 def test_a_clone_gets_the_parameters_and_gives_the_gradients(

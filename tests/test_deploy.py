@@ -390,6 +390,7 @@ def homes(model):
     return {tf.DeviceSpec.from_string(v.value.device) for v in variables}
 
 
+@pytest.mark.full_but("lazily", "trained")
 @pytest.mark.parametrize("when", ["before", "after", "lazily", "trained"])
 def test_every_variable_lives_on_the_cpu(when):
     x, y = cases.arrays(9)["subclassed"]
@@ -455,6 +456,7 @@ def test_cloning_again_replaces_the_deployment(float64):
     assert unclone_model(model) is model
 
 
+@pytest.mark.full
 def test_jit_compile_in_compile_is_kept_off_the_step():
     x, y = cases.arrays(16)["mlp"]
     model = clone_model(cases.mlp(), 2)

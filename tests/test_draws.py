@@ -287,6 +287,7 @@ def test_synchronized(loss, steps, float64):
     compare(make, X, steps=steps, loss=loss, batch_norm="sync")
 
 
+@pytest.mark.full
 def test_outside_of_a_graph(float64):
     def make():
         return of_rows(Functions, Distributions, Inside)

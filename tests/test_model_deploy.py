@@ -190,7 +190,7 @@ def sentences():
     )
 
 
-@pytest.mark.full_but("False-2-sgd", "True-3-adam")
+@pytest.mark.full_but("True-3-adam")
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize("num_clones", [1, 2, 3])
 @pytest.mark.parametrize("deployed", [False, True])
@@ -379,7 +379,7 @@ def count_keras_step(model, num_clones, batches):
 NUMBERS = 24
 
 
-@pytest.mark.full_but("mlp-float32-2", "wide-float32-3", "lookup-int32-2")
+@pytest.mark.full_but("mlp-float32-2", "lookup-int32-2")
 @pytest.mark.filterwarnings("ignore:Layers.*normalize")
 @pytest.mark.parametrize("num_clones", [1, 2, 3])
 @pytest.mark.parametrize(

@@ -366,6 +366,7 @@ class Timed(keras.Model):
         return {**logs, "rate": self.optimizer.learning_rate.value}
 
 
+@pytest.mark.full
 def test_super_with_masks_and_losses_of_layers(float64):
     def make():
         ids = keras.Input((5,), dtype="int32")
@@ -546,7 +547,7 @@ def flowing():
     return model
 
 
-@pytest.mark.full_but("Critic", "flowing")
+@pytest.mark.full_but("flowing")
 @pytest.mark.parametrize("make", [Critic, Cyclic, flowing])
 def test_tapes_conditions_and_loops(make, float64):
     assert_alike(make, rows_of(reals(22, 6)))
