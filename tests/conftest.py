@@ -1,6 +1,7 @@
 """Logical CPU devices for the whole suite, made once, before TensorFlow."""
 
 import gc
+import itertools
 import os
 
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
@@ -14,10 +15,10 @@ from keras_clones import use_virtual_devices
 
 use_virtual_devices(8)
 tf.get_logger().setLevel("ERROR")
-# Each test starts with a full collection, in `clear_session`. What has been
-# imported by now stays: looking through it took a sixth of the tests' time.
+# What has been imported by now stays, and is not looked through again.
 gc.freeze()
 gc.set_threshold(50_000, 20, 20)
+STARTED = itertools.count(1)
 
 
 @pytest.fixture(params=["float64", "float32"])
@@ -38,8 +39,14 @@ def float64():
 
 @pytest.fixture(autouse=True)
 def _fresh_names():
-    """Let every test number its layers from zero."""
-    keras.backend.clear_session()
+    """Let every test number its layers from zero.
+
+    A collection of garbage takes 0.3 s once some hundred tests have run, so
+    that one a test took half of the time of all tests: here is one in ten.
+    """
+    keras.backend.clear_session(free_memory=False)
+    if next(STARTED) % 10 == 0:
+        gc.collect()
 
 
 def pytest_addoption(parser):
@@ -53,21 +60,87 @@ def pytest_addoption(parser):
         action="store_true",
         help="also run the equivalence cases with clones compiled by XLA",
     )
+    parser.addoption(
+        "--full",
+        action="store_true",
+        help="also run the tests marked `full`: long ones, and more of a kind",
+    )
 
 
+def pytest_configure(config):
+    config.left_to_full = 0
+    config.pluginmanager.register(Left())
+
+
+class Left:
+    """Learns from the workers how many tests are left to `--full`."""
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node):
+        found = getattr(node, "workeroutput", {}).get("left_to_full", 0)
+        node.config.left_to_full = max(node.config.left_to_full, found)
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):
+        found = session.config.left_to_full
+        session.config.workeroutput["left_to_full"] = found
+
+
+def mark_full(items):
+    """Mark what `full_but` does not name as `full`."""
+    named, there = {}, {}
+    for item in items:
+        mark = item.get_closest_marker("full_but")
+        if mark:
+            test = item.nodeid.partition("[")[0]
+            named[test] = set(mark.args)
+            there.setdefault(test, set()).add(item.callspec.id)
+            if item.callspec.id not in mark.args:
+                item.add_marker(pytest.mark.full)
+    if any("::" in one for one in items[0].config.args):
+        # Of a test that is run by its case's name, there is that case alone.
+        return
+    for test, ids in named.items():
+        if unknown := ids - there[test]:
+            raise pytest.UsageError(
+                f"{test}: `full_but` names cases that are not there: "
+                f"{sorted(unknown)}. There are: {sorted(there[test])}."
+            )
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
+    if not items:
+        return
     if not config.getoption("--xla"):
         items[:] = [item for item in items if "by_xla" not in item.name]
+    mark_full(items)
+    options = ("--full", "--write-table", "-m")
+    asked = any(config.getoption(option) for option in options)
+    # Who names a test by `file::test` gets it.
+    if not asked and not any("::" in one for one in config.args):
+        left = [item for item in items if item.get_closest_marker("full")]
+        items[:] = [
+            item for item in items if not item.get_closest_marker("full")
+        ]
+        config.hook.pytest_deselected(items=left)
+        config.left_to_full = len(left)
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    """Print what the equivalence cases came to, and keep it if asked to."""
+    """Say what is left to `--full`, and what the equivalence cases came to."""
+    if config.left_to_full:
+        terminalreporter.write_line(
+            f"{config.left_to_full} tests are left to `python -m pytest --full`"
+        )
     found = {}
     for report in terminalreporter.getreports("passed"):
         for key, value in getattr(report, "user_properties", []):
             if key == "case":
                 name, precision, worst = value
-                found.setdefault(name, {})[precision] = worst
+                row = found.setdefault(name, {})
+                row[precision] = max(worst, row.get(precision, 0))
     if not found:
         return
     lines = [

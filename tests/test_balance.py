@@ -42,6 +42,7 @@ def test_shards_go_by_the_shares_and_none_is_empty(rows, shares, expected):
     assert [int(size) for size in running] == expected
 
 
+@pytest.mark.full_but("mlp")
 @pytest.mark.parametrize("name", ["mlp", "two_by_two"])
 def test_uneven_shares_train_the_same_model(name, float64):
     x, y = arrays(40)[name]

@@ -310,13 +310,17 @@ def test_what_remains_goes_by_the_last_time_or_the_mean():
     assert processes.remaining(seconds, [CLONES, ONE, COPY]) == 14.0
 
 
-def test_plain_keras_and_clones_run_in_processes_of_their_own():
+@pytest.mark.full
+def test_plain_keras_runs_in_a_process_of_its_own():
     plain = processes.run_cell(PLAIN._replace(steps=2, transfers=True))
     assert plain["ms"] > 0 and plain["first"] > 0 and plain["memory"] > 0
     assert (plain["bytes"], plain["transfers"]) == (0, 0)
+
+
+def test_clones_run_in_a_process_of_their_own():
     cell = CLONES._replace(steps=2, transfers=True, threads=(1, 2))
     clones = processes.run_cell(cell)
-    assert clones["ms"] > 0
+    assert clones["ms"] > 0 and clones["first"] > 0 and clones["memory"] > 0
     moved = clones["devices"]["/device:CPU:1"]
     # Parameters and half of a batch go, gradients come; little else does.
     parameters, shard, outputs = 4 * 101_770, 128 * 784 * 4, 128 * 10 * 4
@@ -324,6 +328,7 @@ def test_plain_keras_and_clones_run_in_processes_of_their_own():
     assert 0 <= moved["bytes_sent"] - parameters < outputs + 1024
 
 
+@pytest.mark.full
 def test_memory_is_that_of_the_process_and_not_of_its_parent():
     code = "from keras_clones.benchmark import cell\n"
     code += "before = cell._peak_resident()\n"
@@ -335,6 +340,7 @@ def test_memory_is_that_of_the_process_and_not_of_its_parent():
     assert 45 < grown < 60
 
 
+@pytest.mark.full
 def test_mirrored_strategy_runs_in_a_process_of_its_own():
     mirrored = processes.run_cell(COPY._replace(steps=2))
     assert mirrored["ms"] > 0

@@ -122,6 +122,7 @@ def test_batch_normalization_is_named_and_mended(untimed):
     assert "mends it" in text and "different" in text
 
 
+@pytest.mark.full
 def test_dropout_is_named(untimed):
     model = classifier(layers.Dropout(0.4, name="drop"))
     found = compared(model)
@@ -138,6 +139,7 @@ class AddsSum(layers.Layer):
         return x
 
 
+@pytest.mark.full
 def test_scalar_losses_are_named_and_mended(untimed):
     found = compared(classifier(AddsSum(name="adds")))
     cause = found.causes[0]
@@ -166,6 +168,7 @@ def test_state_is_named_and_mended(untimed):
     assert list(found.causes[0].mends["state"].values()) == ["sum"]
 
 
+@pytest.mark.full
 def test_two_causes_are_mended_together(untimed):
     model = classifier(
         layers.BatchNormalization(name="norm"), AddsSum(name="adds")
@@ -193,6 +196,7 @@ def test_layers_whose_rows_know_each_other_are_suspected(untimed):
         assert not found.explained and "please report" in repr(found)
 
 
+@pytest.mark.full
 def test_noise_is_no_difference(untimed):
     """A bias before a normalization has a gradient of rounding alone."""
     norm = layers.BatchNormalization(synchronized=True)
@@ -206,6 +210,7 @@ def test_noise_is_no_difference(untimed):
     assert bias.limit > 1e-5
 
 
+@pytest.mark.full
 def test_mixed_precision_is_judged_in_its_own_type(untimed):
     keras.config.set_dtype_policy("mixed_bfloat16")
     try:
@@ -236,6 +241,7 @@ def test_a_tower_that_drops_a_regularizer(untimed, monkeypatch):
     assert not found.explained and "please report" in repr(found)
 
 
+@pytest.mark.full
 def test_shards_that_are_not_weighted(untimed, monkeypatch):
     def equal(shards):
         n = len(shards.sizes)
@@ -250,6 +256,7 @@ def test_shards_that_are_not_weighted(untimed, monkeypatch):
     assert not found.explained
 
 
+@pytest.mark.full
 def test_one_seed_for_all_clones(untimed, monkeypatch):
     monkeypatch.setattr(state, "offset_seeds", lambda states, i: list(states))
     model = classifier(layers.Dropout(0.4))
@@ -277,6 +284,7 @@ class Doubled(keras.Model):
         return {"own": loss}
 
 
+@pytest.mark.full_but("False")
 @pytest.mark.parametrize("built", [True, False])
 def test_own_steps(untimed, built):
     model = Doubled()
@@ -298,6 +306,7 @@ def test_a_model_that_is_not_built(untimed):
     assert len(found.runs[1].differences) == 4 + 2 + 1
 
 
+@pytest.mark.full
 def test_several_inputs_and_outputs(untimed):
     x, y = cases.arrays(ROWS)["two_by_two"]
     found = compared(cases.compiled("two_by_two"), x, y, batch_size=10)
@@ -338,6 +347,7 @@ def test_what_fit_takes():
     assert kept_batches.read(fixed, None, None, 2).fixed
 
 
+@pytest.mark.full
 def test_a_generator_is_read_once(untimed):
     x, y = arrays(40)
     generator = ((x[i : i + 9], y[i : i + 9]) for i in range(0, 40, 9))
@@ -378,6 +388,7 @@ def world():
     )
 
 
+@pytest.mark.full_but("well", "interrupted")
 @pytest.mark.parametrize("ends", ["well", "interrupted", "failing"])
 def test_the_model_stays_as_it_is(ends, monkeypatch, untimed):
     keras.utils.set_random_seed(3)
@@ -408,6 +419,7 @@ def test_the_model_stays_as_it_is(ends, monkeypatch, untimed):
     assert len(list(iterator)) == 3
 
 
+@pytest.mark.full
 def test_training_goes_on_as_without(untimed):
     def trained(look):
         keras.backend.clear_session()
@@ -425,6 +437,7 @@ def test_training_goes_on_as_without(untimed):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.full
 def test_a_trained_model_goes_on_from_its_state(untimed):
     model = classifier()
     x, y = arrays()
@@ -546,6 +559,7 @@ def test_more_that_is_refused(monkeypatch):
         compared(classifier(), num_clones=[1, 4])
 
 
+@pytest.mark.full
 def test_draws_that_cannot_be_repeated_are_told(untimed):
     class Draws(layers.Layer):
         def call(self, x):
@@ -594,6 +608,7 @@ def test_float64_that_cannot_be(untimed):
         compared(classifier(Casts()), dtype="float64")
 
 
+@pytest.mark.full
 def test_nothing_is_left_behind(untimed):
     gc.collect()
     before = sum(isinstance(o, keras.Model) for o in gc.get_objects())
@@ -625,31 +640,44 @@ def wrong():
 """
 
 
-def test_command(untimed, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def program(tmp_path, monkeypatch):
+    """Return the name of a module that makes models."""
     (tmp_path / "program_to_compare.py").write_text(PROGRAM)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     importlib.invalidate_caches()
-    name = "program_to_compare"
-    common = ["--clones", "1,2", "--batch-size", "10", "--steps", "2"]
-    assert main(["compare", f"{name}:make", *common, "--quiet"]) == 0
-    assert "Same: 1 clone and 2 clones" in capsys.readouterr().out
+    return "program_to_compare"
+
+
+COMMON = ("--clones", "1,2", "--batch-size", "10", "--steps", "2")
+
+
+def test_command(untimed, program, tmp_path, capsys):
     extra = ["--out", "found.json", "--plot", "found.png"]
-    assert main(["compare", f"{name}:normalized", *common, *extra]) == 1
+    assert main(["compare", f"{program}:normalized", *COMMON, *extra]) == 1
     assert "batch_norm='sync'" in capsys.readouterr().out
     assert json.loads((tmp_path / "found.json").read_text())["explained"]
     assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.full
+def test_command_of_what_is_the_same(untimed, program, capsys):
+    assert main(["compare", f"{program}:make", *COMMON, "--quiet"]) == 0
+    assert "Same: 1 clone and 2 clones" in capsys.readouterr().out
     option = ["--option", "batch_norm=sync", "--quiet"]
-    assert main(["compare", f"{name}:normalized", *common, *option]) == 0
-    capsys.readouterr()
+    assert main(["compare", f"{program}:normalized", *COMMON, *option]) == 0
+
+
+def test_command_says_what_is_wrong(program, capsys):
     for arguments, message in (
         (["no_such_module:make"], "cannot find"),
-        ([f"{name}:missing"], "cannot find"),
-        ([name], "expected module:function"),
-        ([f"{name}:wrong"], "a compiled model and its data"),
-        ([f"{name}:make", "--steps", "99"], "at least 99 batches"),
-        ([f"{name}:make", "--clones", "0"], "at least 1"),
-        ([f"{name}:make", "--option", "x"], "NAME=VALUE"),
+        ([f"{program}:missing"], "cannot find"),
+        ([program], "expected module:function"),
+        ([f"{program}:wrong"], "a compiled model and its data"),
+        ([f"{program}:make", "--steps", "99"], "at least 99 batches"),
+        ([f"{program}:make", "--clones", "0"], "at least 1"),
+        ([f"{program}:make", "--option", "x"], "NAME=VALUE"),
     ):
         with pytest.raises(SystemExit) as end:
             main(["compare", *arguments])

@@ -48,6 +48,7 @@ def bytes_of(variables):
     )
 
 
+@pytest.mark.full_but("metrics0-2", "None-4")
 @pytest.mark.parametrize("num_clones", [1, 2, 4])
 @pytest.mark.parametrize("metrics", [["accuracy"], None])
 def test_a_clone_gets_the_parameters_and_gives_the_gradients(
@@ -80,6 +81,7 @@ def test_transfers_do_not_grow_with_the_number_of_small_variables():
     assert counted(2) == counted(12)
 
 
+@pytest.mark.full
 def test_graph_hardly_grows_with_the_clones():
     def nodes(num_clones):
         keras.backend.clear_session()

@@ -134,6 +134,7 @@ def test_no_warning_where_the_cpu_is_meant(arguments, no_gpu_is_news, recwarn):
     assert not recwarn.list
 
 
+@pytest.mark.full
 def test_whoever_makes_virtual_devices_needs_no_warning():
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", ALONE],
@@ -233,7 +234,7 @@ def under_a_strategy():
             "takes the place",
         ),
         (cases.mlp, {"loss": "mean"}, ValueError, "must be one of"),
-        (cases.mlp, {"batch_norm": None}, ValueError, "must be one of"),
+        (cases.mlp, {"batch_norm": "none"}, ValueError, "must be one of"),
         (cases.mlp, {"jit_compile": "yes"}, ValueError, "must be one of"),
         (cases.mlp, {"layer_losses": "max"}, ValueError, "must be one of"),
         (under_a_strategy, {}, ValueError, "outside of every `tf.distribute`"),
@@ -389,6 +390,7 @@ def homes(model):
     return {tf.DeviceSpec.from_string(v.value.device) for v in variables}
 
 
+@pytest.mark.full_but("lazily", "trained")
 @pytest.mark.parametrize("when", ["before", "after", "lazily", "trained"])
 def test_every_variable_lives_on_the_cpu(when):
     x, y = cases.arrays(9)["subclassed"]
@@ -454,6 +456,7 @@ def test_cloning_again_replaces_the_deployment(float64):
     assert unclone_model(model) is model
 
 
+@pytest.mark.full
 def test_jit_compile_in_compile_is_kept_off_the_step():
     x, y = cases.arrays(16)["mlp"]
     model = clone_model(cases.mlp(), 2)

@@ -31,12 +31,7 @@ FILES = (
     "https://raw.githubusercontent.com/keras-clones/keras_clones/main/",
 )
 # Texts of messages that troubleshooting.md has, of code that is not here yet.
-COMING = {
-    "mix the rows of a batch",
-    "With random='global', expected draws that a clone can make for the rows "
-    "of the global batch",
-    "Argument whole must have layers of the model",
-}
+COMING: set[str] = set()
 
 
 def blocks(language, text=README):

@@ -115,7 +115,7 @@ def of_rows(*kinds, batch_norm=False, model=keras.Model):
     return model(inputs, layers.Dense(1)(x))
 
 
-def of_times():
+def of_times(recurrent=()):
     inputs = keras.Input((6, 4))
     x = layers.Dense(4)(inputs)
     x = layers.SpatialDropout1D(0.3, seed=2)(x)
@@ -123,12 +123,9 @@ def of_times():
     x = layers.GaussianDropout(0.3, seed=4)(x)
     x = layers.AlphaDropout(0.3, seed=5)(x)
     x = layers.Dropout(0.3, noise_shape=(None, 1, 4), seed=6)(x)
-    x = layers.LSTM(
-        4, dropout=0.2, recurrent_dropout=0.2, return_sequences=True, seed=7
-    )(x)
-    x = layers.GRU(
-        4, dropout=0.2, recurrent_dropout=0.2, return_sequences=True, seed=8
-    )(x)
+    for seed, kind in enumerate(recurrent, 7):
+        shares = {"dropout": 0.2, "recurrent_dropout": 0.2}
+        x = kind(4, **shares, return_sequences=True, seed=seed)(x)
     # The bias of keys has a gradient of nothing but rounding.
     attention = layers.MultiHeadAttention(
         2, 4, dropout=0.3, use_bias=False, seed=9
@@ -155,10 +152,10 @@ AUGMENTATIONS = (
 )
 
 
-def of_images():
+def of_images(augmentations=AUGMENTATIONS):
     inputs = keras.Input((8, 8, 3))
     x = inputs
-    for i, (name, arguments) in enumerate(AUGMENTATIONS):
+    for i, (name, arguments) in enumerate(augmentations):
         # Some came after Keras 3.12.
         if hasattr(layers, name):
             x = getattr(layers, name)(**arguments, seed=i)(x)
@@ -214,24 +211,30 @@ def compare(make, x, *, num_clones=(3,), compiled=None, steps=None, **options):
 
 
 ROWS = (Functions, NoiseShapes, Distributions, Axes, Inside)
+FUNCTIONS = (Functions, NoiseShapes)
 
 
+@pytest.mark.full_but("float64")
 def test_rows(floatx):
     compare(lambda: of_rows(*ROWS), X)
 
 
+@pytest.mark.full
 def test_any_number_of_clones(float64):
     compare(lambda: of_rows(NoiseShapes), X, num_clones=(1, 2, 4))
 
 
+@pytest.mark.full
 def test_rows_of_a_known_number(float64):
     compare(lambda: of_rows(*ROWS), X, steps=2)
 
 
+@pytest.mark.full
 def test_rows_gathered(float64):
     compare(lambda: of_rows(*ROWS), X, loss="gather")
 
 
+@pytest.mark.full
 def test_uneven_shares(float64):
     kinds = (Functions, Distributions)
     shares = [0.5, 0.1, 0.4]
@@ -242,34 +245,50 @@ def test_times(float64):
     compare(of_times, TIMES)
 
 
+@pytest.mark.full
+def test_recurrent_layers(float64):
+    kinds = (layers.LSTM, layers.GRU)
+    compare(lambda: of_times(kinds), TIMES)
+
+
 def test_images():
     """`RandomRotation` of Keras takes float32 only."""
+    compare(lambda: of_images(AUGMENTATIONS[:3]), IMAGES)
+
+
+@pytest.mark.full
+def test_all_augmentations():
     compare(of_images, IMAGES)
 
 
+@pytest.mark.full
 def test_compiled(float64):
     """Compiled draws are others, in plain Keras too."""
     options = {"compiled": {"jit_compile": True}, "jit_compile": True}
     compare(lambda: of_rows(Axes), X, **options)
 
 
-@pytest.mark.parametrize("steps", [None, 2])
-def test_own_step(steps, float64):
-    def make():
-        return of_rows(Functions, NoiseShapes, model=PenaltyModel)
+@pytest.mark.full_but("in_short")
+@pytest.mark.parametrize(
+    ("steps", "kinds"),
+    [(2, [NoiseShapes]), (2, FUNCTIONS), (None, FUNCTIONS)],
+    ids=["in_short", "of_known_rows", "of_any_rows"],
+)
+def test_own_step(steps, kinds, float64):
+    compare(lambda: of_rows(*kinds, model=PenaltyModel), X, steps=steps)
 
-    compare(make, X, steps=steps)
 
-
+@pytest.mark.full_but("clones-2")
 @pytest.mark.parametrize("steps", [None, 2])
 @pytest.mark.parametrize("loss", ["auto", "clones"])
 def test_synchronized(loss, steps, float64):
     def make():
-        return of_rows(NoiseShapes, Axes, batch_norm=True)
+        return of_rows(NoiseShapes, batch_norm=True)
 
     compare(make, X, steps=steps, loss=loss, batch_norm="sync")
 
 
+@pytest.mark.full
 def test_outside_of_a_graph(float64):
     def make():
         return of_rows(Functions, Distributions, Inside)
@@ -277,6 +296,7 @@ def test_outside_of_a_graph(float64):
     compare(make, X, compiled={"run_eagerly": True})
 
 
+@pytest.mark.full
 def test_several_steps_at_once(float64):
     compare(lambda: of_rows(), X, compiled={"steps_per_execution": 2})
 
@@ -310,6 +330,7 @@ def test_fewer_rows_than_clones(float64):
     assert cases.difference(*found) < 1e-10
 
 
+@pytest.mark.full
 def test_sparse_rows(float64):
     def make():
         inputs = keras.Input((8,), sparse=True)
@@ -393,6 +414,7 @@ class Doubled(Drawing):
         return both[: ops.shape(x)[0]]
 
 
+@pytest.mark.full_but("Stateful-SeedGenerator", "Doubled-batch axis first")
 @pytest.mark.parametrize(
     ("kind", "remedy"),
     [

@@ -35,14 +35,86 @@ EVALUATED = (
     "metrics_of_classes",
     "metrics_overridden",
 )
-# One case for each way that a step can go. Two clones leave no shard empty,
-# and their last shards have one row; four leave two empty.
+# One case for each way that a step can go, which also runs in float32 by
+# default, and on other numbers of clones with `--full`. Two clones leave no
+# shard empty, and their last shards have one row; four leave two empty.
 ALSO_ON_2_AND_4 = (
     "layer_batch_norm_sync",
     "loss_masked_and_weighted_by_time_step",
     "loss_outputs_with_weights",
     "step_shifts_weights_and_back",
     "table_of_constant_ids",
+)
+# Left to `--full`: of each of these kinds, other cases run by default, here or
+# in `test_own_steps.py`.
+MORE_OF_A_KIND = (
+    "input_sparse_bags",
+    "input_texts_of_rank_1",
+    "layer_attention",
+    "layer_batch_norm_sync_subclassed",
+    "layer_batch_norm_sync_with_metrics",
+    "layer_batch_norm_sync_with_renorm",
+    "layer_batch_norm_synchronized",
+    "layer_int8_with_lora",
+    "layer_layer_normalization",
+    "layer_nested_models",
+    "layer_shared",
+    "layer_spectral_normalization_gathered",
+    "layer_without_jit",
+    "layer_xla",
+    "layer_xla_gathered",
+    "loss_added_gathered",
+    "loss_added_mean",
+    "loss_function_of_a_scalar",
+    "loss_masked_by_time_step",
+    "loss_masked_mean_with_sample_weight",
+    "loss_of_sparse_targets",
+    "loss_only_added",
+    "loss_output_without_a_loss",
+    "loss_outputs_in_a_list",
+    "loss_reduction_mean",
+    "loss_reduction_none",
+    "loss_saturated_summed",
+    "losses_by_row",
+    "metrics_made_in_layers",
+    "metrics_of_one_hot_classes",
+    "metrics_of_probabilities",
+    "optimizer_Adadelta",
+    "optimizer_Adafactor",
+    "optimizer_Adagrad",
+    "optimizer_Adagrad_with_repeated_embedding_rows",
+    "optimizer_AdamW",
+    "optimizer_Adamax",
+    "optimizer_Ftrl",
+    "optimizer_Lamb",
+    "optimizer_Lion",
+    "optimizer_Muon",
+    "optimizer_Nadam",
+    "optimizer_RMSprop",
+    "optimizer_RMSprop_with_repeated_embedding_rows",
+    "optimizer_SGD",
+    "optimizer_SGD_with_repeated_embedding_rows",
+    "optimizer_embedding_gathered",
+    "optimizer_variables_without_a_gradient_gathered",
+    "optimizer_with_clipvalue_schedule_and_loss_scale",
+    "optimizer_with_mixed_bfloat16",
+    "step_assigns_weights_before_apply",
+    "step_calls_an_unbuilt_layer",
+    "step_calls_super_with_a_mask",
+    "step_differentiates_losses_by_row",
+    "step_keeps_a_tensor_on_self",
+    "step_of_a_gan_with_noise_and_gradient_penalty",
+    "step_of_a_subclass_that_replaces_a_layer",
+    "step_reads_layer_losses_after_apply",
+    "step_uses_one_of_two_outputs",
+    "step_with_summed_layer_losses",
+    "table_of_constant_ids_by_take",
+    "table_of_constant_ids_of_relative_positions",
+    "tables_of_constant_ids_with_Adagrad",
+    "tables_of_constant_ids_with_AdamW",
+    "tables_of_constant_ids_with_Muon",
+    "tables_of_constant_ids_with_Nadam",
+    "tables_of_constant_ids_with_RMSprop",
 )
 
 
@@ -1902,14 +1974,34 @@ def test_case_by_xla(name, float64):
     compare(expected, received, CASES[name]().float64)
 
 
+DEFAULT = (
+    *(f"float64-{name}" for name in CASES if name not in MORE_OF_A_KIND),
+    *(f"float32-{name}" for name in ALSO_ON_2_AND_4),
+)
+
+
+@pytest.mark.full_but(*DEFAULT)
 @pytest.mark.parametrize("name", CASES)
 def test_case(name, floatx, record_property):
     tolerance = getattr(CASES[name](), floatx)
     evaluated = floatx == "float64" and name.startswith(EVALUATED)
-    other = floatx == "float64" and name in ALSO_ON_2_AND_4
+    expected = train(CASES[name](), None, evaluated)
+    received = train(CASES[name](), 3, evaluated)
+    worst = compare(expected, received, tolerance)
+    record_property("case", [name, floatx, worst])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ALSO_ON_2_AND_4)
+def test_case_on_2_and_4_clones(name, float64, record_property):
+    evaluated = name.startswith(EVALUATED)
     expected = train(CASES[name](), None, evaluated)
     worst = [
-        compare(expected, train(CASES[name](), n, evaluated), tolerance)
-        for n in ((3, 2, 4) if other else (3,))
+        compare(
+            expected,
+            train(CASES[name](), num_clones, evaluated),
+            CASES[name]().float64,
+        )
+        for num_clones in (2, 4)
     ]
-    record_property("case", [name, floatx, max(worst)])
+    record_property("case", [name, "float64", max(worst)])

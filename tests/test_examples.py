@@ -22,6 +22,7 @@ def load(name):
     return module
 
 
+@pytest.mark.full
 def test_digits(tmp_path, capsys):
     digits = load("digits")
     accuracy = digits.train(3, 4, 64, tmp_path, verbose=0)
@@ -41,6 +42,7 @@ def test_examples_refuse_numbers_that_are_none_or__wrong_arguments():
             machine.positive(text)
 
 
+@pytest.mark.full
 def test_compare_digits(tmp_path, capsys, monkeypatch):
     compare_digits = load("compare_digits")
     # Timing takes as long as all else.
@@ -69,6 +71,7 @@ def test_custom_loop(tmp_path, capsys):
     assert [file.suffix for file in tmp_path.iterdir()] == [".v2"]
 
 
+@pytest.mark.full
 def test_gan(tmp_path, capsys, float64, monkeypatch):
     gan = load("gan")
     make = functools.partial(gan.make_model, n_critic=1)
@@ -96,6 +99,7 @@ def small_language_model(language_model, **kwargs):
     )
 
 
+@pytest.mark.full
 def test_language_model(capsys):
     language_model = load("language_model")
     perplexity, written = small_language_model(language_model, device_memory=1)

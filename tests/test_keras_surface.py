@@ -55,6 +55,7 @@ CALLBACKS = {
 }
 
 
+@pytest.mark.full_but("EarlyStopping", "ModelCheckpoint")
 @pytest.mark.parametrize("name", CALLBACKS)
 def test_callbacks(name, tmp_path, float64):
     runs = []
@@ -109,6 +110,7 @@ def test_training_goes_on_where_it_stopped_on_other_clones(tmp_path, float64):
     assert int(resumed.optimizer.iterations) == int(model.optimizer.iterations)
 
 
+@pytest.mark.full_but("unknown size")
 @pytest.mark.parametrize("kind", ["infinite generator", "unknown size"])
 def test_data_without_a_length(kind, float64):
     x, y = cases.arrays(40)["mlp"]
@@ -242,6 +244,7 @@ def test_what_is_exact_is_not_warned_of(recwarn):
     assert not [w for w in recwarn if w.category is UserWarning]
 
 
+@pytest.mark.full
 def test_a_search_over_cloned_models(tmp_path):
     keras_tuner = pytest.importorskip("keras_tuner")
     x, y = cases.arrays(40)["mlp"]
@@ -265,6 +268,7 @@ def test_a_search_over_cloned_models(tmp_path):
     assert np.isfinite(best.predict(x, verbose=0)).all()
 
 
+@pytest.mark.full_but("True")
 @pytest.mark.parametrize("frozen", [True, False])
 def test_ready_made_models_train(frozen, float64):
     rng = np.random.default_rng(0)
@@ -296,6 +300,7 @@ def test_ready_made_models_train(frozen, float64):
     assert cases.difference(*trained) < (1e-12 if frozen else 1e-6)
 
 
+@pytest.mark.full
 def test_a_keras_hub_model_trains(float64):
     keras_hub = pytest.importorskip("keras_hub")
     ids = np.random.default_rng(0).integers(1, 50, (6, 8))

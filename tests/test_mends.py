@@ -89,6 +89,7 @@ def encoder_and_autoencoder(nested):
     return encoder, keras.Model(x, outputs)
 
 
+@pytest.mark.full_but("True")
 @pytest.mark.parametrize("nested", [True, False])
 def test_models_that_share_moved_layers_see_them_train(nested, float64):
     x = cases.arrays(12)["mlp"][0]
@@ -144,6 +145,7 @@ class InBranch(Pos):
         return x * 2
 
 
+@pytest.mark.full_but("Pos-Model", "InBranch-OwnStep")
 @BOTH_STEPS
 @pytest.mark.parametrize("layer", [Pos, InBranch])
 def test_a_raw_variable_that_a_layer_assigns_is_named(layer, kind, float64):
@@ -152,6 +154,7 @@ def test_a_raw_variable_that_a_layer_assigns_is_named(layer, kind, float64):
         fit(lambda: model_of(layer(), kind), 3)
 
 
+@pytest.mark.full_but("OwnStep")
 @BOTH_STEPS
 def test_a_raw_variable_that_is_only_read_is_no_matter(kind, float64, strictly):
     assert_same(lambda: model_of(Reading(), kind))
@@ -163,6 +166,7 @@ class Writing(keras.layers.Layer):
         return x * 2
 
 
+@pytest.mark.full_but("Model", "OwnStep")
 @BOTH_STEPS
 def test_a_summary_is_written_once(kind, float64, tmp_path):
     pytest.importorskip("tensorboard")
@@ -200,16 +204,19 @@ class Counter(keras.layers.Layer):
         return x * 2
 
 
+@pytest.mark.full_but("Model")
 @BOTH_STEPS
 def test_a_count_of_batches_is_that_of_one_device(kind, float64, strictly):
     assert_same(lambda: model_of(Counter(), kind))
 
 
+@pytest.mark.full_but("OwnStep")
 @BOTH_STEPS
 def test_a_count_of_rows_that_adds_up(kind, float64, strictly):
     assert_same(lambda: model_of(Counter("rows", "sum"), kind))
 
 
+@pytest.mark.full_but("fit-Model", "train_on_batch-OwnStep")
 @BOTH_STEPS
 @pytest.mark.parametrize("how", ["fit", "train_on_batch", "drop_remainder"])
 def test_a_count_of_rows_is_warned_of(kind, how, float64):
@@ -240,6 +247,7 @@ def mixed(kind):
 WITH_EMPTY = [0, 12, 0, 7, 2, 0]
 
 
+@pytest.mark.full_but("auto-3")
 @pytest.mark.parametrize("num_clones", [1, 3])
 @pytest.mark.parametrize("loss", ["auto", "gather"])
 def test_a_batch_of_no_rows_changes_nothing(num_clones, loss, float64):
@@ -249,6 +257,7 @@ def test_a_batch_of_no_rows_changes_nothing(num_clones, loss, float64):
     assert cases.difference(expected, all_of(*received)) < 1e-10
 
 
+@pytest.mark.full_but("3")
 @pytest.mark.parametrize("num_clones", [1, 3])
 def test_an_own_step_does_what_it_does_with_no_rows(num_clones, float64):
     make = mixed(OwnStep)
@@ -278,6 +287,7 @@ def regularized(kind):
     return make
 
 
+@pytest.mark.full_but("sum-OwnStep")
 @BOTH_STEPS
 @pytest.mark.parametrize("how", ["sum", {"total": "sum"}])
 def test_losses_that_are_sums_beside_activity_regularizers(
@@ -295,6 +305,7 @@ def sums_and_means(kind):
     return make
 
 
+@pytest.mark.full_but("Model")
 @BOTH_STEPS
 def test_losses_are_sums_or_means_by_layer(kind, float64, strictly):
     how = {"total": "sum", "average": "mean"}
@@ -352,6 +363,9 @@ KEEPERS = {
 }
 
 
+@pytest.mark.full_but(
+    "mean-OwnStep", "sum-Model", "max-OwnStep", "min-Model", "first-OwnStep"
+)
 @BOTH_STEPS
 @pytest.mark.parametrize("policy", KEEPERS)
 def test_state_merges_as_it_is_said_to(policy, kind, float64, strictly):
@@ -363,6 +377,7 @@ def test_state_merges_as_it_is_said_to(policy, kind, float64, strictly):
     assert deployment(model).state == patterns
 
 
+@pytest.mark.full_but("Model")
 @BOTH_STEPS
 def test_whole_numbers_merge_as_they_are_said_to(kind, float64, strictly):
     assert_same(
@@ -394,6 +409,7 @@ def spectral():
     return keras.layers.SpectralNormalization(dense, power_iterations=2)
 
 
+@pytest.mark.full_but("Averaging-OwnStep")
 @BOTH_STEPS
 @pytest.mark.parametrize("make_layer", [Averaging, spectral])
 def test_state_that_is_alike_in_all_clones_is_not_warned_of(
@@ -459,6 +475,7 @@ OF_ROWS = "while clone {} of 3 ran on 4 of 12 rows of the batch. "
 AT_RUN = "while one of 3 clones ran on its rows of the batch. "
 
 
+@pytest.mark.full_but("True-Model", "False-OwnStep", "False-Model")
 @BOTH_STEPS
 @pytest.mark.parametrize("known", [True, False])
 def test_an_error_of_a_fixed_batch_size_says_so(kind, known):
@@ -476,6 +493,7 @@ def test_an_error_of_rows_by_rows_says_so(known):
     assert (OF_ROWS.format(0) if known else AT_RUN) in found
 
 
+@pytest.mark.full_but("True-OwnStep", "False-Model")
 @BOTH_STEPS
 @pytest.mark.parametrize("eagerly", [True, False])
 def test_an_error_of_a_running_clone_says_so(kind, eagerly):
@@ -550,6 +568,13 @@ PLANS = {
 }
 
 
+@pytest.mark.full_but(
+    "in clones",
+    "gathered",
+    "own loss",
+    "metric of all rows",
+    "synchronized",
+)
 @pytest.mark.parametrize("name", PLANS)
 def test_the_bytes_of_a_plan_are_those_that_move(name):
     make, loss, metrics, clone = PLANS[name]
@@ -594,6 +619,7 @@ class InPython(keras.layers.Layer):
         return y
 
 
+@pytest.mark.full_but("python")
 @pytest.mark.parametrize("how", ["eagerly", "python"])
 def test_masks_count_where_a_tower_is_no_function(how, float64):
     rng = np.random.default_rng(0)

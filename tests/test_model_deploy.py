@@ -110,6 +110,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.full_but("sgd-False", "adam-True", "scaled-False")
 @pytest.mark.parametrize("built", [False, True])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_training_equals_one_device(float64, optimizer, built):
@@ -129,6 +130,7 @@ def test_training_equals_one_device(float64, optimizer, built):
     assert {v.value.device[-6:] for v in other.variables} == {":CPU:0"}
 
 
+@pytest.mark.full_but("adam")
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_rows_of_embeddings_equal_one_device(float64, optimizer):
     batches = [data(7, True), data(5, True, seed=1)]
@@ -188,6 +190,7 @@ def sentences():
     )
 
 
+@pytest.mark.full_but("True-3-adam")
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize("num_clones", [1, 2, 3])
 @pytest.mark.parametrize("deployed", [False, True])
@@ -376,6 +379,7 @@ def count_keras_step(model, num_clones, batches):
 NUMBERS = 24
 
 
+@pytest.mark.full_but("mlp-float32-2", "lookup-int32-2")
 @pytest.mark.filterwarnings("ignore:Layers.*normalize")
 @pytest.mark.parametrize("num_clones", [1, 2, 3])
 @pytest.mark.parametrize(

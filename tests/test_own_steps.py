@@ -167,6 +167,7 @@ STEPS = {
 }
 
 
+@pytest.mark.full_but("super-3", "synchronized-3")
 @pytest.mark.parametrize(
     ("name", "num_clones"), [("super", 1), *((name, 3) for name in STEPS)]
 )
@@ -366,6 +367,7 @@ class Timed(keras.Model):
         return {**logs, "rate": self.optimizer.learning_rate.value}
 
 
+@pytest.mark.full
 def test_super_with_masks_and_losses_of_layers(float64):
     def make():
         ids = keras.Input((5,), dtype="int32")
@@ -546,6 +548,7 @@ def flowing():
     return model
 
 
+@pytest.mark.full_but("flowing")
 @pytest.mark.parametrize("make", [Critic, Cyclic, flowing])
 def test_tapes_conditions_and_loops(make, float64):
     assert_alike(make, rows_of(reals(22, 6)))
@@ -627,6 +630,7 @@ class Squares(keras.Model):
         return {"squares": loss}
 
 
+@pytest.mark.full
 def test_sparse_input_with_adam(float64):
     def make():
         x = keras.Input((5,), sparse=True)
@@ -656,6 +660,7 @@ class Banked(keras.Model):
         return {"near": near}
 
 
+@pytest.mark.full
 def test_a_bank_of_as_many_rows_as_a_batch(float64):
     rows = tf.data.Dataset.from_tensor_slices(reals(8, 4))
     assert_alike(Banked, rows.batch(8, drop_remainder=True))
@@ -735,6 +740,7 @@ class Decorated(Twice):
         return super().train_step(data)
 
 
+@pytest.mark.full_but("decorated")
 @pytest.mark.parametrize(
     ("model_class", "arguments"),
     [
@@ -796,6 +802,7 @@ def keras_classes():
     return [dict(vars(one)) for one in classes]
 
 
+@pytest.mark.full
 def test_two_threads_share_a_frozen_teacher(float64):
     before = keras_classes()
     data = [rows_of((reals(22, 6, seed=i), reals(22))) for i in range(2)]
@@ -879,6 +886,7 @@ def test_a_step_runs_on_the_first_clone_and_updates_at_home(
     assert {device[-5:] for device in noted[1::2]} == {"CPU:0"}
 
 
+@pytest.mark.full
 def test_the_way_back_is_of_the_trace_that_runs(float64):
     """State that looks alike is looked at again, in a trace of any size."""
 

@@ -338,6 +338,7 @@ def profiled(model, data, path, steps=(2, 5), **kwargs):
     return callback
 
 
+@pytest.mark.full_but("lanes1")
 @pytest.mark.parametrize(
     "lanes", [["clone on CPU:1"], ["clone_0 on CPU:1", "clone_1 on CPU:2"]]
 )
@@ -427,6 +428,7 @@ class Rows(layers.Layer):
         return x
 
 
+@pytest.mark.full
 def test_a_convnet_is_bound_by_compute(tmp_path):
     model = keras.Sequential(
         [
@@ -446,6 +448,7 @@ def test_a_convnet_is_bound_by_compute(tmp_path):
     assert "bound by compute" in report.verdict
 
 
+@pytest.mark.full
 def test_a_large_table_with_a_tiny_batch_is_bound_by_its_update(tmp_path):
     # Clones compute with a few rows of it. Adam updates all of them.
     table = layers.Embedding(200_000, 64)
@@ -459,6 +462,7 @@ def test_a_large_table_with_a_tiny_batch_is_bound_by_its_update(tmp_path):
     assert "larger batch" in report.verdict
 
 
+@pytest.mark.full
 def test_many_variables_hardly_used_are_bound_by_their_transfer(tmp_path):
     model = keras.Sequential([keras.Input((32,)), Rows(), layers.Dense(10)])
     model = compile_and_clone(model, 6, "sgd")
@@ -472,6 +476,7 @@ def test_many_variables_hardly_used_are_bound_by_their_transfer(tmp_path):
     assert "mirror" not in report.phases["clone_0 on CPU:0"]
 
 
+@pytest.mark.full_but("map")
 @pytest.mark.parametrize("source", ["map", "generator"])
 def test_slow_data_bounds_the_step_by_input(source, tmp_path):
     data = rows(6, 8, 32, classes=10)
@@ -542,6 +547,7 @@ def test_a_compiled_clone_has_one_phase_for_both_passes(tmp_path):
         assert "forward" not in computed
 
 
+@pytest.mark.full
 def test_outputs_gathered_run_backward_in_the_clones(tmp_path):
     model = napping_model()
     clone_model(model, devices=["CPU:1", "CPU:2"], loss="gather")
@@ -658,6 +664,7 @@ def test_a_range_past_the_end_is_refused_where_the_end_is_known(
     assert callback.report.seconds > 0
 
 
+@pytest.mark.full_but("steps0")
 @pytest.mark.parametrize("steps", [(2, 9), (7, 9)])
 def test_a_range_past_an_unknown_end_warns(small, steps, tmp_path):
     model, x, y = small

@@ -94,6 +94,7 @@ def crossentropy(reduction):
     return keras.losses.SparseCategoricalCrossentropy(reduction=reduction)
 
 
+@pytest.mark.full_but("convolution", "table", "next_word_sum")
 @pytest.mark.parametrize(
     ("make", "clone", "loss", "known_before"),
     [
@@ -322,6 +323,7 @@ def test_a_notebook_shows_html(monkeypatch, capsys):
     assert "clone_1  CPU:1" in capsys.readouterr().out
 
 
+@pytest.mark.full_but("1", "8")
 @pytest.mark.parametrize("num_clones", [1, 2, 4, 8])
 def test_pictures_are_legible(num_clones, tmp_path):
     model = clone_model(words(), devices=CPUS[8 - num_clones :])

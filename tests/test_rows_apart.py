@@ -240,6 +240,7 @@ def fit(make, rows=27, compiled=None, epochs=1, batch=10, **options):
     return model, [str(w.message) for w in found]
 
 
+@pytest.mark.full_but("scores", "gated", "model", "cell", "own_step", "two")
 @pytest.mark.parametrize("name", MIXING)
 def test_names_the_layer_that_mixes_rows(name):
     make, names = MIXING[name]
@@ -248,6 +249,7 @@ def test_names_the_layer_that_mixes_rows(name):
     assert message.startswith(f"Layers {names} mix the rows")
 
 
+@pytest.mark.full_but("own_step")
 @pytest.mark.parametrize("name", ["spread", "model", "own_step"])
 def test_names_it_outside_of_a_graph(name):
     make, names = MIXING[name]
@@ -255,6 +257,16 @@ def test_names_it_outside_of_a_graph(name):
     assert message.startswith(f"Layers {names} mix the rows")
 
 
+@pytest.mark.full_but(
+    "residual-float32",
+    "normalized-mixed_float16",
+    "block-float32",
+    "time_major-float32",
+    "spectral-float32",
+    "noise-float32",
+    "mean-bfloat16",
+    "own_step-float32",
+)
 @pytest.mark.parametrize("policy", ["float32", "mixed_float16", "bfloat16"])
 @pytest.mark.parametrize("name", APART)
 def test_says_nothing_of_rows_that_are_apart(name, policy):
@@ -267,6 +279,7 @@ def test_says_nothing_of_rows_that_are_apart(name, policy):
     assert deployment(model).looks.given_up == []
 
 
+@pytest.mark.full_but("mixed_float16")
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_finds_them_in_half_precision(policy):
     keras.config.set_dtype_policy(policy)

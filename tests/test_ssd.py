@@ -91,6 +91,7 @@ def train_uneven(num_clones=None):
     return cases.weights(model), losses
 
 
+@pytest.mark.full
 def test_clones_train_the_detector_that_one_device_trains(float64):
     expected, losses = train_uneven()
     assert losses[0] != losses[2]
@@ -138,6 +139,7 @@ def trained_weights(folder):
     return cases.weights(model)
 
 
+@pytest.mark.full
 def test_the_example_runs_stops_and_resumes(tmp_path, small, capsys, float64):
     mean = ssd.main(arguments(tmp_path / "whole"))
     out = capsys.readouterr().out
@@ -219,6 +221,7 @@ def test_labels_stay_in_their_panels(tmp_path):
             assert panel.y0 - 1 < box.y0 and box.y1 < panel.y1 + 1
 
 
+@pytest.mark.full
 def test_the_detector_finds_what_it_was_trained_on(tmp_path):
     ssd_voc.draw_shapes(tmp_path, 8, 4, seed=1)
     samples, _ = ssd_voc.read_voc(tmp_path, ssd_voc.SHAPES)

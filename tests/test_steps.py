@@ -38,6 +38,14 @@ def plain(name, floatx):
     return train(name, eagerly=floatx == "float32")
 
 
+@pytest.mark.full_but(
+    "float64-mlp-1",
+    "float64-mlp-3",
+    "float64-convnet-2",
+    "float64-two_by_two-3",
+    "float64-subclassed-4",
+    "float32-mlp-8",
+)
 @pytest.mark.parametrize("num_clones", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("name", cases.MODELS)
 def test_clones_train_the_same_model(name, num_clones, floatx):
@@ -73,6 +81,7 @@ def noisy():
     )
 
 
+@pytest.mark.full_but("float32")
 def test_one_clone_is_plain_keras_bit_for_bit(floatx):
     x, y = cases.arrays(40)["convnet"]
     trained = []
@@ -169,6 +178,7 @@ def assert_same(results, tolerance=1e-10):
     assert cases.difference(logs, clone_logs) < tolerance
 
 
+@pytest.mark.full_but("by row", "scalar")
 @pytest.mark.parametrize(
     "compiled",
     [
@@ -209,6 +219,7 @@ def test_validation_and_steps_per_execution(float64):
         assert_same(results)
 
 
+@pytest.mark.full_but("True")
 @pytest.mark.parametrize("jit_compile", [True, False])
 def test_xla_compiles_the_clones_and_not_the_step(jit_compile, float64):
     x, y = cases.arrays(24)["mlp"]
@@ -264,6 +275,7 @@ def test_masked_losses_are_gathered(float64):
     assert_same(fit_both(embedding, x, y, loss="mse", metrics=["mae"]))
 
 
+@pytest.mark.full
 def test_gather_and_clones_can_be_forced(float64):
     x, y = cases.arrays(30)["mlp"]
     for loss in ("gather", "clones"):
@@ -287,6 +299,7 @@ def test_forcing_clones_where_it_is_not_exact_warns():
         model.train_on_batch(x, y)
 
 
+@pytest.mark.full_but("auto-compiled0", "gather-compiled2")
 @pytest.mark.parametrize(
     "compiled",
     [{"metrics": []}, {"metrics": {}}, {"weighted_metrics": [], "metrics": []}],
@@ -329,6 +342,7 @@ class WithLosses(keras.Model):
         return self.head(hidden)
 
 
+@pytest.mark.full_but("clones")
 @pytest.mark.parametrize("loss", ["clones", "gather"])
 def test_losses_of_layers(loss, float64):
     x, y = cases.arrays(30)["mlp"]
@@ -370,6 +384,7 @@ def test_on_batch_methods(float64):
         assert cases.difference(expected, received) < 1e-12
 
 
+@pytest.mark.full_but("pydataset")
 @pytest.mark.parametrize("kind", ["generator", "pydataset", "tf.data"])
 def test_kinds_of_data(kind, float64):
     x, y = cases.arrays(22)["mlp"]
@@ -476,6 +491,7 @@ def test_step_is_traced_once_a_signature():
     assert len(traces) == traced
 
 
+@pytest.mark.full_but("4")
 @pytest.mark.parametrize("num_clones", [1, 4])
 def test_first_step_is_traced_once(num_clones):
     model = cases.compiled("mlp")
@@ -489,6 +505,7 @@ def test_first_step_is_traced_once(num_clones):
     assert len(traces) == 1
 
 
+@pytest.mark.full_but("4")
 @pytest.mark.parametrize("num_clones", [1, 4])
 def test_first_own_step_is_traced_once(num_clones):
     """Also where it makes the variables of several optimizers and metrics."""

@@ -77,6 +77,7 @@ def fit(model, data, folder, summaries, update_freq=1, **kwargs):
     return read(folder)
 
 
+@pytest.mark.full_but("clones-False", "gather-False")
 @pytest.mark.parametrize(
     ("loss", "eagerly"),
     [("clones", False), ("gather", False), ("clones", True)],
@@ -262,6 +263,7 @@ class Sums(CloneSummaries):
         self.seen.append([*watch.losses.numpy(), *watch.norms.numpy()])
 
 
+@pytest.mark.full_but("gather")
 @pytest.mark.parametrize("loss", ["clones", "gather"])
 def test_several_summaries_at_once(loss, float64, tmp_path):
     make = functools.partial(clone_model, num_clones=2, loss=loss)
@@ -370,6 +372,7 @@ def test_no_tensorboard_at_all(monkeypatch):
         model.fit(data_of("mlp"), callbacks=[CloneSummaries()], verbose=0)
 
 
+@pytest.mark.full
 def test_tensorboard_itself_shows_them(tmp_path):
     model = clone_model(cases.compiled("mlp"), 2)
     log = fit(model, data_of("mlp"), tmp_path, CloneSummaries(True))

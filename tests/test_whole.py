@@ -208,6 +208,9 @@ def gap(ones, others):
     )
 
 
+@pytest.mark.full_but(
+    "scores", "counted", "nested", "model", "operation", "by_class"
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_trains_as_plain_keras(name, float64):
     make, whole = MODELS[name]
@@ -216,6 +219,7 @@ def test_trains_as_plain_keras(name, float64):
     assert gap(plain, cloned) < 1e-10
 
 
+@pytest.mark.full_but("nested")
 @pytest.mark.parametrize("name", ["counted", "nested", "operation"])
 def test_trains_as_plain_keras_eagerly(name, float64):
     make, whole = MODELS[name]
@@ -299,6 +303,7 @@ class LateStep(Late):
         return super().train_step(data)
 
 
+@pytest.mark.full_but("LateStep")
 @pytest.mark.parametrize("make", [Late, LateStep])
 def test_a_layer_that_is_made_late(make, float64):
     plain, cloned = train(make, False), train(make, True, ["late"])
@@ -335,6 +340,7 @@ def test_operations_by_rows_stay_in_the_clones(monkeypatch):
     model.fit(*data(), batch_size=10, verbose=0)
 
 
+@pytest.mark.full_but("<lambda>0", "<lambda>3")
 @pytest.mark.parametrize(
     "mix",
     [
@@ -391,6 +397,7 @@ def test_a_stateful_layer_runs_whole(float64):
     assert gap(run(False), run(True)) < 1e-10
 
 
+@pytest.mark.full_but("mixed_float16")
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_in_half_precision(policy):
     keras.config.set_dtype_policy(policy)
@@ -402,6 +409,7 @@ def test_in_half_precision(policy):
     assert gap(plain[:6], cloned[:6]) < 0.1
 
 
+@pytest.mark.full
 def test_xla(float64):
     make, whole = MODELS["nested"]
     plain = train(make, False)
