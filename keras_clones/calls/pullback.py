@@ -12,7 +12,7 @@ from keras_clones.calls import call_tower, joining
 from keras_clones.calls.arguments import Arguments
 from keras_clones.calls.call_tower import Body, CallTower, floating
 from keras_clones.exchange import bringing_home, laying_out, tracing
-from keras_clones.tensors import gradients, sharding, traced
+from keras_clones.tensors import merging, sharding, traced
 
 
 class Sharded(NamedTuple):
@@ -313,7 +313,7 @@ class _Backward(NamedTuple):
         ]
         to_data = _gradient(splitting, pairs, floating(leaves))
         columns = zip(*(p[end:] for p in pulled), strict=True)
-        to_extra = [gradients.merge(column) for column in columns]
+        to_extra = [merging.merge(column) for column in columns]
         return [*to_data, *merged, *to_extra]
 
 
@@ -328,7 +328,7 @@ def _gradient(
         list(targets),
         sources,
         output_gradients=[
-            gradients.merge([g])
+            merging.merge([g])
             if isinstance(g, traced.RowGradient)
             else tf.cast(g, t.dtype)
             for t, g in zip(targets, upstream, strict=True)

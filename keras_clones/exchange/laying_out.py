@@ -16,7 +16,7 @@ from keras_clones.devices.placement import Clone
 from keras_clones.exchange import errors
 from keras_clones.exchange.batch_norm import over_clones
 from keras_clones.exchange.meeting import run_side_by_side
-from keras_clones.tensors import gradients, sharding
+from keras_clones.tensors import sharding, transfer
 
 
 class Layout(NamedTuple):
@@ -57,7 +57,7 @@ def send_mirrors(
     """Send each clone one mirror of every variable."""
     with tf.name_scope("send_mirrors"):
         devices = [clone.device for clone in clones]
-        return gradients.send_to_all(values, home, devices)
+        return transfer.send_to_all(values, home, devices)
 
 
 def lay_out(
