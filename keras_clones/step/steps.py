@@ -162,9 +162,6 @@ def _lay_out(step: Step) -> laying_out.Layout:
     clones = options.clones[:num]
     even = num == 1 or num < len(options.clones)
     shards = sharding.divide(step.rows, num, None if even else options.shares)
-    clock = None
-    if options.balance and step.training:
-        clock = options.balance.clocks[0]
     with tf.name_scope("split_batch"):
         data = sharding.split_rows(step.batch, shards)
     mirrors = laying_out.send_mirrors(
@@ -173,17 +170,9 @@ def _lay_out(step: Step) -> laying_out.Layout:
         clones,
     )
     scale = step.model.optimizer.scale_loss(1.0) if step.training else 1.0
-    return laying_out.lay_out(
-        shards,
-        data,
-        mirrors,
-        variables,
-        scale,
-        clones,
-        options.home,
-        clock,
-        options.random,
-    )
+    group = options.group(clones, step.training, scale)
+    seeds = laying_out.read_seeds(variables)
+    return laying_out.lay_out(shards, group, seeds, data, mirrors)
 
 
 def _towers(step: Step) -> tracing.CallableTower:
