@@ -12,6 +12,7 @@ from keras_clones.devices import balance
 from keras_clones.devices.config import DeploymentConfig, check_integer
 from keras_clones.devices.placement import Clone, short_name
 from keras_clones.look import footprint, picture, report
+from keras_clones.look.labels import label
 from keras_clones.plan import watch
 from keras_clones.plan.options import StepOptions
 from keras_clones.tensors import sharding
@@ -180,7 +181,7 @@ class Deployment:
         path = picture.check_path(path)
         rows = self._rows(batch_size)
         size, why_not = self._footprint()
-        labels = picture.label(self.clones, self._homes(), rows, size, why_not)
+        labels = label(self.clones, self._homes(), rows, size, why_not)
         picture.draw(labels).savefig(path)
 
     def _page(self, batch_size: int | None = None) -> report.Page:
