@@ -12,12 +12,9 @@ from keras_clones.door.attach import (
     deployment,
     unclone_model,
 )
+from keras_clones.model_deploy.call import PerClone, split_batch
 from keras_clones.model_deploy.clone_losses import optimize_clones
-from keras_clones.model_deploy.clones import (
-    PerClone,
-    create_clones,
-    split_batch,
-)
+from keras_clones.model_deploy.clones import create_clones
 from keras_clones.model_deploy.deployed_model import DeployedModel, deploy
 
 __version__ = "0.1.0"

@@ -4,19 +4,19 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_clones.tensors import gradients
+from keras_clones.tensors import merging, transfer
 from keras_clones.tensors.traced import RowGradient
 
 
 def test_dense_gradients_add_up():
-    merged = gradients.merge([tf.constant([1.0, 2.0]), tf.constant([3.0, 5.0])])
+    merged = merging.merge([tf.constant([1.0, 2.0]), tf.constant([3.0, 5.0])])
     np.testing.assert_array_equal(merged, [4.0, 7.0])
 
 
 def test_missing_gradients_are_left_out():
-    assert gradients.merge([None, None]) is None
+    assert merging.merge([None, None]) is None
     np.testing.assert_array_equal(
-        gradients.merge([None, tf.constant([2.0])]), [2.0]
+        merging.merge([None, tf.constant([2.0])]), [2.0]
     )
 
 
@@ -27,7 +27,7 @@ def slices(values, indices):
 
 
 def test_slices_keep_their_repeated_rows():
-    merged = gradients.merge(
+    merged = merging.merge(
         [slices([[1.0], [2.0]], [0, 3]), slices([[5.0]], [3])]
     )
     assert isinstance(merged, tf.IndexedSlices)
@@ -43,7 +43,7 @@ def test_rows_merge_by_how_they_were_looked_up():
             unique=[slices([[1.0], [2.0 + offset]], [0, 3 + offset])],
         )
 
-    merged = gradients.merge([of_clone(0), of_clone(1)])
+    merged = merging.merge([of_clone(0), of_clone(1)])
     # The repeated rows, those at the same positions, those with the same id.
     np.testing.assert_array_equal(merged.indices, [0, 0, 1, 2, 0, 3, 4])
     np.testing.assert_array_equal(
@@ -52,16 +52,8 @@ def test_rows_merge_by_how_they_were_looked_up():
 
 
 def test_slices_and_dense_gradients_of_one_variable_add_up():
-    merged = gradients.merge([slices([[1.0]], [2]), tf.ones((4, 1))])
+    merged = merging.merge([slices([[1.0]], [2]), tf.ones((4, 1))])
     np.testing.assert_array_equal(merged, [[1.0], [1.0], [2.0], [1.0]])
-
-
-def test_averages_are_weighted():
-    average = gradients.average(
-        [tf.constant(1.0), tf.constant(5.0)],
-        [tf.constant(0.75, tf.float64), tf.constant(0.25, tf.float64)],
-    )
-    assert float(average) == 2.0
 
 
 def tensors():
@@ -76,10 +68,10 @@ def tensors():
 
 
 def test_unpack_undoes_pack():
-    spec = gradients.pack_spec(tensors())
+    spec = transfer.pack_spec(tensors())
     assert spec.groups == [[0, 3, 5], [1, 4]]  # the large tensor is in none
     small = [tensors()[p] for group in spec.groups for p in group]
-    unpacked = gradients.unpack(gradients.pack(small, spec), spec)
+    unpacked = transfer.unpack(transfer.pack(small, spec), spec)
     for one, other in zip(small, unpacked, strict=True):
         assert one.shape == other.shape and one.dtype == other.dtype
         np.testing.assert_array_equal(one, other)
@@ -91,10 +83,10 @@ def test_send_brings_a_nest_as_it_was(in_graph):
     received = []
 
     def send():
-        arrived = gradients.send_to_all(
+        arrived = transfer.send_to_all(
             nest, "/device:CPU:0", ["/device:CPU:1", "/device:CPU:0"]
         )
-        arrived += gradients.collect(
+        arrived += transfer.collect(
             arrived, ["/device:CPU:1", "/device:CPU:0"], "/device:CPU:2"
         )
         received.extend(arrived)
@@ -118,5 +110,5 @@ def test_send_brings_a_nest_as_it_was(in_graph):
 @pytest.mark.parametrize("num_small", [2, 40])
 def test_transfers_do_not_grow_with_the_small_tensors(num_small):
     small = [tf.ones(i + 1) for i in range(num_small)]
-    spec = gradients.pack_spec([*small, tf.zeros((300, 300))])
-    assert len(gradients.pack(small, spec)) == 1
+    spec = transfer.pack_spec([*small, tf.zeros((300, 300))])
+    assert len(transfer.pack(small, spec)) == 1

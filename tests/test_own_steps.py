@@ -14,7 +14,7 @@ from keras import layers as L  # noqa: N812
 from keras import ops
 
 from keras_clones import clone_model, deployment
-from keras_clones.calls import sharded_call
+from keras_clones.calls import sharing
 
 
 class Logged(keras.Sequential):
@@ -851,9 +851,9 @@ def test_a_step_runs_on_the_first_clone_and_updates_at_home(
     noted = []
     options = deployment(clone_model(cases.make("mlp"), 2)).step_options()
     on_gpu = options.clones[0]._replace(device="/device:GPU:0")
-    assert sharded_call.device_of_step(options) == "/device:CPU:0"
+    assert sharing.device_of_step(options) == "/device:CPU:0"
     options = options._replace(clones=(on_gpu, *options.clones[1:]))
-    assert sharded_call.device_of_step(options) == "/device:GPU:0"
+    assert sharing.device_of_step(options) == "/device:GPU:0"
 
     class Noted(keras.optimizers.SGD):
         def apply(self, grads, trainable_variables=None):
@@ -878,7 +878,7 @@ def test_a_step_runs_on_the_first_clone_and_updates_at_home(
     plain = train(False)
     # Logical CPUs stand for GPUs.
     monkeypatch.setattr(
-        sharded_call, "device_of_step", lambda options: "/device:CPU:1"
+        sharing, "device_of_step", lambda options: "/device:CPU:1"
     )
     noted.clear()
     assert cases.difference(plain, train(True)) < 1e-10

@@ -22,6 +22,7 @@ from keras_clones.__main__ import main
 from keras_clones.benchmark.transfers import count_transfers, traffic
 from keras_clones.devices import placement
 from keras_clones.look import picture
+from keras_clones.look.labels import label
 from keras_clones.look.report import Page, Table, readable
 
 CPUS = [f"CPU:{i}" for i in range(8)]
@@ -333,7 +334,7 @@ def test_pictures_are_legible(num_clones, tmp_path):
     pixels = matplotlib.image.imread(tmp_path / "clones.png")
     size, _ = made._footprint()
     rows = made.shard_sizes(256)
-    labels = picture.label(made.clones, made._homes(), rows, size, "")
+    labels = label(made.clones, made._homes(), rows, size, "")
     figure = picture.draw(labels)
     [axes] = figure.axes
     assert pixels.shape[1] == round(figure.get_figwidth() * 110)
@@ -369,7 +370,7 @@ def test_a_picture_of_a_model_that_is_not_built(tmp_path):
     made = deployment(clone_model(cases.subclassed(), 2))
     made.plot(tmp_path / "clones.svg")
     assert (tmp_path / "clones.svg").read_text().count("<svg") == 1
-    labels = picture.label(made.clones, made._homes(), None, None, "not built")
+    labels = label(made.clones, made._homes(), None, None, "not built")
     assert labels.mirrors[1] == "mirrors: not built"
 
 

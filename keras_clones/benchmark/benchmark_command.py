@@ -41,6 +41,18 @@ def add_command(commands: Any) -> None:
         description="Time a step of clones, plain Keras and tf.distribute, "
         "each in a process of its own.",
     )
+    _add_cells(parser)
+    _add_runs(parser)
+    parser.add_argument("--out", metavar="FILE.json", help="write all figures")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the steps")
+    parser.add_argument(
+        "--markdown", action="store_true", help="also print a Markdown table"
+    )
+    parser.set_defaults(run=lambda options: run(parser, options))
+
+
+def _add_cells(parser: argparse.ArgumentParser) -> None:
+    """Add what says which cells there are."""
     parser.add_argument(
         "--models",
         type=_names(TASKS),
@@ -62,6 +74,10 @@ def add_command(commands: Any) -> None:
         metavar="NAMES",
         help=f"which of {','.join(PEERS)}; default: all",
     )
+
+
+def _add_runs(parser: argparse.ArgumentParser) -> None:
+    """Add what says how each cell runs."""
     parser.add_argument(
         "--threads",
         type=_threads,
@@ -95,12 +111,6 @@ def add_command(commands: Any) -> None:
         help="also time two independent processes of one thread each, for "
         f"{', '.join(CONTROLS)}",
     )
-    parser.add_argument("--out", metavar="FILE.json", help="write all figures")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw the steps")
-    parser.add_argument(
-        "--markdown", action="store_true", help="also print a Markdown table"
-    )
-    parser.set_defaults(run=lambda options: run(parser, options))
 
 
 def _names(choices: Sequence[str] | Mapping[str, Any]) -> Callable:

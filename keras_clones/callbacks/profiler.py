@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import operator
 import os
 import tempfile
 import time
@@ -15,13 +14,15 @@ import tensorflow as tf
 from keras_clones import checks
 from keras_clones.callbacks import trace
 from keras_clones.callbacks.lanes import find_places
+from keras_clones.callbacks.profiler_checks import (
+    NAME,
+    checked_path,
+    checked_steps,
+)
 from keras_clones.callbacks.verdict import Report, find_machine, make_report
 from keras_clones.look import timeline
 from keras_clones.look.timeline import Event, Window
 from keras_clones.warn import warn
-
-# What its files are called where nothing says it.
-_NAME = "clone_profile"
 
 
 class CloneProfiler(keras.callbacks.Callback):
@@ -98,11 +99,11 @@ class CloneProfiler(keras.callbacks.Callback):
     def __init__(
         self,
         steps: Sequence[int] = (10, 20),
-        path: str | os.PathLike[str] = _NAME,
+        path: str | os.PathLike[str] = NAME,
     ) -> None:
         super().__init__()
-        self.steps = _checked_steps(steps)
-        self.path = _checked_path(path)
+        self.steps = checked_steps(steps)
+        self.path = checked_path(path)
         self.report: Report | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._running = False
@@ -267,47 +268,3 @@ class CloneProfiler(keras.callbacks.Callback):
             f"timeline in {self.path}.png and {self.path}.json.\n"
             f"{self.report.verdict}"
         )
-
-
-def _checked_steps(steps: Any) -> tuple[int, int]:
-    try:
-        if any(isinstance(step, bool) for step in steps):
-            raise TypeError
-        begin, end = (operator.index(step) for step in steps)
-    except (TypeError, ValueError):
-        raise TypeError(
-            "Argument `steps` must be a pair of integers. "
-            f"Received: steps={steps!r}"
-        ) from None
-    if not 0 <= begin < end:
-        raise ValueError(
-            "Argument `steps` must be two increasing integers, the first at "
-            f"least 0. Received: steps={steps!r}"
-        )
-    return begin, end
-
-
-def _checked_path(path: Any) -> str:
-    if not isinstance(path, (str, os.PathLike)) or not str(path):
-        raise TypeError(
-            "Argument `path` must be a path of a folder, or of a file without "
-            f"its suffix. Received: path={path!r}"
-        )
-    name = _without_suffix(os.fspath(path))
-    folder = os.path.dirname(os.path.abspath(name))
-    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise ValueError(
-            "Argument `path` must be in a folder that exists and can be "
-            f"written to. Received: path={str(path)!r}, whose folder is "
-            f"{folder!r}"
-        )
-    return name
-
-
-def _without_suffix(path: str) -> str:
-    """Return the path that the suffixes of both files are added to."""
-    separators = tuple(filter(None, (os.sep, os.altsep)))
-    if path.endswith(separators) or os.path.isdir(path):
-        return os.path.join(path, _NAME)
-    base, suffix = os.path.splitext(path)
-    return base if suffix in (".png", ".json") else path

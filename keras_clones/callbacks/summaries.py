@@ -6,7 +6,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_clones.door.attach import deployment, watch_training
+from keras_clones.door.attach import deployment
+from keras_clones.door.steps_on import watch_training
 from keras_clones.plan import exactness
 from keras_clones.plan.watch import Watch
 

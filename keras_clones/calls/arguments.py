@@ -1,6 +1,6 @@
 """What a layer is called with, taken apart and split by rows."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -127,6 +127,14 @@ class Arguments(NamedTuple):
             for start, size in zip(shards.starts, shards.sizes, strict=True)
         ]
         return [sharding.slice_rows(leaf, *part) for part in parts]
+
+
+class LayerCall(NamedTuple):
+    """A call of a layer: the method that is called, and with what."""
+
+    layer: keras.Layer
+    method: Callable[..., Any]
+    given: Arguments
 
 
 def _is_a_bank(leaf: Any) -> bool:

@@ -17,7 +17,7 @@ import keras
 import tensorflow as tf
 
 from keras_clones import _keras
-from keras_clones.calls import sharded_call
+from keras_clones.calls import sharded_call, sharing
 from keras_clones.plan import build
 from keras_clones.plan.options import StepOptions
 
@@ -28,7 +28,7 @@ _lock = threading.Lock()
 class _Active(threading.local):
     """The calls of the step that this thread makes, if it makes one."""
 
-    calls: "sharded_call.Calls | None" = None
+    calls: "sharing.Calls | None" = None
 
 
 _active = _Active()
@@ -51,14 +51,14 @@ def run(
     Returns:
         What the step returns.
     """
-    device = sharded_call.device_of_step(options)
+    device = sharing.device_of_step(options)
     held = _active.calls
     layers = _keras.layers(model)
     with contextlib.ExitStack() as stack:
         stack.enter_context(tf.device(device))
         stack.enter_context(_swapped(layers))
         stack.enter_context(_at_home(model, device, options.home))
-        _active.calls = made = sharded_call.Calls(model, options, training)
+        _active.calls = made = sharing.Calls(model, options, training)
         stack.callback(setattr, _active, "calls", held)
         result = step()
     made.check_whole()

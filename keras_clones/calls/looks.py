@@ -14,8 +14,8 @@ import keras
 import tensorflow as tf
 
 from keras_clones import _keras, _tf
-from keras_clones.calls import rows_apart
-from keras_clones.calls.arguments import Arguments
+from keras_clones.calls import own_code, rows_apart
+from keras_clones.calls.arguments import Arguments, LayerCall
 from keras_clones.plan.options import StepOptions
 from keras_clones.warn import warn_or_refuse
 
@@ -101,7 +101,7 @@ class Looks:
         Returns:
             A list of what the call has to come after, if it is in a graph.
         """
-        if not rows_apart.candidates(layer):
+        if not own_code.candidates(layer):
             return []
         kept = _Kept(options, layer, method, Arguments.of(args, kwargs))
         if not tf.executing_eagerly():
@@ -152,9 +152,8 @@ class Looks:
         """Look at a call. What cannot run by itself is given up."""
         try:
             with tf.device(_CPU), kept.context():
-                return rows_apart.look(
-                    kept.layer, kept.method, kept.arguments(), kept.options
-                )
+                call = LayerCall(kept.layer, kept.method, kept.arguments())
+                return rows_apart.look(call, kept.options)
         except Exception as error:
             self.given_up.append((kept.layer.name, error))
             return []

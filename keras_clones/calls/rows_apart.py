@@ -9,17 +9,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import keras
-import tensorflow as tf
 
-from keras_clones import _keras, _tf
-from keras_clones.calls import call_tower
-from keras_clones.calls.arguments import Arguments
-from keras_clones.calls.runs import Ran, compare_state, compare_values, rounding
+from keras_clones import _keras
+from keras_clones.calls import looking
+from keras_clones.calls.arguments import Arguments, LayerCall
+from keras_clones.calls.own_code import has_own_code
+from keras_clones.calls.runs import Ran
 from keras_clones.calls.undone import left_as_it_is, through
 from keras_clones.clone import state
-from keras_clones.devices.placement import Clone
-from keras_clones.exchange import laying_out
-from keras_clones.exchange.batch_norm import synchronized_layers
 from keras_clones.plan.options import StepOptions
 from keras_clones.tensors import sharding
 
@@ -29,9 +26,6 @@ _AGAIN = (5, 4, 2)
 # The same where a layer draws: as 3 + 2 and 5 + 4, since outside of a graph
 # what is drawn for as many entries as there are rows is taken for one a row.
 _DRAWN = (5, 9)
-# Weights below are set aside: a gate of zero would hide what it lets through.
-_SMALL = 0.05
-_MOST_ENTRIES = 10_000_000
 
 
 class Finding(NamedTuple):
@@ -45,200 +39,77 @@ class Finding(NamedTuple):
     what: str
 
 
-def has_own_code(layer: keras.Layer) -> bool:
-    """Say whether a layer is not known to keep rows apart.
-
-    It is if its `call` is not Keras's, or runs a function that is not, or
-    works along the first axis.
-    """
-    functions = [
-        getattr(layer, "activation", None),
-        getattr(layer, "recurrent_activation", None),
-    ]
-    if isinstance(layer, keras.layers.Lambda):
-        return True
-    if not _is_of_keras(type(layer).call):
-        return True
-    if any(callable(f) and not _is_of_keras(f) for f in functions):
-        return True
-    axis = getattr(layer, "axis", None)
-    return 0 in (axis if isinstance(axis, (list, tuple)) else [axis])
-
-
-def _is_of_keras(function: Any) -> bool:
-    module = getattr(function, "__module__", None) or type(function).__module__
-    return module.startswith(("keras.", "tensorflow."))
-
-
-def candidates(layer: keras.Layer) -> list[keras.Layer]:
-    """Return a layer and those inside of it that are to be looked at."""
-    return [one for one in _keras.layers(layer) if has_own_code(one)]
-
-
-def look(
-    layer: keras.Layer,
-    method: Callable[..., Any],
-    given: Arguments,
-    options: StepOptions,
-) -> list[Finding]:
+def look(call: LayerCall, options: StepOptions) -> list[Finding]:
     """Find the layers in which rows know each other.
 
     Nothing of the model is changed.
 
     Args:
-        layer: The `keras.Layer` that is called on clones.
-        method: Its method.
-        given: `Arguments`, with tensors that have values.
+        call: `LayerCall` on clones, with tensors that have values.
         options: `StepOptions` of the deployment.
     """
-    rows = int(given.count_rows())
-    looking = _Look(layer, method, _for_a_look(layer, options))
-    with left_as_it_is(layer), through(layer, _without_draws):
+    rows = int(call.given.count_rows())
+    options = _for_a_look(call.layer, options)
+    with left_as_it_is(call.layer), through(call.layer, _without_draws):
         num = min(_ROWS, rows)
         try:
-            one = looking.run(layer, method, _first(given, num), 1)
+            one = looking.run(_first(call, num), options, 1)
         except Exception:
-            looking.run(layer, method, given, 1)
-            return looking.blame_who_raises(_first(given, num))
+            looking.run(call, options, 1)
+            return _Blame(options).who_raises(_first(call, num))
         again = [n for n in _AGAIN if n <= rows and n != num] or [num]
-        if _draws(layer, one):
+        if _draws(call.layer, one):
             if rows < max(_DRAWN):
                 return []
             num, again = _DRAWN[0], list(_DRAWN[1:])
-            one = looking.run(layer, method, _first(given, num), 1)
-        if looking.judge(layer, method, _first(given, num), one) is None:
+            one = looking.run(_first(call, num), options, 1)
+        if looking.judge(_first(call, num), options, one) is None:
             return []
-        return looking.blame(_first(given, num), _first(given, again[0]))
+        return _blame(_first(call, num), _first(call, again[0]), options)
 
 
-class _Look:
-    """A look at one call of a layer on the clones."""
+def _blame(
+    call: LayerCall, more: LayerCall, options: StepOptions
+) -> list[Finding]:
+    """Return the innermost layers by which a call fails, to be sure."""
+    found = _Blame(options).who_differs(call)
+    try:
+        confirmed = _Blame(options).who_differs(more)
+    except Exception:
+        return list(found.values())
+    return [one for key, one in found.items() if key in confirmed]
 
-    def __init__(
-        self,
-        layer: keras.Layer,
-        method: Callable[..., Any],
-        options: StepOptions,
-    ) -> None:
-        self._layer = layer
-        self._method = method
+
+class _Blame:
+    """Judges the calls that a call makes in turn, while it runs."""
+
+    def __init__(self, options: StepOptions) -> None:
         self._options = options
         self._findings: dict[int, Finding] = {}
         self._raised: list[keras.Layer] = []
         self._busy = False
 
-    def run(
-        self,
-        layer: keras.Layer,
-        method: Callable[..., Any],
-        given: Arguments,
-        num: int,
-    ) -> Ran:
-        """Run a call on a number of clones."""
-        home = self._options.home
-        clones = tuple(Clone(f"clone_{i}", home) for i in range(num))
-        shards = sharding.divide(int(given.count_rows()), num)
-        variables = state.model_variables(layer)
-        body = call_tower.Body(
-            layer,
-            method,
-            given,
-            variables,
-            self._options._replace(clones=clones),
-            False,
-            (),
-        )
-        read = laying_out.read_variables(variables, ())
-        mirrors = [[_without_zeros(value) for value in read]] * num
-        data = given.split(shards)
-        synchronized = synchronized_layers(layer, "sync") if num > 1 else []
-        with _tf.stop_recording(), tf.device(home):
-            layout = laying_out.lay_out(
-                shards,
-                data,
-                mirrors,
-                variables,
-                1.0,
-                clones,
-                home,
-                random=self._options.random,
-            )
-            ran = laying_out.each(
-                layout, lambda i: body(layout.inputs[i]), synchronized
-            )
-        outputs, notes = zip(*ran, strict=True)
-        return Ran(layout, list(outputs), list(notes))
-
-    def judge(
-        self,
-        layer: keras.Layer,
-        method: Callable[..., Any],
-        given: Arguments,
-        one: Ran,
-    ) -> str | None:
-        """Say what of a call two clones come to otherwise, if anything."""
-        if int(given.count_rows()) < 2:
-            return None
-        held, self._busy = self._busy, True
-        try:
-            tolerance = max(rounding(x) for x in _keras.layers(layer))
-            what = self._compare(layer, method, given, one, tolerance)
-            if what is None or what == "rows":
-                return what
-            # What is drawn by TensorFlow itself differs from run to run.
-            again = self.run(layer, method, given, 1)
-            same = compare_values(one, again, tolerance) is None
-            return what if same else None
-        finally:
-            self._busy = held
-
-    def _compare(
-        self,
-        layer: keras.Layer,
-        method: Callable[..., Any],
-        given: Arguments,
-        one: Ran,
-        tolerance: float,
-    ) -> str | None:
-        try:
-            two = self.run(layer, method, given, 2)
-        except Exception:
-            return "rows"
-        found = compare_values(one, two, tolerance)
-        if found is None and self._options.exact:
-            found = compare_state(one, two, tolerance, _without_zeros)
-        return found
-
-    def blame(self, given: Arguments, more: Arguments) -> list[Finding]:
-        """Return the innermost layers by which a call fails, to be sure."""
-        found = self._blame(given)
-        try:
-            confirmed = self._blame(more)
-        except Exception:
-            return list(found.values())
-        return [one for key, one in found.items() if key in confirmed]
-
-    def _blame(self, given: Arguments) -> dict[int, Finding]:
-        self._findings = {}
-        with through(self._layer, self._spy, has_own_code):
-            one = self.run(self._layer, self._method, given, 1)
+    def who_differs(self, call: LayerCall) -> dict[int, Finding]:
+        """Return the innermost layers that clones come to otherwise."""
+        with through(call.layer, self._spy, has_own_code):
+            one = looking.run(call, self._options, 1)
         if not self._findings:
-            what = self.judge(self._layer, self._method, given, one)
-            if what is not None:
-                key = id(self._layer)
-                self._findings[key] = Finding(self._layer, what)
+            self._note(call.layer, looking.judge(call, self._options, one))
         return self._findings
 
-    def blame_who_raises(self, given: Arguments) -> list[Finding]:
+    def who_raises(self, call: LayerCall) -> list[Finding]:
         """Return the innermost layer that does not run on few rows."""
-        self._busy = False
         with (
-            through(self._layer, self._spy, has_own_code),
+            through(call.layer, self._spy, has_own_code),
             contextlib.suppress(Exception),
         ):
-            self.run(self._layer, self._method, given, 1)
-        layer = self._raised[0] if self._raised else self._layer
+            looking.run(call, self._options, 1)
+        layer = self._raised[0] if self._raised else call.layer
         return [Finding(layer, "rows")]
+
+    def _note(self, layer: keras.Layer, what: str | None) -> None:
+        if what is not None:
+            self._findings[id(layer)] = Finding(layer, what)
 
     def _spy(
         self, layer: keras.Layer, method: Callable[..., Any]
@@ -254,22 +125,19 @@ class _Look:
                 raise
             if len(self._findings) == before:
                 given = Arguments.of(args, kwargs)
-                self._judge_inside(layer, method, given)
+                self._judge_inside(LayerCall(layer, method, given))
             return result
 
         return call
 
-    def _judge_inside(
-        self, layer: keras.Layer, method: Callable[..., Any], given: Arguments
-    ) -> None:
-        held, self._busy = self._busy, True
+    def _judge_inside(self, call: LayerCall) -> None:
+        self._busy = True
         try:
-            one = self.run(layer, method, given, 1)
-            what = self.judge(layer, method, given, one)
+            one = looking.run(call, self._options, 1)
+            what = looking.judge(call, self._options, one)
         finally:
-            self._busy = held
-        if what is not None:
-            self._findings[id(layer)] = Finding(layer, what)
+            self._busy = False
+        self._note(call.layer, what)
 
 
 def _for_a_look(layer: keras.Layer, options: StepOptions) -> StepOptions:
@@ -293,8 +161,9 @@ def _for_a_look(layer: keras.Layer, options: StepOptions) -> StepOptions:
     )
 
 
-def _first(given: Arguments, num: int) -> Arguments:
-    """Return arguments with the first rows only."""
+def _first(call: LayerCall, num: int) -> LayerCall:
+    """Return a call with the first rows only."""
+    given = call.given
     rows = int(given.count_rows())
     leaves = [
         sharding.slice_rows(leaf, 0, num)
@@ -302,21 +171,7 @@ def _first(given: Arguments, num: int) -> Arguments:
         else leaf
         for leaf in given.leaves
     ]
-    return given._replace(leaves=leaves)
-
-
-def _without_zeros(value: Any) -> Any:
-    """Return the value of a weight, not that of one that is still zero."""
-    if (
-        not value.dtype.is_floating
-        or value.shape.num_elements() > _MOST_ENTRIES
-    ):
-        return value
-    if not value.shape.num_elements():
-        return value
-    largest = tf.reduce_max(tf.abs(value))
-    added = 0.3 if value.shape.rank < 2 else 0.1
-    return value + tf.cast(added, value.dtype) if largest < _SMALL else value
+    return call._replace(given=given._replace(leaves=leaves))
 
 
 def _draws(layer: keras.Layer, ran: Ran) -> bool:

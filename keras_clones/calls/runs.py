@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_clones import _keras
-from keras_clones.calls import call_tower
+from keras_clones.calls import body
 from keras_clones.exchange import bringing_home, laying_out
 from keras_clones.tensors import sharding
 
@@ -21,8 +21,8 @@ class Ran(NamedTuple):
     """What the clones of a call came to."""
 
     layout: laying_out.Layout
-    outputs: list[call_tower.CallOutput]
-    notes: list[call_tower.CallNotes]
+    outputs: list[body.CallOutput]
+    notes: list[body.CallNotes]
 
 
 def rounding(layer: keras.Layer) -> float:

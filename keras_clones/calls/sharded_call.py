@@ -1,108 +1,28 @@
 """One call of a layer on the global batch, run as one call a clone."""
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
 
 from keras_clones import _keras, _tf
-from keras_clones.calls import call_tower, looks, pullback
-from keras_clones.calls.arguments import Arguments
+from keras_clones.calls import call_tower, forward, looks, pullback, sharing
+from keras_clones.calls.arguments import Arguments, LayerCall
+from keras_clones.calls.body import Body
 from keras_clones.clone import layer_losses, state
 from keras_clones.clone.tables import large_tables, looked_up_at_home
-from keras_clones.devices import balance, placement
+from keras_clones.devices import balance
 from keras_clones.exchange import bringing_home, laying_out, tracing
 from keras_clones.exchange.batch_norm import synchronized_layers
-from keras_clones.plan import exactness, inexact, whole
-from keras_clones.plan.build import build_by_call, resolve_jit_compile
-from keras_clones.plan.options import StepOptions
+from keras_clones.plan import inexact
+from keras_clones.plan.build import build_by_call
 from keras_clones.tensors import sharding
 
 
-class _Mirrors(NamedTuple):
-    """Variables that were read, and their mirrors: one list a clone."""
-
-    graph: Any
-    values: list[tf.Tensor | None]
-    mirrors: list[list[tf.Tensor | None]]
-    writes: list[int]
-
-
-class Calls:
-    """What the layer calls of one step share.
-
-    Attributes:
-        busy: Boolean, whether a call runs on the clones just now. What it
-            calls in turn is an ordinary call.
-        whole: `Whole`, the layers that are not called on shards.
-        has_all_whole: Boolean, whether all that `whole` names are made.
-    """
-
-    def __init__(
-        self, model: keras.Model, options: StepOptions, training: bool
-    ) -> None:
-        self.model = model
-        self.options = options
-        self.training = training
-        self.busy = False
-        self.towers: dict[Any, Any] = dict(options.towers)
-        self.mirrors: dict[Any, _Mirrors] = {}
-        self.jit_compile = resolve_jit_compile(model, options)
-        self._graph = _graph()
-        self.settle_whole()
-        if len(options.clones) > 1:
-            exactness.check_layers(model, self.whole.is_apart)
-
-    def settle_whole(self) -> None:
-        """Look for whole layers, some of which may not be made yet."""
-        named = self.options.whole
-        self.whole = whole.find(self.model, named, len(self.options.clones))
-        self.has_all_whole = not whole.missing(self.model, named)
-
-    def looks(self) -> bool:
-        """Say whether it is looked at whether rows stay apart in calls.
-
-        A call in a loop of the step's graph may see something else each time.
-        """
-        return self.training and self._graph is _graph()
-
-    def check_whole(self) -> None:
-        """Check that what `whole` names is there, once all layers are."""
-        if all(one.built for one in _keras.layers(self.model)):
-            whole.check(self.model, self.options.whole)
-
-    @contextlib.contextmanager
-    def while_busy(self) -> Iterator[None]:
-        """Let calls that happen now be ordinary calls."""
-        held, self.busy = self.busy, True
-        try:
-            yield
-        finally:
-            self.busy = held
-
-
-def _graph() -> Any:
-    """Return the graph that is made just now, `None` outside of one."""
-    if tf.executing_eagerly():
-        return None
-    return tf.compat.v1.get_default_graph()
-
-
-def device_of_step(options: StepOptions) -> str:
-    """Return where a step's own mathematics runs.
-
-    That is the first clone's device where it is a GPU, else where the
-    variables are.
-    """
-    first = options.clones[0].device
-    return first if "GPU" in first else options.home
-
-
 def call(
-    calls: Calls,
+    calls: sharing.Calls,
     layer: keras.Layer,
     method: Callable[..., Any],
     args: tuple[Any, ...],
@@ -130,15 +50,25 @@ def call(
 
 
 def _call(
-    calls: Calls,
+    calls: sharing.Calls,
     layer: keras.Layer,
     method: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    options = calls.options
-    given = Arguments.of(args, kwargs)
-    rows = given.count_rows()
+    one = LayerCall(layer, method, Arguments.of(args, kwargs))
+    sharded = _shard(calls, one)
+    watched = _is_watched([*sharded.values, *one.given.components()])
+    joined = pullback.run(sharded, watched)
+    _assign_changes(calls, layer, joined)
+    _observe(calls, joined)
+    return joined.runs[0].notes.finish(joined.values)
+
+
+def _shard(calls: sharing.Calls, one: LayerCall) -> forward.Sharded:
+    """Divide a call's rows, and read and send what it takes on the clones."""
+    options, layer = calls.options, one.layer
+    rows = one.given.count_rows()
     clones = options.clones[: sharding.enough(rows, len(options.clones))]
     many = 1 < len(clones) == len(options.clones)
     shards = sharding.divide(
@@ -146,67 +76,32 @@ def _call(
     )
     variables = state.model_variables(layer)
     tables = [] if calls.jit_compile else large_tables(layer)
-    read = _read(calls, layer, variables, tables, clones)
+    read = sharing.read(calls, layer, variables, tables, clones)
     # Read once: a call that a tape runs again draws the same again.
     seeds = laying_out.read_seeds(variables)
+    group = options.group(clones, calls.training)
     others = read.values[len(variables.trainable) :]
-    body = call_tower.Body(
-        layer,
-        method,
-        given,
-        variables,
-        options,
-        shards.may_be_idle,
-        tuple(i for i, value in enumerate(others) if _is_watched([value])),
+    watched_others = [
+        i for i, value in enumerate(others) if _is_watched([value])
+    ]
+    body = Body(
+        one, variables, options, shards.may_be_idle, tuple(watched_others)
     )
-    sharded = pullback.Sharded(
-        body,
-        given,
-        shards,
-        read.values,
-        read.mirrors,
-        functools.partial(_lay_out, calls, shards, variables, clones, seeds),
-        functools.partial(_trace, calls, body, tables),
-        calls.while_busy,
-        bool(_synchronized(calls, layer, clones)),
-    )
-    watched = _is_watched([*read.values, *given.components()])
-    joined = pullback.run(sharded, watched)
-    _assign_changes(calls, layer, joined)
-    _observe(calls, joined)
-    return joined.runs[0].notes.finish(joined.values)
-
-
-def _lay_out(
-    calls: Calls,
-    shards: sharding.Shards,
-    variables: state.Variables,
-    clones: Sequence[placement.Clone],
-    seeds: Sequence[tf.Tensor],
-    data: list[Any],
-    mirrors: list[list[Any]],
-) -> laying_out.Layout:
-    options = calls.options
-    clock = None
-    if options.balance and calls.training:
-        clock = options.balance.clocks[0]
-    return laying_out.lay_out(
-        shards,
-        data,
-        mirrors,
-        variables,
-        1.0,
-        clones,
-        options.home,
-        clock,
-        options.random,
-        seeds,
+    return forward.Sharded(
+        body=body,
+        shards=shards,
+        values=read.values,
+        mirrors=read.mirrors,
+        lay_out=functools.partial(laying_out.lay_out, shards, group, seeds),
+        trace=functools.partial(_trace, calls, body, tables),
+        busy=calls.while_busy,
+        is_synchronized=bool(_synchronized(calls, layer, clones)),
     )
 
 
 def _trace(
-    calls: Calls,
-    body: call_tower.Body,
+    calls: sharing.Calls,
+    body: Body,
     tables: Sequence[keras.Variable],
     layout: laying_out.Layout,
     watched: bool,
@@ -230,11 +125,13 @@ def _trace(
         made = call_tower.trace(
             body,
             layout,
-            watched,
-            calls.jit_compile,
-            tracing.inlines(devices, len(body.variables.trainable)),
-            synchronized,
-            in_graph,
+            call_tower.Tracing(
+                watched,
+                calls.jit_compile,
+                tracing.inlines(devices, len(body.variables.trainable)),
+                synchronized,
+                in_graph,
+            ),
         )
     calls.towers[key] = made
     if known and made.is_closed:
@@ -244,7 +141,7 @@ def _trace(
 
 
 def _synchronized(
-    calls: Calls, layer: keras.Layer, clones: Sequence[Any]
+    calls: sharing.Calls, layer: keras.Layer, clones: Sequence[Any]
 ) -> list[keras.layers.BatchNormalization]:
     training = dict(_keras.call_context()).get("training")
     if len(clones) == 1 or not training:
@@ -258,55 +155,8 @@ def _is_watched(tensors: Sequence[tf.Tensor | None]) -> bool:
     return bool(found) and _tf.num_watching(found) > 0
 
 
-def _read(
-    calls: Calls,
-    layer: keras.Layer,
-    variables: state.Variables,
-    tables: Sequence[keras.Variable],
-    clones: Sequence[placement.Clone],
-) -> _Mirrors:
-    """Read a layer's variables and send mirrors, or use those sent before.
-
-    What was sent holds until a variable is assigned, in the same graph and
-    for a tape that has seen it read.
-    """
-    home = calls.options.home
-    graph = _graph()
-    key = (id(graph), id(layer), len(clones), len(variables.trainable))
-    found = calls.mirrors.get(key)
-    if found is not None and _still_holds(found, variables):
-        return found
-    with tf.device(home):
-        values = laying_out.read_variables(variables, ())
-    kept = [
-        None if any(v is table for table in tables) else value
-        for v, value in zip(
-            [*variables.trainable, *variables.others], values, strict=True
-        )
-    ]
-    with _tf.stop_recording():
-        mirrors = laying_out.send_mirrors(kept, home, clones)
-    writes = [] if graph is None else [_tf.num_writes(v) for v in values]
-    made = _Mirrors(graph, values, mirrors, writes)
-    if graph is not None:
-        calls.mirrors[key] = made
-    return made
-
-
-def _still_holds(found: _Mirrors, variables: state.Variables) -> bool:
-    known = [_keras.tf_variable(v) for v in variables.trainable]
-    for variable in known:
-        _tf.variable_accessed(variable)
-    wanted = _tf.num_watching([v.handle for v in known]) if known else 0
-    have = _tf.num_watching(found.values[: len(known)]) if known else 0
-    # Of several tapes, nothing tells which of them saw the variables read.
-    if wanted and not wanted == have == 1:
-        return False
-    return found.writes == [_tf.num_writes(v) for v in found.values]
-
-
 def _assign_changes(
-    calls: Calls, layer: keras.Layer, joined: pullback.Joined
+    calls: sharing.Calls, layer: keras.Layer, joined: forward.Joined
 ) -> None:
     """Give variables that the clones assigned their merged values."""
     notes, layout = joined.runs[0].notes, joined.layout
@@ -323,7 +173,7 @@ def _assign_changes(
         bringing_home.assign(notes.assigned, merged, list(total[1]))
 
 
-def _observe(calls: Calls, joined: pullback.Joined) -> None:
+def _observe(calls: sharing.Calls, joined: forward.Joined) -> None:
     """Measure what each clone took until its outputs were there."""
     measured, layout = calls.options.balance, joined.layout
     if layout.started is None or len(layout.clones) == 1 or measured is None:

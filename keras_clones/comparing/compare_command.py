@@ -26,6 +26,28 @@ def add_command(commands: Any) -> None:
         "same batches: whether they train the same, what mends it if not, "
         "and how long a step takes.",
     )
+    _add_comparison(parser)
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        type=_option,
+        metavar="NAME=VALUE",
+        help="an argument of clone_model, such as batch_norm=sync or "
+        "exact=true; may be given several times",
+    )
+    parser.add_argument(
+        "--quiet", action="store_true", help="print no progress"
+    )
+    parser.add_argument("--out", metavar="FILE.json", help="write all figures")
+    parser.add_argument(
+        "--plot", metavar="FILE.png", help="draw differences and times"
+    )
+    parser.set_defaults(run=lambda options: run(parser, options))
+
+
+def _add_comparison(parser: argparse.ArgumentParser) -> None:
+    """Add what says what is compared, and how."""
     parser.add_argument(
         "function",
         metavar="module:function",
@@ -58,23 +80,6 @@ def add_command(commands: Any) -> None:
         help="type of numbers to judge differences in, float32 standing for "
         "the model's own; default: float64 if the model can be made in it",
     )
-    parser.add_argument(
-        "--option",
-        action="append",
-        default=[],
-        type=_option,
-        metavar="NAME=VALUE",
-        help="an argument of clone_model, such as batch_norm=sync or "
-        "exact=true; may be given several times",
-    )
-    parser.add_argument(
-        "--quiet", action="store_true", help="print no progress"
-    )
-    parser.add_argument("--out", metavar="FILE.json", help="write all figures")
-    parser.add_argument(
-        "--plot", metavar="FILE.png", help="draw differences and times"
-    )
-    parser.set_defaults(run=lambda options: run(parser, options))
 
 
 def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
@@ -82,7 +87,6 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
 
     It is 1 if any number of clones trained another model.
     """
-    counts = {} if options.clones is None else {"num_clones": options.clones}
     if not tf.config.list_physical_devices("GPU"):
         _split_cpu(max(options.clones or (4,)))
     function = _find(parser, options.function)
@@ -92,29 +96,14 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
             "expected a function that returns a compiled model and its data. "
             f"Received: {type(result).__name__} from {options.function}"
         )
-    x, y = _parts(result[1])
-
-    def against(model: Any) -> Comparison:
-        return compare(
-            model,
-            x,
-            y,
-            batch_size=options.batch_size,
-            steps=options.steps,
-            dtype=options.dtype,
-            verbose=0 if options.quiet else 1,
-            **counts,
-            **dict(options.option),
-        )
-
     try:
         if options.plot:
             picture.check_path(options.plot)
         try:
-            found = against(result[0])
+            found = _against(result[0], result[1], options)
         except CannotCopyError:
             # The function makes copies where a config does not.
-            found = against(lambda: function()[0])
+            found = _against(lambda: function()[0], result[1], options)
         if options.plot:
             found.plot(options.plot)
     except (ImportError, TypeError, ValueError) as error:
@@ -124,6 +113,23 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
         with open(options.out, "w", encoding="utf-8") as file:
             json.dump(found.to_dict(), file, indent=1)
     return 0 if found.same else 1
+
+
+def _against(model: Any, data: Any, options: argparse.Namespace) -> Comparison:
+    """Compare a model, or what a function makes, by what was asked for."""
+    counts = {} if options.clones is None else {"num_clones": options.clones}
+    x, y = _parts(data)
+    return compare(
+        model,
+        x,
+        y,
+        batch_size=options.batch_size,
+        steps=options.steps,
+        dtype=options.dtype,
+        verbose=0 if options.quiet else 1,
+        **counts,
+        **dict(options.option),
+    )
 
 
 def _split_cpu(count: int) -> None:

@@ -143,30 +143,41 @@ def _compare(
         say(f"{run.name}: {_told(run)}.")
         return run
 
-    runs = [train(n, {}) for n in counts]
-    differing = next((run for run in runs if run.wrong), None)
-    causes: list[Cause] = []
-    if differing is not None:
+    def explain(run: Run) -> list[Cause]:
         model = copies.copy_of(source, exact)
-        causes = explaining.find(model, differing, plain, options)
-        runs, causes = _mend(runs, differing, causes, train)
+        return explaining.find(model, run, plain, options)
+
+    runs, causes = _judge(counts, train, explain)
     say("Timing a step of each, in turns.")
     rows = _num_rows(batches.parts[0])
     noted = [batches.note, note, "" if plain.repeats else _NO_REPEAT]
     timed = timing.time_runs(source, batches, rows, [Run(0), *runs], options)
-    named_type = exact or keras.config.floatx()
+    judged_in = exact or keras.config.floatx()
     return Findings(
         runs=tuple(timed),
         causes=tuple(causes),
-        explained=bool(differing) and advice.explains(causes),
+        explained=advice.explains(causes),
         advice=advice.advise(timed, options),
-        dtype=named_type,
-        judged=advice.how_judged(named_type, plain),
+        dtype=judged_in,
+        judged=advice.how_judged(judged_in, plain),
         notes=tuple(filter(None, noted)),
         rows=rows,
         versions=advice.versions(),
         options={key: repr(value) for key, value in options.items()},
     )
+
+
+def _judge(
+    counts: Sequence[int],
+    train: Callable[[int, Mapping[str, Any]], Run],
+    explain: Callable[[Run], list[Cause]],
+) -> tuple[list[Run], list[Cause]]:
+    """Train each number of clones; explain and mend where one differs."""
+    runs = [train(n, {}) for n in counts]
+    differing = next((run for run in runs if run.wrong), None)
+    if differing is None:
+        return runs, []
+    return _mend(runs, differing, explain(differing), train)
 
 
 def _mend(

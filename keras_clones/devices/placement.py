@@ -7,7 +7,8 @@ import keras
 import tensorflow as tf
 
 from keras_clones import _keras, checks
-from keras_clones.devices.config import DeploymentConfig, canonical_device
+from keras_clones.devices.config import DeploymentConfig
+from keras_clones.devices.naming import canonical_device
 from keras_clones.warn import warn
 
 # Whoever was told once, or made logical devices, knows that there is no GPU.

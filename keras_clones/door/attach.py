@@ -1,27 +1,15 @@
-"""Attach clones to a model and take them off: the only file that changes it."""
+"""Clone a model, take the clones off, and ask for its deployment."""
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import keras
 import tensorflow as tf
 
 from keras_clones import _keras, checks
-from keras_clones.clone.state import model_variables
-from keras_clones.devices import balance, placement
+from keras_clones.devices import placement
 from keras_clones.devices.config import DeploymentConfig
-from keras_clones.door import guarded, option_checks
+from keras_clones.door import option_checks, steps_on
 from keras_clones.door.deployed import Deployment
-from keras_clones.plan import exactness
-from keras_clones.plan.watch import Watch
-from keras_clones.step import steps
-
-_LOSSES = ("auto", "clones", "gather")
-_STEPS = ("train_step", "test_step", "predict_step")
-_MAKERS = ("make_train_function", "make_test_function", "make_predict_function")
-# The underscores keep it out of what Keras walks through to save a model.
-_KEY = "__keras_clones__"
 
 
 def clone_model(
@@ -134,43 +122,26 @@ def clone_model(
     - TF-Slim, `deployment/model_deploy.py`.
     """
     _check_model(model)
-    option_checks.check_choice("loss", loss, _LOSSES)
-    batch_norm, random = option_checks.resolve_exact(
-        exact, batch_norm, random, loss, check_rows
+    asked = option_checks.Asked(
+        loss=loss,
+        batch_norm=batch_norm,
+        random=random,
+        layer_losses=layer_losses,
+        state=state,
+        whole=whole,
+        exact=exact,
+        check_rows=check_rows,
+        jit_compile=jit_compile,
+        shares=shares,
     )
-    option_checks.check_layer_losses(model, layer_losses)
-    option_checks.check_state(state)
-    whole = option_checks.check_whole(model, whole)
-    option_checks.check_choice(
-        "jit_compile", jit_compile, (True, False, "auto")
-    )
+    options = option_checks.check_options(model, asked)
     config = option_checks.choose_config(
         config, num_clones, devices, clone_on_cpu
     )
-    checked = balance.check_shares(shares, config.num_clones)
-    if checked == "auto" and exactness.overrides(model, "train_step"):
-        raise ValueError(
-            "Argument `shares='auto'` measures the train step of Keras, and "
-            "this model has its own. Pass a list with a number a clone. "
-            f"Received: model={model!r}"
-        )
+    checked = option_checks.check_shares(model, shares, config.num_clones)
+    options = options._replace(shares=checked)
     clones = placement.place_clones(config)
-    made = Deployment(
-        config,
-        clones,
-        loss,
-        batch_norm,
-        layer_losses,
-        jit_compile,
-        checked,
-        model,
-        state,
-        random=random,
-        whole=tuple(whole),
-        exact=exact,
-        check_rows=check_rows,
-    )
-    _attach(model, made)
+    steps_on.attach(model, Deployment(config, clones, options, model))
     return model
 
 
@@ -199,9 +170,7 @@ def unclone_model(model: keras.Model) -> keras.Model:
     """
     _check_is_model(model)
     if deployment(model) is not None:
-        for name in (*_STEPS, *_MAKERS, _KEY):
-            del vars(model)[name]
-        _forget_functions(model)
+        steps_on.detach(model)
     return model
 
 
@@ -228,110 +197,7 @@ def deployment(model: keras.Model) -> Deployment | None:
     Clone(scope='clone_1', device='/device:CPU:0')
     """
     _check_is_model(model)
-    return vars(model).get(_KEY)
-
-
-def _attach(model: keras.Model, made: Deployment) -> None:
-    """Put clone steps on the model object; its class stays what it is."""
-    move_home(model, made.variables_device)
-    options = made.step_options()
-    # `vars` passes by the model's own tracking of what it is given.
-    vars(model)[_KEY] = made
-    for name in _STEPS:
-        vars(model)[name] = functools.partial(
-            getattr(steps, name), model, options
-        )
-    for name in _MAKERS:
-        make = getattr(type(model), name).__get__(model)
-        vars(model)[name] = _maker(
-            model, made, name.removeprefix("make_"), make
-        )
-    _forget_functions(model)
-
-
-def _maker(
-    model: keras.Model, made: Deployment, name: str, make: Callable[..., Any]
-) -> Callable[..., Any]:
-    """Return a `make_..._function` that keeps XLA off the step as a whole.
-
-    XLA compiles a step for one device and forgets the others without a word.
-    The clones compile what each of them runs instead.
-    """
-
-    def make_function(force: bool = False) -> None:
-        checks.check_no_strategy()
-        move_home(model, made.variables_device)
-        if getattr(model, name) is not None and not force:
-            return
-        # What was traced before may go by what has changed since.
-        made.towers.clear()
-        jit_compile = model.jit_compile
-        model.jit_compile = False
-        try:
-            make(force=force)
-        finally:
-            model.jit_compile = jit_compile
-        function = guarded.guard(
-            model,
-            made,
-            name,
-            getattr(model, name),
-            lambda: _all_variables(model),
-        )
-        setattr(model, name, function)
-
-    return make_function
-
-
-def watch_training(
-    model: keras.Model, watcher: Any, watch: Watch | None
-) -> None:
-    """Let the training steps of a cloned model tell one more watch.
-
-    Args:
-        model: A cloned `keras.Model`.
-        watcher: The callback that wants to know. It has one watch at a time.
-        watch: A `Watch`, or `None` to tell this watcher nothing any more.
-    """
-    made = vars(model)[_KEY]
-    made.watches.pop(watcher, None)
-    if watch is not None:
-        made.watches[watcher] = watch
-    vars(model)["train_step"] = functools.partial(
-        steps.train_step, model, made.step_options()
-    )
-    model.train_function = None
-
-
-def move_home(model: keras.Model, home: str) -> None:
-    """Move every variable there is so far to the variables device.
-
-    A function that was traced before reads a variable where it was. So every
-    model that has one of those that moved forgets its functions.
-    """
-    moved = placement.move_variables(_all_variables(model), home)
-    ids = {id(variable) for variable in moved}
-    for other in _keras.living_models(model) if moved else []:
-        if any(id(variable) in ids for variable in _all_variables(other)):
-            for optimizer in _keras.optimizers(other):
-                _keras.reindex_optimizer(optimizer)
-            _forget_functions(other)
-
-
-def _all_variables(model: keras.Model) -> list[keras.Variable]:
-    """Return the variables of a model, its metrics and its optimizers."""
-    variables = [v for group in model_variables(model) for v in group]
-    if model.compiled:
-        variables += model.metrics_variables
-    for optimizer in _keras.optimizers(model):
-        variables += optimizer.variables
-    return variables
-
-
-def _forget_functions(model: keras.Model) -> None:
-    model.train_function = None
-    model.test_function = None
-    model.predict_function = None
+    return steps_on.deployment_of(model)
 
 
 def _check_is_model(model: keras.Model) -> None:

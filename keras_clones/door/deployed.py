@@ -2,7 +2,7 @@
 
 import os
 import weakref
-from collections.abc import Mapping, MutableMapping
+from collections.abc import MutableMapping
 from typing import Any
 
 import keras
@@ -12,9 +12,15 @@ from keras_clones.devices import balance
 from keras_clones.devices.config import DeploymentConfig, check_integer
 from keras_clones.devices.placement import Clone, short_name
 from keras_clones.look import footprint, picture, report
+from keras_clones.look.labels import label
 from keras_clones.plan import watch
 from keras_clones.plan.options import StepOptions
 from keras_clones.tensors import sharding
+
+
+def _option(name: str) -> Any:
+    """Return an attribute that is one of the options."""
+    return property(lambda made: getattr(made.options, name))
 
 
 class Deployment:
@@ -42,46 +48,40 @@ class Deployment:
             `"auto"`, or `None` for even ones.
     """
 
+    clones = _option("clones")
+    variables_device = _option("home")
+    loss = _option("loss")
+    batch_norm = _option("batch_norm")
+    layer_losses = _option("layer_losses")
+    random = _option("random")
+    whole = _option("whole")
+    exact = _option("exact")
+    check_rows = _option("check_rows")
+    jit_compile = _option("jit_compile")
+    shares = _option("shares")
+    balance = _option("balance")
+    towers = _option("towers")
+    looks = _option("looks")
+
     def __init__(
         self,
         config: DeploymentConfig,
         clones: tuple[Clone, ...],
-        loss: str,
-        batch_norm: str,
-        layer_losses: str | Mapping[str, str] | None,
-        jit_compile: bool | str,
-        shares: tuple[float, ...] | str | None = None,
+        options: StepOptions,
         model: keras.Model | None = None,
-        state: Mapping[str, str] | None = None,
-        *,
-        random: str = "clones",
-        whole: tuple[Any, ...] = (),
-        exact: bool = False,
-        check_rows: bool = True,
     ) -> None:
         self.config = config
-        self.clones = clones
-        self.variables_device = config.variables_device()
         self.inputs_device = config.inputs_device()
         self.optimizer_device = config.optimizer_device()
-        self.loss = loss
-        self.batch_norm = batch_norm
-        if isinstance(layer_losses, Mapping):
-            layer_losses = dict(layer_losses)
-        self.layer_losses = layer_losses
-        self.state = dict(state or {})
-        self.random = random
-        self.whole = whole
-        self.exact = exact
-        self.check_rows = check_rows
-        looks = check_rows and len(clones) > 1
-        self.looks = Looks() if looks else None
-        self.jit_compile = jit_compile
-        self.shares = shares
-        self.balance = None
-        if shares == "auto":
-            self.balance = balance.start(len(clones), self.variables_device)
-        self.towers: dict[Any, Any] = {}
+        home = config.variables_device()
+        measured = options.shares == "auto"
+        self.options = options._replace(
+            clones=clones,
+            home=home,
+            balance=balance.start(len(clones), home) if measured else None,
+            towers={},
+            looks=Looks() if options.check_rows and len(clones) > 1 else None,
+        )
         self._reported = False
         # By who watches the training: a callback whose training failed takes
         # its watch along when it goes.
@@ -93,30 +93,24 @@ class Deployment:
 
     def __getstate__(self) -> dict[str, Any]:
         # A weak reference cannot be pickled.
-        gone = ("_model", "looks")
-        empty: dict[str, Any] = {"towers": {}, "watches": {}}
-        return {**vars(self), **dict.fromkeys(gone), **empty}
+        options = self.options._replace(looks=None, towers={})
+        kept: dict[str, Any] = {
+            "options": options,
+            "watches": {},
+            "_model": None,
+        }
+        return {**vars(self), **kept}
 
     def step_options(self) -> StepOptions:
         """Return what the model's steps go by."""
-        return StepOptions(
-            clones=self.clones,
-            home=self.variables_device,
-            loss=self.loss,
-            batch_norm=self.batch_norm,
-            layer_losses=self.layer_losses,
-            jit_compile=self.jit_compile,
-            state=tuple(self.state.items()),
-            shares=self.fractions,
-            balance=self.balance,
-            towers=self.towers,
-            random=self.random,
-            whole=self.whole,
-            exact=self.exact,
-            check_rows=self.check_rows,
-            looks=self.looks,
-            watch=watch.join(self.watches.values()),
+        return self.options._replace(
+            shares=self.fractions, watch=watch.join(self.watches.values())
         )
+
+    @property
+    def state(self) -> dict[str, str]:
+        """Return how variables merge, by patterns of their paths."""
+        return dict(self.options.state)
 
     @property
     def fractions(self) -> Any:
@@ -187,7 +181,7 @@ class Deployment:
         path = picture.check_path(path)
         rows = self._rows(batch_size)
         size, why_not = self._footprint()
-        labels = picture.label(self.clones, self._homes(), rows, size, why_not)
+        labels = label(self.clones, self._homes(), rows, size, why_not)
         picture.draw(labels).savefig(path)
 
     def _page(self, batch_size: int | None = None) -> report.Page:

@@ -1,18 +1,79 @@
 """What is wrong with what `clone_model` is asked for, if anything is."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 
 from keras_clones import _keras
 from keras_clones.clone.state import POLICIES
-from keras_clones.devices import placement
+from keras_clones.devices import balance, placement
 from keras_clones.devices.config import DeploymentConfig
 from keras_clones.look import footprint
-from keras_clones.plan import whole
+from keras_clones.plan import exactness
+from keras_clones.plan import whole as whole_layers
+from keras_clones.plan.options import StepOptions
 
+_LOSSES = ("auto", "clones", "gather")
 _LAYER_LOSSES = ("mean", "sum")
+
+
+class Asked(NamedTuple):
+    """The options of `clone_model`, as they were passed."""
+
+    loss: Any
+    batch_norm: Any
+    random: Any
+    layer_losses: Any
+    state: Any
+    whole: Any
+    exact: Any
+    check_rows: Any
+    jit_compile: Any
+    shares: Any
+
+
+def check_options(model: keras.Model, asked: Asked) -> StepOptions:
+    """Return options for a model's steps, or say what is wrong with them.
+
+    The clones, their home and their shares are not in them yet.
+    """
+    check_choice("loss", asked.loss, _LOSSES)
+    batch_norm, random = resolve_exact(asked)
+    check_layer_losses(model, asked.layer_losses)
+    check_state(asked.state)
+    whole = check_whole(model, asked.whole)
+    check_choice("jit_compile", asked.jit_compile, (True, False, "auto"))
+    layer_losses = asked.layer_losses
+    if isinstance(layer_losses, Mapping):
+        layer_losses = dict(layer_losses)
+    return StepOptions(
+        clones=(),
+        home="",
+        loss=asked.loss,
+        batch_norm=batch_norm,
+        layer_losses=layer_losses,
+        jit_compile=asked.jit_compile,
+        state=tuple((asked.state or {}).items()),
+        random=random,
+        whole=whole,
+        exact=asked.exact,
+        check_rows=asked.check_rows,
+    )
+
+
+def check_shares(
+    model: keras.Model, shares: Any, num_clones: int
+) -> tuple[float, ...] | str | None:
+    """Return the clones' shares of the rows, or say what is wrong with them."""
+    checked = balance.check_shares(shares, num_clones)
+    if checked == "auto" and exactness.overrides(model, "train_step"):
+        raise ValueError(
+            "Argument `shares='auto'` measures the train step of Keras, and "
+            "this model has its own. Pass a list with a number a clone. "
+            f"Received: model={model!r}"
+        )
+    return checked
 
 
 def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
@@ -24,28 +85,27 @@ def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
         )
 
 
-def resolve_exact(
-    exact: Any, batch_norm: Any, random: Any, loss: Any, check_rows: Any
-) -> tuple[str, str]:
+def resolve_exact(asked: Asked) -> tuple[str, str]:
     """Return the policies of normalization and of random draws.
 
     Raises:
         ValueError: If a value is not one of a few, or `exact=True` is
             contradicted.
     """
-    check_choice("exact", exact, (True, False))
-    check_choice("check_rows", check_rows, (True, False))
+    check_choice("exact", asked.exact, (True, False))
+    check_choice("check_rows", asked.check_rows, (True, False))
     batch_norms = (None, "mean", "first", "sync")
-    check_choice("batch_norm", batch_norm, batch_norms)
-    check_choice("random", random, (None, "clones", "global"))
-    if not exact:
-        return batch_norm or "mean", random or "clones"
-    for name, value, needed in (
-        ("batch_norm", batch_norm, (None, "sync")),
-        ("random", random, (None, "global")),
-        ("loss", loss, ("auto", "gather")),
-        ("check_rows", check_rows, (True,)),
+    check_choice("batch_norm", asked.batch_norm, batch_norms)
+    check_choice("random", asked.random, (None, "clones", "global"))
+    if not asked.exact:
+        return asked.batch_norm or "mean", asked.random or "clones"
+    for name, needed in (
+        ("batch_norm", (None, "sync")),
+        ("random", (None, "global")),
+        ("loss", ("auto", "gather")),
+        ("check_rows", (True,)),
     ):
+        value = getattr(asked, name)
         if value not in needed:
             raise ValueError(
                 f"Argument `exact=True` needs `{name}={needed[-1]!r}`, which "
@@ -96,7 +156,7 @@ def check_whole(model: keras.Model, value: Any) -> tuple[Any, ...]:
             raise TypeError(f"{expected}, with {one!r}")
     named = tuple(value)
     if footprint.is_built(model):
-        whole.check(model, named)
+        whole_layers.check(model, named)
     return named
 
 

@@ -9,21 +9,21 @@ import tensorflow as tf
 from keras_clones import _keras
 from keras_clones.clone import state
 from keras_clones.exchange.laying_out import Layout
-from keras_clones.tensors import gradients, traced
+from keras_clones.tensors import merging, traced, transfer
 
 
 def bring_home(layout: Layout, values: list[Any]) -> list[Any]:
     """Send one nest of results a clone to the variables device."""
     sources = [clone.device for clone in layout.clones][: len(values)]
     with tf.name_scope("bring_home"):
-        return gradients.collect(values, sources, layout.home)
+        return transfer.collect(values, sources, layout.home)
 
 
 def add_up(layout: Layout, values: list[Any]) -> Any:
     """Send one nest of dense results a clone home, where they are added up."""
     sources = [clone.device for clone in layout.clones]
     with tf.name_scope("bring_home"):
-        return gradients.add_up(values, sources, layout.home)
+        return transfer.add_up(values, sources, layout.home)
 
 
 def merge_changes(
@@ -101,6 +101,6 @@ def merge_gradients(
     with tf.name_scope("merge_gradients"):
         for i, column in zip(apart, zip(*kept, strict=True), strict=True):
             overwrites = _keras.overwrites_with_gradient(variables[i])
-            merge = gradients.largest if overwrites else gradients.merge
+            merge = merging.largest if overwrites else merging.merge
             merged[i] = merge(column)
     return Merged([merged.get(i) for i in range(len(variables))], rest)

@@ -16,7 +16,7 @@ from keras_clones.devices.placement import Clone
 from keras_clones.exchange import errors
 from keras_clones.exchange.batch_norm import over_clones
 from keras_clones.exchange.meeting import run_side_by_side
-from keras_clones.tensors import gradients, sharding
+from keras_clones.tensors import sharding, transfer
 
 
 class Layout(NamedTuple):
@@ -57,48 +57,55 @@ def send_mirrors(
     """Send each clone one mirror of every variable."""
     with tf.name_scope("send_mirrors"):
         devices = [clone.device for clone in clones]
-        return gradients.send_to_all(values, home, devices)
+        return transfer.send_to_all(values, home, devices)
+
+
+class Group(NamedTuple):
+    """The clones that rows are laid out over, and what all of them go by.
+
+    Attributes:
+        clones: Sequence of `Clone`s.
+        home: Device string, where the variables are.
+        random: String, `"global"` lets clones draw what one device draws for
+            their rows, `"clones"` lets each draw numbers of its own.
+        clock: Variable that keeps when the rows were laid out, or `None`:
+            that is not measured.
+        loss_scale: Scalar tensor, what the optimizer multiplies the loss by.
+    """
+
+    clones: Sequence[Clone]
+    home: str
+    random: str = "clones"
+    clock: tf.Variable | None = None
+    loss_scale: Any = 1.0
 
 
 def lay_out(
     shards: sharding.Shards,
+    group: Group,
+    seeds: Sequence[tf.Tensor],
     data: list[Any],
     mirrors: list[list[tf.Tensor | None]],
-    variables: Variables,
-    loss_scale: tf.Tensor,
-    clones: Sequence[Clone],
-    home: str,
-    clock: tf.Variable | None = None,
-    random: str = "clones",
-    seeds: Sequence[tf.Tensor] | None = None,
 ) -> Layout:
     """Make one input a clone of its rows, its mirrors and its numbers.
 
     Args:
         shards: `Shards`, how the rows are divided.
+        group: `Group` of the clones.
+        seeds: Sequence of the values of the seed states.
         data: List with one nest a clone: its rows.
         mirrors: List with one list a clone: its mirrors.
-        variables: `Variables` of the model.
-        loss_scale: Scalar tensor, what the optimizer multiplies the loss by.
-        clones: Sequence of `Clone`s.
-        home: Device string, where the variables are.
-        clock: Variable that keeps when the rows were laid out. Defaults to
-            `None`: that is not measured.
-        random: String, `"global"` lets clones draw what one device draws for
-            their rows. Defaults to `"clones"`: each draws numbers of its own.
-        seeds: Sequence of the values of the seed states. Defaults to `None`:
-            those that they have now.
     """
+    clones = group.clones
     shares = sharding.shares(shards)
-    scale = tf.fill([len(clones)], tf.cast(loss_scale, tf.float64))
+    scale = tf.fill([len(clones)], tf.cast(group.loss_scale, tf.float64))
     index = tf.cast(tf.range(len(clones)), tf.float64)
     columns, total = [shares, scale, index], None
-    if random == "global" and len(clones) > 1:
+    if group.random == "global" and len(clones) > 1:
         columns.append(tf.cast(tf.stack(shards.starts), tf.float64))
         # Its shape is known where that of the batch is, as XLA needs it.
         total = tf.zeros([shards.rows, 0])
     numbers = tf.unstack(_opaque(tf.stack(columns, axis=1)))
-    seeds = read_seeds(variables) if seeds is None else seeds
     inputs = [
         TowerInput(
             mirrors=mirrors[i],
@@ -110,8 +117,10 @@ def lay_out(
         for i in range(len(clones))
     ]
     stay = [i for i, mirror in enumerate(mirrors[0]) if mirror is None]
-    started = None if clock is None else seconds_now(clock, data)
-    return Layout(home, clones, shards, inputs, stay, started)
+    started = None
+    if group.clock is not None:
+        started = seconds_now(group.clock, data)
+    return Layout(group.home, clones, shards, inputs, stay, started)
 
 
 def _opaque(value: tf.Tensor) -> tf.Tensor:

@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from keras_clones import _keras
 from keras_clones.clone.state import Variables, model_variables
+from keras_clones.look import row_bytes
 from keras_clones.plan import exactness
 from keras_clones.plan.options import StepOptions
 from keras_clones.plan.plan import Plan, plan_step
@@ -16,10 +17,6 @@ from keras_clones.plan.plan import Plan, plan_step
 # What a clone gets besides: its share of the rows, the loss scale and its
 # index.
 _SHARE = 24
-# What Keras makes of whole numbers from NumPy: int64.
-_CLASS = 8
-# What `Embedding` makes of its ids: int32.
-_ID = 4
 
 
 class Flow(NamedTuple):
@@ -112,15 +109,15 @@ def measure(model: keras.Model, options: StepOptions) -> Footprint:
             fixed=received.fixed + num_bytes([*mirrored, *variables.seeds])
         )
         sent = add(sent, gradients)
-    inputs = _row_bytes(getattr(model, "inputs", None))
-    targets = _target_bytes(model)
+    inputs = row_bytes.of_tensors(getattr(model, "inputs", None))
+    targets = row_bytes.of_targets(model)
     return Footprint(
         trainable=num_bytes(variables.trainable),
         others=num_bytes(others),
         slots=num_bytes(slots) if has_slots else None,
         mirrors=num_bytes(mirrored),
         gradients=gradients,
-        a_row=_total(inputs, targets),
+        a_row=row_bytes.total_of(inputs, targets),
         received=received,
         sent=sent,
         seeds=num_bytes(variables.seeds),
@@ -136,13 +133,9 @@ def measure(model: keras.Model, options: StepOptions) -> Footprint:
 
 def add(one: Flow, other: Flow) -> Flow:
     """Return the bytes of both."""
-    return Flow(one.fixed + other.fixed, _total(one.a_row, other.a_row))
-
-
-def _total(*sizes: int | None) -> int | None:
-    """Return the sum of some bytes, if all of them are known."""
-    known = [size for size in sizes if size is not None]
-    return sum(known) if len(known) == len(sizes) else None
+    return Flow(
+        one.fixed + other.fixed, row_bytes.total_of(one.a_row, other.a_row)
+    )
 
 
 def _gradients(model: keras.Model, variables: Variables) -> Flow:
@@ -160,20 +153,22 @@ def _gradients(model: keras.Model, variables: Variables) -> Flow:
         table = _keras.embedding_table(layer)
         if table.regularizer is None and id(table) in trained:
             sparse[id(table)] = table
-            ids = _ids(layer)
-            rows.append(ids and ids * (_ID + _table_row(table)))
+            ids = row_bytes.num_ids(layer)
+            rows.append(
+                ids and ids * (row_bytes.ID_BYTES + row_bytes.of_table(table))
+            )
     dense = [v for v in variables.trainable if id(v) not in sparse]
-    return Flow(num_bytes(dense), _total(*rows))
+    return Flow(num_bytes(dense), row_bytes.total_of(*rows))
 
 
 def _flows(
     model: keras.Model, plan: Plan, tables: dict[int, keras.Variable]
 ) -> tuple[Flow, Flow]:
     """Return what crosses to and from a clone, but mirrors and gradients."""
-    inputs = _row_bytes(getattr(model, "inputs", None))
-    targets = _target_bytes(model)
-    outputs, gradients = _output_bytes(model)
-    rows, ids = _looked_up(model, tables)
+    inputs = row_bytes.of_tensors(getattr(model, "inputs", None))
+    targets = row_bytes.of_targets(model)
+    outputs, gradients = row_bytes.of_outputs(model)
+    rows, ids = row_bytes.looked_up(model, tables)
     statistics = [
         v
         for layer in _keras.layers(model)
@@ -182,10 +177,10 @@ def _flows(
     ]
     in_clones = plan.loss_in_clones
     metrics = _keras.metric_variables(model) if plan.metrics_in_clones else []
-    out = _total(inputs, rows, targets if in_clones else gradients)
+    out = row_bytes.total_of(inputs, rows, targets if in_clones else gradients)
     if in_clones:
-        outputs = _row_bytes(getattr(model, "outputs", None))
-    back = _total(ids, outputs if plan.outputs_leave else 0)
+        outputs = row_bytes.of_tensors(getattr(model, "outputs", None))
+    back = row_bytes.total_of(ids, outputs if plan.outputs_leave else 0)
     return (
         Flow(_SHARE, out),
         Flow(num_bytes([*statistics, *metrics]), back),
@@ -201,126 +196,6 @@ def _plan(model: keras.Model, options: StepOptions) -> Plan:
     masks = [_keras.get_mask(output) for output in outputs]
     types = [tf.TensorSpec(output.shape, output.dtype) for output in outputs]
     return plan.knowing(exactness.why_not_on((), types, masks))
-
-
-def _output_bytes(model: keras.Model) -> tuple[int | None, int | None]:
-    """Return the bytes of outputs that leave a clone, and of their gradients.
-
-    A softmax or sigmoid has its logits beside it, from which Keras computes
-    cross-entropies; what is masked has its mask. Both are for a row.
-    """
-    outputs = getattr(model, "outputs", None)
-    if outputs is None:
-        return None, None
-    losses = _losses_of_outputs(model, outputs)
-    leave: list[int | None] = []
-    back: list[int | None] = []
-    for output, loss in zip(outputs, losses, strict=True):
-        size = _row_bytes([output])
-        by_logits = _has_logits(output) and "crossentropy" in _name(loss)
-        apart = by_logits and exactness.needs_outputs(model)
-        mask = _keras.get_mask(output)
-        leave += [size, size if apart else 0]
-        leave.append(0 if mask is None else _row_bytes([mask]))
-        back.append(0 if loss is None else size)
-    return _total(*leave), _total(*back)
-
-
-def _has_logits(output: Any) -> bool:
-    """Say whether Keras hangs logits on an output."""
-    layer, _, index = output._keras_history
-    if isinstance(layer, keras.Model):
-        return _has_logits(layer.outputs[index])
-    squash = (keras.activations.softmax, keras.activations.sigmoid)
-    return isinstance(layer, keras.layers.Softmax) or (
-        getattr(layer, "activation", None) in squash
-    )
-
-
-def _looked_up(
-    model: keras.Model, tables: dict[int, keras.Variable]
-) -> tuple[int | None, int | None]:
-    """Return the bytes of the rows that large tables send to a clone.
-
-    The second number is that of the ids, which come home to look them up.
-    Both are for a row of the batch.
-    """
-    rows, total = 0, 0
-    for layer in _keras.layers(model) if tables else []:
-        if not isinstance(layer, keras.layers.Embedding):
-            continue
-        table = tables.get(id(_keras.embedding_table(layer)))
-        if table is not None:
-            ids = _ids(layer)
-            if ids is None:
-                return None, None
-            rows += ids * _table_row(table)
-            total += ids * _ID
-    return rows, total
-
-
-def _ids(layer: keras.layers.Embedding) -> int | None:
-    """Return how many rows of its table a layer looks up, a row of a batch.
-
-    That is of its first call, where a model calls a layer several times.
-    """
-    try:
-        return _elements(layer.input)
-    except (AttributeError, ValueError):
-        return None
-
-
-def _table_row(table: keras.Variable) -> int:
-    return table.shape[-1] * tf.as_dtype(table.dtype).size
-
-
-def _target_bytes(model: keras.Model) -> int | None:
-    """Return the bytes of a row of the targets, going by the losses."""
-    outputs = getattr(model, "outputs", None)
-    if outputs is None or not model.compiled:
-        return None if outputs is None else 0
-    losses = _losses_of_outputs(model, outputs)
-    total = 0
-    for output, loss in zip(outputs, losses, strict=True):
-        elements = _elements(output)
-        if elements is None:
-            return None
-        if loss is None:
-            continue
-        if "sparse" in _name(loss) and len(output.shape) > 1:
-            total += elements // output.shape[-1] * _CLASS
-        else:
-            total += elements * tf.as_dtype(output.dtype).size
-    return total
-
-
-def _losses_of_outputs(model: keras.Model, outputs: Sequence[Any]) -> list[Any]:
-    """Return what `compile` got for a loss of each output."""
-    losses = keras.tree.flatten(model.loss) if model.compiled else []
-    if len(losses) == len(outputs):
-        return losses
-    return [losses[0] if losses else None] * len(outputs)
-
-
-def _name(loss: Any) -> str:
-    """Return what a loss is called, in small letters and one word."""
-    name = f"{type(loss).__name__} {getattr(loss, '__name__', loss)}"
-    return name.lower().replace("_", "")
-
-
-def _row_bytes(tensors: Sequence[Any] | None) -> int | None:
-    """Return the bytes of a row of symbolic tensors, if they are fixed."""
-    if tensors is None:
-        return None
-    sizes = [(_elements(t), tf.as_dtype(t.dtype).size) for t in tensors]
-    return _total(*(n and n * size for n, size in sizes))
-
-
-def _elements(tensor: Any) -> int | None:
-    """Return the elements of a row of a symbolic tensor, if they are fixed."""
-    shape = tensor.shape[1:]
-    unknown = tensor.dtype == "string" or getattr(tensor, "sparse", False)
-    return None if unknown or None in shape else math.prod(shape)
 
 
 def num_bytes(variables: Any) -> int:

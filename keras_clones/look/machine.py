@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from keras_clones import _tf
 from keras_clones.devices import placement
-from keras_clones.devices.config import canonical_device
+from keras_clones.devices.naming import canonical_device
 from keras_clones.look.report import Page, Table, readable
 
 

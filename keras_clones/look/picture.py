@@ -3,43 +3,15 @@
 import importlib.util
 import itertools
 import os
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-from keras_clones.devices.placement import Clone, short_name
-from keras_clones.look.footprint import Flow, Footprint
-from keras_clones.look.report import (
-    AT_HOME,
-    flow_text,
-    readable,
-    sent_by,
-    size_text,
-    slots_text,
-)
+from keras_clones.look.labels import Labels
 from keras_clones.look.timeline import PHASES
 
 # All lengths are in inches. A tower's row holds two arrows and their labels.
 _ROW = 1.0
 _BATCH, _SHARD, _TOWER, _HOME = (0.2, 1.9), (2.9, 1.3), (5.6, 2.0), (10.6, 2.9)
 _STAGE = 0.62
-
-
-class Labels(NamedTuple):
-    """What stands in the boxes and on the arrows of a picture.
-
-    `shards`, `towers`, `to_towers`, `mirrors` and `gradients` have one label
-    a clone. `stages` are the boxes at home, from the top.
-    """
-
-    title: str
-    batch: str
-    shards: Sequence[str]
-    to_towers: Sequence[str]
-    towers: Sequence[str]
-    mirrors: Sequence[str]
-    gradients: Sequence[str]
-    home: str
-    stages: Sequence[str]
 
 
 def check_path(path: Any) -> str:
@@ -77,83 +49,6 @@ def check_path(path: Any) -> str:
             f"Received: path={path!r}"
         )
     return path
-
-
-def label(
-    clones: Sequence[Clone],
-    homes: dict[str, str],
-    rows: Sequence[int] | None,
-    footprint: Footprint | None,
-    why_not: str,
-) -> Labels:
-    """Return the labels of a deployment; the arguments are those of its page.
-
-    The arrows to a tower have the shard, and the mirrors with all else that it
-    gets; the one back has all that it sends.
-    """
-    known = footprint is not None
-    a_row = footprint.a_row if footprint is not None else None
-    shards, to_towers, mirrors, gradients = [], [], [], []
-    for i, clone in enumerate(clones):
-        n = None if rows is None else rows[i]
-        shards.append("shard" if n is None else f"{n} rows")
-        if clone.device == homes["variables"]:
-            to_towers.append("0 B")
-            mirrors.append(f"mirrors: {AT_HOME}")
-            gradients.append(f"gradients: {AT_HOME}")
-            continue
-        if a_row is None:
-            to_towers.append("" if known else why_not)
-        elif n is None:
-            to_towers.append(f"{readable(a_row)} a row")
-        else:
-            to_towers.append(f"about {readable(n * a_row)}")
-        out = back = why_not
-        if footprint is not None:
-            out = flow_text(_without_shard(footprint), n)
-            back = flow_text(sent_by(i, footprint), n)
-        mirrors.append(f"mirrors: {out}")
-        gradients.append(f"gradients: {back}")
-    total = None if rows is None else sum(rows)
-    sizes = [why_not] * 3
-    if footprint is not None:
-        sizes = [
-            size_text(footprint.gradients, total),
-            slots_text(footprint),
-            readable(footprint.trainable + footprint.others),
-        ]
-    batch = ["global batch", short_name(homes["inputs"])]
-    if total is not None:
-        batch.append(f"{total} rows")
-        if a_row is not None:
-            batch.append(f"about {readable(total * a_row)}")
-    return Labels(
-        title=f"{len(clones)} clone{'s' if len(clones) > 1 else ''}",
-        batch="\n".join(batch),
-        shards=shards,
-        to_towers=to_towers,
-        towers=[
-            f"{clone.scope or 'clone_0'}\n{short_name(clone.device)}"
-            for clone in clones
-        ],
-        mirrors=mirrors,
-        gradients=gradients,
-        home=short_name(homes["variables"]),
-        stages=[
-            "loss",
-            f"gradients added up\n{sizes[0]}",
-            f"optimizer, its slots\n{sizes[1]}",
-            f"variables\n{sizes[2]}",
-        ],
-    )
-
-
-def _without_shard(footprint: Footprint) -> Flow | None:
-    """Return what a clone gets besides its shard."""
-    received = footprint.received
-    if received is None or received.a_row is None or footprint.a_row is None:
-        return received
-    return received._replace(a_row=max(0, received.a_row - footprint.a_row))
 
 
 def draw(labels: Labels) -> Any:

@@ -151,7 +151,6 @@ def draw(
         A `matplotlib.figure.Figure`.
     """
     from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
 
     inside = clip(join(events), window)
     lines = [textwrap.fill(line, _TITLE_WIDTH) for line in title.split("\n")]
@@ -174,7 +173,14 @@ def draw(
     figure.suptitle(title, x=0.01, ha="left", size=11)
     axes.grid(axis="x", linewidth=0.3)
     axes.set_axisbelow(True)
-    used = {event.phase for event in inside}
+    _add_legend(figure, {event.phase for event in inside})
+    figure.set_layout_engine("constrained")
+    return figure
+
+
+def _add_legend(figure: Any, used: set[str]) -> None:
+    from matplotlib.patches import Patch
+
     figure.legend(
         handles=[
             Patch(color=color, label=phase)
@@ -185,5 +191,3 @@ def draw(
         ncols=len(PHASES),
         frameon=False,
     )
-    figure.set_layout_engine("constrained")
-    return figure

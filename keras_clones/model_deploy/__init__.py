@@ -5,13 +5,9 @@ Out: clones, their total loss and gradients, a `DeployedModel`.
 """
 
 from keras_clones.devices.config import DeploymentConfig
+from keras_clones.model_deploy.call import PerClone, split_batch
 from keras_clones.model_deploy.clone_losses import optimize_clones
-from keras_clones.model_deploy.clones import (
-    Clone,
-    PerClone,
-    create_clones,
-    split_batch,
-)
+from keras_clones.model_deploy.clones import Clone, create_clones
 from keras_clones.model_deploy.deployed_model import DeployedModel, deploy
 
 __all__ = [

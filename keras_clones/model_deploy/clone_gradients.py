@@ -12,7 +12,7 @@ from keras_clones.devices import placement
 from keras_clones.exchange import bringing_home, laying_out
 from keras_clones.model_deploy.clones import Clone, name_scope, scopes_of
 from keras_clones.model_deploy.reads import MirrorScope
-from keras_clones.tensors import gradients, traced
+from keras_clones.tensors import merging, traced
 from keras_clones.tensors.traced import RowGradient
 
 
@@ -70,7 +70,7 @@ def merge(
     """
     by_variable = list(zip(*columns, strict=True))
     there = {
-        i: gradients.merge(column)
+        i: merging.merge(column)
         for i, column in enumerate(by_variable)
         if any(_is_at(gradient, layout.home) for gradient in column)
     }
@@ -106,9 +106,9 @@ def add(
     seed = tf.cast(scale, loss.dtype)
     found = _gradients(loss, seed, variables, scopes)
     return [
-        gradients.largest(both)
+        merging.largest(both)
         if _keras.overwrites_with_gradient(variable)
-        else gradients.merge(both)
+        else merging.merge(both)
         for variable, *both in zip(variables, merged, found, strict=True)
     ]
 
@@ -142,7 +142,7 @@ def _gradients(
             stop_gradients=[mirror for some in mirrors for mirror in some],
         )
     )
-    return [gradients.merge([next(found) for _ in some]) for some in sources]
+    return [merging.merge([next(found) for _ in some]) for some in sources]
 
 
 def _is_alike(clone: Clone) -> Any:
@@ -175,7 +175,7 @@ def _alike(
     for gradient, clone in zip(column, clones, strict=True):
         with name_scope(clone.scope), tf.device(clone.device):
             if isinstance(gradient, RowGradient):
-                gradient = gradients.merge([gradient])
+                gradient = merging.merge([gradient])
             if by_row:
                 rows = _no_rows(variable) if gradient is None else gradient
                 made.append(RowGradient([rows], [], []))

@@ -1,6 +1,5 @@
 """Loss and gradients of clones: TF-Slim's `optimize_clones`."""
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from keras_clones.model_deploy.clones import (
     rows_of,
     scopes_of,
 )
+from keras_clones.model_deploy.regularizers import regularization, total_loss
 from keras_clones.tensors import sharding
 
 
@@ -96,10 +96,7 @@ def optimize_clones(
     home = home_of(clones)
     variables = _variables(clones, optimizer, var_list)
     extra = regularization(variables, regularization_losses, home)
-    if not optimizer.built:
-        name = keras.name_scope(optimizer.name, caller=optimizer)
-        with tf.init_scope(), tf.device(home), name:
-            optimizer.build(variables)
+    _build(optimizer, variables, home)
     with tf.device(home):
         scale = optimizer.scale_loss(1.0)
         parts, seeds = _weigh(clones, losses, weights, scale)
@@ -114,6 +111,18 @@ def optimize_clones(
                 merged, extra, scale, variables, scopes_of(clones)
             )
     return total, _pairs(merged, variables)
+
+
+def _build(
+    optimizer: keras.optimizers.Optimizer,
+    variables: Sequence[keras.Variable],
+    home: str,
+) -> None:
+    """Have an optimizer make its variables at home, before it is needed."""
+    if not optimizer.built:
+        name = keras.name_scope(optimizer.name, caller=optimizer)
+        with tf.init_scope(), tf.device(home), name:
+            optimizer.build(variables)
 
 
 def _pairs(
@@ -226,43 +235,6 @@ def find_loss(outputs: Any) -> tf.Tensor | None:
         return None
     is_scalar = loss.shape.rank in (0, None)
     return loss if is_scalar and loss.dtype.is_floating else None
-
-
-def regularization(
-    variables: Sequence[keras.Variable],
-    losses: Iterable[Any] | None,
-    home: str,
-) -> tf.Tensor | None:
-    """Return the sum of regularization losses, `None` if there are none."""
-    if losses is None:
-        names = [v.path for v in variables if v.regularizer is not None]
-        if names:
-            warnings.warn(
-                f"Variables {names} have regularizers, and nothing says "
-                "whether the losses have them. Pass `regularization_losses="
-                "model.losses` to add them once, or `[]` if `model_fn` adds "
-                "them to its loss.",
-                stacklevel=3,
-            )
-        return None
-    losses = [_keras.as_loss(loss) for loss in losses]
-    if not losses:
-        return None
-    if any(loss.shape.rank not in (0, None) for loss in losses):
-        raise ValueError(
-            "Argument `regularization_losses` must be a list of scalars. "
-            f"Received: regularization_losses={losses}"
-        )
-    with tf.device(home), tf.name_scope("regularization_loss"):
-        return tf.add_n(losses)
-
-
-def total_loss(
-    loss: tf.Tensor, extra: tf.Tensor | None, home: str
-) -> tf.Tensor:
-    """Add the losses of regularizers to that of the clones."""
-    with tf.device(home), tf.name_scope("total_loss"):
-        return loss if extra is None else loss + tf.cast(extra, loss.dtype)
 
 
 def variables_of(clones: Sequence[Clone]) -> list[keras.Variable]:

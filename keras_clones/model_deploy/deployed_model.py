@@ -7,11 +7,8 @@ import keras
 import tensorflow as tf
 
 from keras_clones.devices.config import DeploymentConfig
-from keras_clones.model_deploy.clones import (
-    Call,
-    Clone,
-    check_arguments,
-)
+from keras_clones.model_deploy.call import Call, check_arguments
+from keras_clones.model_deploy.clones import Clone
 from keras_clones.model_deploy.runner import Runner
 
 
@@ -111,20 +108,7 @@ def deploy(
             "`optimize_clones` there."
         )
     check_arguments(config, Call(model_fn, args, kwargs))
-    if optimizer is not None and not isinstance(
-        optimizer, keras.optimizers.Optimizer
-    ):
-        raise TypeError(
-            "Argument `optimizer` must be a `keras.optimizers.Optimizer`. "
-            f"Received: optimizer={optimizer!r}"
-        )
-    none = regularization_losses is None or regularization_losses == []
-    if not none and not callable(regularization_losses):
-        raise TypeError(
-            "Argument `regularization_losses` must be a function, so that "
-            "each step computes them anew: `lambda: model.losses`, or `[]`. "
-            f"Received: regularization_losses={regularization_losses}"
-        )
+    _check_training(optimizer, regularization_losses)
     runner = Runner(
         config=config,
         model_fn=model_fn,
@@ -140,3 +124,21 @@ def deploy(
         total_loss=runner.evaluate,
         clones=runner.clones,
     )
+
+
+def _check_training(optimizer: Any, regularization_losses: Any) -> None:
+    """Say what is wrong with what clones are to be trained by, if anything."""
+    if optimizer is not None and not isinstance(
+        optimizer, keras.optimizers.Optimizer
+    ):
+        raise TypeError(
+            "Argument `optimizer` must be a `keras.optimizers.Optimizer`. "
+            f"Received: optimizer={optimizer!r}"
+        )
+    none = regularization_losses is None or regularization_losses == []
+    if not none and not callable(regularization_losses):
+        raise TypeError(
+            "Argument `regularization_losses` must be a function, so that "
+            "each step computes them anew: `lambda: model.losses`, or `[]`. "
+            f"Received: regularization_losses={regularization_losses}"
+        )

@@ -10,15 +10,9 @@ import tensorflow as tf
 from keras_clones import _keras
 from keras_clones.devices import placement
 from keras_clones.devices.config import DeploymentConfig
-from keras_clones.model_deploy import clone_losses
-from keras_clones.model_deploy.clones import (
-    Call,
-    Clone,
-    PerClone,
-    assign_merged,
-    call_clones,
-    check_arguments,
-)
+from keras_clones.model_deploy import clone_losses, regularizers
+from keras_clones.model_deploy.call import Call, PerClone, check_arguments
+from keras_clones.model_deploy.clones import Clone, assign_merged, call_clones
 from keras_clones.model_deploy.reads import rehearse
 from keras_clones.warn import warn
 
@@ -206,10 +200,10 @@ class Runner:
         if clone_losses.find_loss(clones[0].outputs) is None:
             return self._describe(clones, None, None)
         extra = self._extra_losses()
-        regularization = clone_losses.regularization(
+        regularization = regularizers.regularization(
             clone_losses.variables_of(clones), extra, self._home
         )
-        total = clone_losses.total_loss(
+        total = regularizers.total_loss(
             clone_losses.weighted_loss(clones), regularization, self._home
         )
         return self._describe(clones, extra, total)
@@ -227,7 +221,7 @@ class Runner:
         return Run(
             outputs=[clone.outputs for clone in clones],
             losses=[loss for loss in losses if loss is not None],
-            regularization=clone_losses.regularization(
+            regularization=regularizers.regularization(
                 [], extra or [], self._home
             ),
             total=total,

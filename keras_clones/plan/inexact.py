@@ -1,6 +1,6 @@
 """What clones assign in a way that one device does not: told, or refused."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -39,45 +39,47 @@ def tell_of_inexact_state(
         unknown: Sequence of those of which nothing says how they merge.
     """
     ids = {id(variable) for variable in assigned}
-
-    def owners(kind: Any, keep: Callable[[Any], bool]) -> list[Any]:
-        return [
-            layer
-            for layer in _keras.layers(model)
-            if isinstance(layer, kind)
-            and keep(layer)
-            and ids & {id(v) for v in layer.variables}
-        ]
-
-    normalizing = owners(
-        keras.layers.BatchNormalization,
-        lambda layer: options.batch_norm != "sync" and not layer.synchronized,
-    )
-    if normalizing:
-        warn_or_refuse(
-            f"{_some([layer.name for layer in normalizing])} normalize each "
-            "clone's shard by itself, so they do not train what one device "
-            "trains. `clone_model(..., batch_norm='sync')` normalizes over "
-            "the global batch.",
-            options.exact,
-        )
+    if options.batch_norm != "sync":
+        _tell_of_normalizing(model, ids, options.exact)
     metrics = {
         id(v): m for m in _keras.layer_metrics(model) for v in m.variables
     }
     unknown = [v for v in unknown if id(v) not in metrics]
     _tell_of_unknown(unknown, options.exact)
-    not_sums = {
-        metrics[i].name
-        for i in ids & metrics.keys()
-        if not isinstance(metrics[i], _SUMS)
-    }
-    if not_sums:
+    _tell_of_metrics([metrics[i] for i in ids & metrics.keys()], options.exact)
+
+
+def _tell_of_normalizing(
+    model: keras.Layer, ids: set[int], exact: bool
+) -> None:
+    """Tell of layers that normalize each shard by itself."""
+    names = [
+        layer.name
+        for layer in _keras.layers(model)
+        if isinstance(layer, keras.layers.BatchNormalization)
+        and not layer.synchronized
+        and ids & {id(v) for v in layer.variables}
+    ]
+    if names:
         warn_or_refuse(
-            f"Metrics {sorted(not_sums)} are updated in a layer, by each "
+            f"{_some(names)} normalize each "
+            "clone's shard by itself, so they do not train what one device "
+            "trains. `clone_model(..., batch_norm='sync')` normalizes over "
+            "the global batch.",
+            exact,
+        )
+
+
+def _tell_of_metrics(metrics: Sequence[Any], exact: bool) -> None:
+    """Tell of metrics of layers whose state is no sum over rows."""
+    names = {m.name for m in metrics if not isinstance(m, _SUMS)}
+    if names:
+        warn_or_refuse(
+            f"Metrics {sorted(names)} are updated in a layer, by each "
             "clone with its own shard, and what they add is added up. That "
             "is exact for a metric whose state is a sum. Update any other "
             "in `compute_metrics`, which sees the global batch.",
-            options.exact,
+            exact,
         )
 
 

@@ -1,11 +1,13 @@
 """What the steps of one deployment go by."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from keras_clones.clone.layer_losses import Kinds
 from keras_clones.clone.state import Policies
 from keras_clones.devices.balance import Balance
 from keras_clones.devices.placement import Clone
+from keras_clones.exchange.laying_out import Group
 from keras_clones.plan.watch import Watch
 
 
@@ -50,3 +52,11 @@ class StepOptions(NamedTuple):
     def scalar_losses(self) -> Kinds:
         """What scalars that layers pass to `add_loss` are of the rows."""
         return self.layer_losses if len(self.clones) > 1 else "mean"
+
+    def group(
+        self, clones: Sequence[Clone], training: bool, loss_scale: Any = 1.0
+    ) -> Group:
+        """Return what rows are laid out over: some of the clones."""
+        measured = self.balance if training else None
+        clock = measured.clocks[0] if measured else None
+        return Group(clones, self.home, self.random, clock, loss_scale)

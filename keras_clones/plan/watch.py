@@ -7,7 +7,7 @@ import keras
 import tensorflow as tf
 
 from keras_clones import _keras
-from keras_clones.tensors import gradients
+from keras_clones.tensors import merging
 
 
 class Watch:
@@ -122,7 +122,7 @@ def _values(gradient: Any, scale: Any) -> tf.Tensor:
 
     Of a sparse one, these are the rows that it has, each once.
     """
-    gradient = gradients.scale(gradient, 1.0 / tf.cast(scale, gradient.dtype))
+    gradient = merging.scale(gradient, 1.0 / tf.cast(scale, gradient.dtype))
     if not isinstance(gradient, tf.IndexedSlices):
         return gradient
     indices, rows = tf.unique(gradient.indices)

@@ -1,0 +1,197 @@
+"""A layer's call as a function of what one clone gets."""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from keras_clones import _keras
+from keras_clones.calls.arguments import TENSOR, LayerCall
+from keras_clones.calls.joining import Joining
+from keras_clones.clone import layer_losses
+from keras_clones.clone.changes import find_changes
+from keras_clones.clone.inputs import (
+    TowerInput,
+    Weights,
+    alike_in_all,
+    drawing,
+    first_writes,
+    mapping,
+)
+from keras_clones.clone.leftovers import kept_tensors
+from keras_clones.clone.scopes import CloneScope
+from keras_clones.clone.state import Changes, Variables
+from keras_clones.plan.options import StepOptions
+
+
+class Backward(NamedTuple):
+    """How to run a traced call backward.
+
+    `function` takes the gradients of the floating values; `captured` says
+    where each tensor that it captures is: an input of the call, a tensor
+    outside of it, or one of the residuals that the call gives back.
+    `reach` has, for each of these values, the positions of the sources that
+    it can have a gradient with respect to.
+    """
+
+    function: Any
+    captured: list[tuple[str, Any]]
+    reach: list[set[int]]
+
+
+class CallOutput(NamedTuple):
+    """What a clone gives back of a call.
+
+    `values` are tensors in the order of `CallNotes.kinds`.
+    """
+
+    values: list[Any]
+    changes: Changes
+
+
+class CallNotes(NamedTuple):
+    """What is found out about a call while it is traced.
+
+    `kinds` says how each value joins: `"rows"`, `"sum"` of the clones' parts,
+    or `"first"` of values that are alike. `finish` makes what the layer
+    returns of the joined values, and leaves on layers what it leaves.
+    `backward` says how to run the traced call backward, and `extra` has the
+    variables of nobody that it uses. `ends` says where the values of outputs
+    end, and where those of losses begin.
+    """
+
+    assigned: list[keras.Variable]
+    unknown: list[keras.Variable]
+    seen: list[keras.Variable]
+    kinds: list[str]
+    finish: Callable[[list[Any]], Any]
+    backward: Backward | None = None
+    extra: Sequence[tf.Variable] = ()
+    ends: tuple[int, int] = (0, 0)
+
+
+class Body:
+    """A layer's call as a function of `TowerInput`."""
+
+    def __init__(
+        self,
+        call: LayerCall,
+        variables: Variables,
+        options: StepOptions,
+        may_be_idle: bool = False,
+        watched_others: tuple[int, ...] = (),
+    ) -> None:
+        self.layer, self._method, self.given = call
+        self.variables = variables
+        self.watched_others = watched_others
+        self.exact = options.exact
+        self._options = options
+        self._may_be_idle = may_be_idle
+
+    def key(self) -> Any:
+        """Return what two calls must have in common to share a tower."""
+        others = tuple(
+            None if x is TENSOR else _hashable(x) for x in self.given.others
+        )
+        structure = repr(
+            keras.tree.map_structure(lambda _: 0, self.given.structure)
+        )
+        return (
+            id(self.layer),
+            getattr(self._method, "__name__", ""),
+            structure,
+            others,
+            tuple(self.given.masked),
+            _keras.call_context(),
+            self.watched_others,
+            self._may_be_idle,
+            tuple(id(v) for v in self.variables.trainable),
+            _fingerprint(self.layer),
+        )
+
+    def alike_in_all(self, inputs: TowerInput) -> Callable[[tf.Tensor], bool]:
+        """Return what says whether a tensor is alike in all clones."""
+        return alike_in_all(inputs, self.given.differing(inputs.data))
+
+    def __call__(self, inputs: TowerInput) -> tuple[CallOutput, CallNotes]:
+        """Call the layer as a clone does."""
+        with self.drawing(inputs):
+            return self._call(inputs)
+
+    def drawing(
+        self, inputs: TowerInput
+    ) -> contextlib.AbstractContextManager[None]:
+        """Let a clone draw what it is to draw."""
+        rows = self.given.differing(inputs.data)
+        return drawing(inputs, rows, self._options.exact)
+
+    def _call(self, inputs: TowerInput) -> tuple[CallOutput, CallNotes]:
+        layer, options = self.layer, self._options
+        weights = Weights(inputs, self._may_be_idle)
+        before = kept_tensors(layer)
+        args, kwargs = self.given.pack(inputs.data)
+        scope = CloneScope(mapping(self.variables, inputs))
+        with scope, first_writes(inputs):
+            with layer_losses.marking(layer) as marks:
+                outputs = self._method(*args, **kwargs)
+            losses = layer_losses.own(
+                layer, marks, options.scalar_losses, options.exact
+            )
+            _keras.clear_losses(layer)
+        is_alike = self.alike_in_all(inputs)
+        changes, notes = find_changes(
+            layer,
+            self.variables,
+            inputs,
+            scope,
+            options.policies,
+            weights,
+            is_alike,
+        )
+        many = len(options.clones) > 1
+        joining = Joining(layer, inputs, weights, many, is_alike)
+        finish, ends = _join(joining, outputs, before, losses)
+        return CallOutput(joining.values, changes), CallNotes(
+            *notes[:3], joining.kinds, finish, ends=ends
+        )
+
+
+def _join(
+    joining: Joining, outputs: Any, before: Any, losses: Any
+) -> tuple[Callable[[list[Any]], Any], tuple[int, int]]:
+    """Say how what a call came to joins: `finish` and `ends` of `CallNotes`."""
+    finish_outputs = joining.add_outputs(outputs)
+    num_outputs = len(joining.values)
+    finish_kept = joining.add_kept(before)
+    ends = (num_outputs, len(joining.values))
+    finish_losses = joining.add_losses(losses)
+
+    def finish(values: list[Any]) -> Any:
+        rest = iter(values)
+        result = finish_outputs(rest)
+        finish_kept(rest)
+        finish_losses(rest)
+        return result
+
+    return finish, ends
+
+
+def _hashable(value: Any) -> Any:
+    try:
+        hash(value)
+    except TypeError:
+        return id(value)
+    return (type(value), value)
+
+
+def _fingerprint(layer: keras.Layer) -> Any:
+    """Return the plain settings of layers, which a call may go by."""
+    plain = (bool, int, float, str, type(None))
+    return tuple(
+        (name, value)
+        for one in _keras.layers(layer)
+        for name, value in list(vars(one).items())
+        if isinstance(value, plain) and name not in _keras.CHANGING
+    )

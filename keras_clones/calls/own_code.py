@@ -1,0 +1,37 @@
+"""Layers that are not known to keep rows apart, by their code."""
+
+from typing import Any
+
+import keras
+
+from keras_clones import _keras
+
+
+def has_own_code(layer: keras.Layer) -> bool:
+    """Say whether a layer is not known to keep rows apart.
+
+    It is if its `call` is not Keras's, or runs a function that is not, or
+    works along the first axis.
+    """
+    functions = [
+        getattr(layer, "activation", None),
+        getattr(layer, "recurrent_activation", None),
+    ]
+    if isinstance(layer, keras.layers.Lambda):
+        return True
+    if not _is_of_keras(type(layer).call):
+        return True
+    if any(callable(f) and not _is_of_keras(f) for f in functions):
+        return True
+    axis = getattr(layer, "axis", None)
+    return 0 in (axis if isinstance(axis, (list, tuple)) else [axis])
+
+
+def _is_of_keras(function: Any) -> bool:
+    module = getattr(function, "__module__", None) or type(function).__module__
+    return module.startswith(("keras.", "tensorflow."))
+
+
+def candidates(layer: keras.Layer) -> list[keras.Layer]:
+    """Return a layer and those inside of it that are to be looked at."""
+    return [one for one in _keras.layers(layer) if has_own_code(one)]

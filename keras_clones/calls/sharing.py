@@ -1,0 +1,142 @@
+"""What the layer calls of one step share: towers, mirrors, whole layers."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from keras_clones import _keras, _tf
+from keras_clones.clone import state
+from keras_clones.devices import placement
+from keras_clones.exchange import laying_out
+from keras_clones.plan import exactness, whole
+from keras_clones.plan.build import resolve_jit_compile
+from keras_clones.plan.options import StepOptions
+
+
+class Mirrors(NamedTuple):
+    """Variables that were read, and their mirrors: one list a clone."""
+
+    graph: Any
+    values: list[tf.Tensor | None]
+    mirrors: list[list[tf.Tensor | None]]
+    writes: list[int]
+
+
+class Calls:
+    """What the layer calls of one step share.
+
+    Attributes:
+        busy: Boolean, whether a call runs on the clones just now. What it
+            calls in turn is an ordinary call.
+        whole: `Whole`, the layers that are not called on shards.
+        has_all_whole: Boolean, whether all that `whole` names are made.
+    """
+
+    def __init__(
+        self, model: keras.Model, options: StepOptions, training: bool
+    ) -> None:
+        self.model = model
+        self.options = options
+        self.training = training
+        self.busy = False
+        self.towers: dict[Any, Any] = dict(options.towers)
+        self.mirrors: dict[Any, Mirrors] = {}
+        self.jit_compile = resolve_jit_compile(model, options)
+        self._graph = _graph()
+        self.settle_whole()
+        if len(options.clones) > 1:
+            exactness.check_layers(model, self.whole.is_apart)
+
+    def settle_whole(self) -> None:
+        """Look for whole layers, some of which may not be made yet."""
+        named = self.options.whole
+        self.whole = whole.find(self.model, named, len(self.options.clones))
+        self.has_all_whole = not whole.missing(self.model, named)
+
+    def looks(self) -> bool:
+        """Say whether it is looked at whether rows stay apart in calls.
+
+        A call in a loop of the step's graph may see something else each time.
+        """
+        return self.training and self._graph is _graph()
+
+    def check_whole(self) -> None:
+        """Check that what `whole` names is there, once all layers are."""
+        if all(one.built for one in _keras.layers(self.model)):
+            whole.check(self.model, self.options.whole)
+
+    @contextlib.contextmanager
+    def while_busy(self) -> Iterator[None]:
+        """Let calls that happen now be ordinary calls."""
+        held, self.busy = self.busy, True
+        try:
+            yield
+        finally:
+            self.busy = held
+
+
+def _graph() -> Any:
+    """Return the graph that is made just now, `None` outside of one."""
+    if tf.executing_eagerly():
+        return None
+    return tf.compat.v1.get_default_graph()
+
+
+def device_of_step(options: StepOptions) -> str:
+    """Return where a step's own mathematics runs.
+
+    That is the first clone's device where it is a GPU, else where the
+    variables are.
+    """
+    first = options.clones[0].device
+    return first if "GPU" in first else options.home
+
+
+def read(
+    calls: Calls,
+    layer: keras.Layer,
+    variables: state.Variables,
+    tables: Sequence[keras.Variable],
+    clones: Sequence[placement.Clone],
+) -> Mirrors:
+    """Read a layer's variables and send mirrors, or use those sent before.
+
+    What was sent holds until a variable is assigned, in the same graph and
+    for a tape that has seen it read.
+    """
+    home = calls.options.home
+    graph = _graph()
+    key = (id(graph), id(layer), len(clones), len(variables.trainable))
+    found = calls.mirrors.get(key)
+    if found is not None and _still_holds(found, variables):
+        return found
+    with tf.device(home):
+        values = laying_out.read_variables(variables, ())
+    kept = [
+        None if any(v is table for table in tables) else value
+        for v, value in zip(
+            [*variables.trainable, *variables.others], values, strict=True
+        )
+    ]
+    with _tf.stop_recording():
+        mirrors = laying_out.send_mirrors(kept, home, clones)
+    writes = [] if graph is None else [_tf.num_writes(v) for v in values]
+    made = Mirrors(graph, values, mirrors, writes)
+    if graph is not None:
+        calls.mirrors[key] = made
+    return made
+
+
+def _still_holds(found: Mirrors, variables: state.Variables) -> bool:
+    known = [_keras.tf_variable(v) for v in variables.trainable]
+    for variable in known:
+        _tf.variable_accessed(variable)
+    wanted = _tf.num_watching([v.handle for v in known]) if known else 0
+    have = _tf.num_watching(found.values[: len(known)]) if known else 0
+    # Of several tapes, nothing tells which of them saw the variables read.
+    if wanted and not wanted == have == 1:
+        return False
+    return found.writes == [_tf.num_writes(v) for v in found.values]

@@ -1,0 +1,202 @@
+"""The way back through a layer call: its clones run backward."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from keras_clones.calls.body import Body
+from keras_clones.calls.call_tower import CallTower
+from keras_clones.calls.forward import Run, Sharded, join, run_each
+from keras_clones.calls.traced_backward import floating, run_backward, wanted
+from keras_clones.clone.changes import by_rows
+from keras_clones.exchange import bringing_home, laying_out, tracing
+from keras_clones.tensors import merging, traced
+
+
+def wanted_values(sharded: Sharded) -> list[tf.Tensor]:
+    """Return what was read of the variables that gradients go to."""
+    body, values = sharded.body, sharded.values
+    num_trained = len(body.variables.trainable)
+    others = values[num_trained:]
+    return [*values[:num_trained], *(others[i] for i in body.watched_others)]
+
+
+def _wanted_variables(body: Body) -> list[keras.Variable]:
+    others = body.variables.others
+    return [
+        *body.variables.trainable,
+        *(others[i] for i in body.watched_others),
+    ]
+
+
+class WayBack(NamedTuple):
+    """What it takes to run the clones of a call backward."""
+
+    sharded: Sharded
+    made: CallTower
+    layout: laying_out.Layout
+    runs: list[Run]
+    extra: list[tf.Variable]
+
+    def pull(
+        self,
+        upstream: list[Any],
+        values: list[Any],
+        last: tf.GradientTape,
+        data: list[Any],
+        leaves: list[Any],
+        splitting: tf.GradientTape,
+    ) -> list[Any]:
+        """Return gradients with respect to inputs, variables and the rest."""
+        pairs = zip(floating(values), upstream, strict=True)
+        by_clone = _gradient(
+            last,
+            [pair for pair in pairs if pair[1] is not None],
+            [floating(run.output.values) for run in self.runs],
+        )
+        pulled = laying_out.each(
+            self.layout,
+            lambda i: self._pull_clone(i, by_clone[i]),
+            self.made.tower.synchronized,
+        )
+        if self._has_hidden_rows(pulled):
+            pulled = self._pull_in_graph(by_clone)
+        return self._merge(pulled, data, leaves, splitting)
+
+    def _pull_clone(self, i: int, upstream: list[Any]) -> list[Any]:
+        with tf.name_scope("backward_pass"):
+            return self._run_back(i, upstream)
+
+    def _run_back(self, i: int, upstream: list[Any]) -> list[Any]:
+        inputs, run = self.layout.inputs[i], self.runs[i]
+        values = floating(run.output.values)
+        known = wanted(self.sharded.body, inputs)
+        sources = [*known, *floating(inputs.data), *self.extra]
+        if all(g is None for g in upstream):
+            return [None] * len(sources)
+        backward = self.made.backward
+        if backward is not None:
+            return run_backward(
+                backward, inputs, run.residuals, values, upstream
+            )
+        pairs = zip(values, upstream, strict=True)
+        found = _gradient(
+            run.tape, [pair for pair in pairs if pair[1] is not None], sources
+        )
+        return by_rows(found, self.sharded.body.alike_in_all(inputs))
+
+    def _has_hidden_rows(self, pulled: list[list[Any]]) -> bool:
+        """Say whether only a graph tells how gradients by rows merge."""
+        return (
+            tf.executing_eagerly()
+            and len(pulled) > 1
+            and any(isinstance(g, traced.RowGradient) for g in pulled[0])
+        )
+
+    def _pull_in_graph(self, by_clone: list[list[Any]]) -> list[list[Any]]:
+        with self.sharded.busy():
+            made = self.sharded.trace(self.layout, True, True)
+        runs = run_each(made, self.sharded.body, self.layout, True)
+        other = self._replace(made=made, runs=runs)
+        return laying_out.each(
+            self.layout, lambda i: other._pull_clone(i, by_clone[i])
+        )
+
+    def _merge(
+        self,
+        pulled: list[list[Any]],
+        data: list[Any],
+        leaves: list[Any],
+        splitting: tf.GradientTape,
+    ) -> list[Any]:
+        variables = _wanted_variables(self.sharded.body)
+        num, end = len(variables), len(pulled[0]) - len(self.extra)
+        merged = bringing_home.merge_gradients(
+            self.layout, [p[:num] for p in pulled], variables
+        ).gradients
+        pairs = [
+            (t, g)
+            for shard, p in zip(data, pulled, strict=True)
+            for t, g in zip(floating(shard), p[num:end], strict=True)
+            if g is not None
+        ]
+        to_data = _gradient(splitting, pairs, floating(leaves))
+        columns = zip(*(p[end:] for p in pulled), strict=True)
+        to_extra = [merging.merge(column) for column in columns]
+        return [*to_data, *merged, *to_extra]
+
+
+def _gradient(
+    tape: tf.GradientTape, pairs: Sequence[tuple[Any, Any]], sources: Any
+) -> Any:
+    """Return gradients of targets, given those with respect to the targets."""
+    if not pairs:
+        return tf.nest.map_structure(lambda _: None, sources)
+    targets, upstream = zip(*pairs, strict=True)
+    return tape.gradient(
+        list(targets),
+        sources,
+        output_gradients=[
+            merging.merge([g])
+            if isinstance(g, traced.RowGradient)
+            else tf.cast(g, t.dtype)
+            for t, g in zip(targets, upstream, strict=True)
+        ],
+    )
+
+
+def pull_again(
+    sharded: Sharded, inputs: list[tf.Tensor], upstream: list[Any]
+) -> list[Any]:
+    """Run a call and run it backward, for tapes that differentiate that too.
+
+    All that happens here is seen by the tapes that are active, so that they
+    can run it backward in turn.
+    """
+    body, given = sharded.body, sharded.body.given
+    if sharded.is_synchronized:
+        raise NotImplementedError(
+            "Gradients of gradients through a `BatchNormalization` that is "
+            "synchronized are not there. Received: layer "
+            f"{body.layer.name!r}. Use `batch_norm='mean'`."
+        )
+    num = len(floating(given.leaves))
+    variables = len(wanted_values(sharded))
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(inputs)
+        rest = iter(inputs[:num])
+        flat = [
+            next(rest) if t.dtype.is_floating else t for t in given.components()
+        ]
+        leaves = tf.nest.pack_sequence_as(
+            given.leaves, flat, expand_composites=True
+        )
+        data = given._replace(leaves=leaves).split(sharded.shards)
+        read = inputs[num : num + variables]
+        layout = sharded.lay_out(data, _plain_mirrors(sharded, read))
+        # Python itself, not a function: a tape then runs back only what it is
+        # asked for, where it would run all of a function back.
+        with sharded.busy():
+            outputs = laying_out.each(
+                layout,
+                lambda i: body(tracing.open_rows(layout.inputs[i], layout)),
+            )
+        runs = [Run(output, notes) for output, notes in outputs]
+        values = join(body.layer, runs)
+    pairs = zip(floating(values), upstream, strict=True)
+    return _gradient(tape, [p for p in pairs if p[1] is not None], inputs)
+
+
+def _plain_mirrors(sharded: Sharded, read: list[tf.Tensor]) -> list[list[Any]]:
+    """Return mirrors that tapes see come from what was read."""
+    body = sharded.body
+    trained = len(body.variables.trainable)
+    places = [*range(trained), *(trained + i for i in body.watched_others)]
+    mirrors = [list(one) for one in sharded.mirrors]
+    for one in mirrors:
+        for place, tensor in zip(places, read, strict=True):
+            if one[place] is not None:
+                one[place] = tf.identity(tensor)
+    return mirrors

@@ -1,0 +1,135 @@
+"""Putting clone steps on a model: the only file that changes a user's model."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import keras
+
+from keras_clones import _keras, checks
+from keras_clones.clone.state import model_variables
+from keras_clones.devices import placement
+from keras_clones.door import guarded
+from keras_clones.door.deployed import Deployment
+from keras_clones.plan.watch import Watch
+from keras_clones.step import steps
+
+_STEPS = ("train_step", "test_step", "predict_step")
+_MAKERS = ("make_train_function", "make_test_function", "make_predict_function")
+# The underscores keep it out of what Keras walks through to save a model.
+_KEY = "__keras_clones__"
+
+
+def attach(model: keras.Model, made: Deployment) -> None:
+    """Put clone steps on the model object; its class stays what it is."""
+    move_home(model, made.variables_device)
+    options = made.step_options()
+    # `vars` passes by the model's own tracking of what it is given.
+    vars(model)[_KEY] = made
+    for name in _STEPS:
+        vars(model)[name] = functools.partial(
+            getattr(steps, name), model, options
+        )
+    for name in _MAKERS:
+        make = getattr(type(model), name).__get__(model)
+        vars(model)[name] = _maker(
+            model, made, name.removeprefix("make_"), make
+        )
+    _forget_functions(model)
+
+
+def detach(model: keras.Model) -> None:
+    """Take the clone steps off a model again."""
+    for name in (*_STEPS, *_MAKERS, _KEY):
+        del vars(model)[name]
+    _forget_functions(model)
+
+
+def deployment_of(model: keras.Model) -> Deployment | None:
+    """Return what clones a model has, `None` for a plain one."""
+    return vars(model).get(_KEY)
+
+
+def _maker(
+    model: keras.Model, made: Deployment, name: str, make: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Return a `make_..._function` that keeps XLA off the step as a whole.
+
+    XLA compiles a step for one device and forgets the others without a word.
+    The clones compile what each of them runs instead.
+    """
+
+    def make_function(force: bool = False) -> None:
+        checks.check_no_strategy()
+        move_home(model, made.variables_device)
+        if getattr(model, name) is not None and not force:
+            return
+        # What was traced before may go by what has changed since.
+        made.towers.clear()
+        jit_compile = model.jit_compile
+        model.jit_compile = False
+        try:
+            make(force=force)
+        finally:
+            model.jit_compile = jit_compile
+        function = guarded.guard(
+            model,
+            made,
+            name,
+            getattr(model, name),
+            lambda: _all_variables(model),
+        )
+        setattr(model, name, function)
+
+    return make_function
+
+
+def watch_training(
+    model: keras.Model, watcher: Any, watch: Watch | None
+) -> None:
+    """Let the training steps of a cloned model tell one more watch.
+
+    Args:
+        model: A cloned `keras.Model`.
+        watcher: The callback that wants to know. It has one watch at a time.
+        watch: A `Watch`, or `None` to tell this watcher nothing any more.
+    """
+    made = vars(model)[_KEY]
+    made.watches.pop(watcher, None)
+    if watch is not None:
+        made.watches[watcher] = watch
+    vars(model)["train_step"] = functools.partial(
+        steps.train_step, model, made.step_options()
+    )
+    model.train_function = None
+
+
+def move_home(model: keras.Model, home: str) -> None:
+    """Move every variable there is so far to the variables device.
+
+    A function that was traced before reads a variable where it was. So every
+    model that has one of those that moved forgets its functions.
+    """
+    moved = placement.move_variables(_all_variables(model), home)
+    ids = {id(variable) for variable in moved}
+    for other in _keras.living_models(model) if moved else []:
+        if any(id(variable) in ids for variable in _all_variables(other)):
+            for optimizer in _keras.optimizers(other):
+                _keras.reindex_optimizer(optimizer)
+            _forget_functions(other)
+
+
+def _all_variables(model: keras.Model) -> list[keras.Variable]:
+    """Return the variables of a model, its metrics and its optimizers."""
+    variables = [v for group in model_variables(model) for v in group]
+    if model.compiled:
+        variables += model.metrics_variables
+    for optimizer in _keras.optimizers(model):
+        variables += optimizer.variables
+    return variables
+
+
+def _forget_functions(model: keras.Model) -> None:
+    model.train_function = None
+    model.test_function = None
+    model.predict_function = None

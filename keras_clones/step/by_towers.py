@@ -1,0 +1,165 @@
+"""A step by towers: each clone computes its own loss and gradients."""
+
+import contextlib
+import warnings
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_clones import _keras
+from keras_clones.calls import looks
+from keras_clones.clone.tables import looked_up_at_home
+from keras_clones.exchange import bringing_home, laying_out, tracing
+from keras_clones.plan import exactness
+from keras_clones.step import combine
+from keras_clones.step.applying import apply, record
+from keras_clones.step.begin import Step
+from keras_clones.step.tower import Tower
+from keras_clones.tensors import sharding
+
+
+def trace_towers(
+    step: Step,
+) -> tuple[laying_out.Layout, tracing.TracedTower] | None:
+    """Trace the towers of a step, if the clones can compute its loss.
+
+    Returns:
+        The `Layout` of the batch and the `TracedTower`, or `None` if the loss
+        has to see the outputs of all clones.
+    """
+    plan = step.plan
+    # Outside of a graph, outputs show their masks when it is too late.
+    unseen = tf.executing_eagerly() and plan.may_change
+    if unseen or not plan.loss_in_clones:
+        return None
+    layout = _lay_out(step)
+    with looked_up_at_home(plan.tables, step.options.home):
+        tower = tracing.trace(_towers(step), layout, plan.synchronized)
+    if tower.returns is not None:
+        plan = plan.knowing(_why_not(step, tower))
+    if not plan.loss_in_clones:
+        return None
+    if plan.reason:
+        warnings.warn(
+            "The losses of the clones do not average to the loss of the "
+            f"global batch: {plan.reason}. With loss='clones' the model trains "
+            "on their average all the same; loss='auto' computes the loss "
+            "of the global batch.",
+            stacklevel=1,
+        )
+    return layout, tower
+
+
+def _why_not(step: Step, tower: tracing.TracedTower) -> str | None:
+    """Say why losses of shards do not average, going by a traced tower."""
+    own_metrics = exactness.overrides(step.model, "compute_metrics")
+    if tower.notes.keeps and own_metrics:
+        return "layers keep tensors for `compute_metrics`"
+    return exactness.why_not_on(
+        step.batch[1], tower.returns.outputs, tower.returns.masks
+    )
+
+
+def _lay_out(step: Step) -> laying_out.Layout:
+    options, variables = step.options, step.variables
+    num = sharding.enough(step.rows, len(options.clones))
+    clones = options.clones[:num]
+    even = num == 1 or num < len(options.clones)
+    shards = sharding.divide(step.rows, num, None if even else options.shares)
+    with tf.name_scope("split_batch"):
+        data = sharding.split_rows(step.batch, shards)
+    mirrors = laying_out.send_mirrors(
+        laying_out.read_variables(variables, step.plan.tables),
+        options.home,
+        clones,
+    )
+    scale = step.model.optimizer.scale_loss(1.0) if step.training else 1.0
+    group = options.group(clones, step.training, scale)
+    seeds = laying_out.read_seeds(variables)
+    return laying_out.lay_out(shards, group, seeds, data, mirrors)
+
+
+def _towers(step: Step) -> tracing.CallableTower:
+    """Return the tower function of a step, callable from any place."""
+    model, options = step.model, step.options
+    with_metrics = step.plan.metrics_in_clones
+    num = sharding.enough(step.rows, len(options.clones))
+    tower = Tower(
+        model,
+        step.variables,
+        options,
+        training=step.training,
+        with_metrics=with_metrics,
+        may_be_idle=num > 1 and not isinstance(step.rows, int),
+    )
+    needed = step.plan.outputs_leave
+    devices = [clone.device for clone in options.clones]
+    return tracing.callable_tower(
+        model,
+        tower,
+        tracing.inlines(devices, len(step.variables.trainable)),
+        step.plan.jit_compile,
+        lambda output: (
+            output if needed else output._replace(outputs=None, masks=[])
+        ),
+        options.exact,
+    )
+
+
+def run_by_towers(
+    step: Step, layout: laying_out.Layout, tower: tracing.TracedTower
+) -> dict:
+    """Run a step whose clones compute their own losses and gradients."""
+    model, variables = step.model, step.variables.trainable
+    first = _look_at_rows(step)
+    with first, looked_up_at_home(step.plan.tables, step.options.home):
+        result = combine.run(
+            step,
+            layout,
+            tower,
+            lambda: tracing.trace(_towers(step), layout, in_graph=True),
+        )
+    if step.training:
+        record(step, lambda _: result.clone_losses, result.gradients)
+    bringing_home.assign(result.variables, result.assigned, result.added)
+    if step.training:
+        apply(model, result.gradients, variables)
+    with tf.name_scope("update_metrics"):
+        return _update_metrics(step, result)
+
+
+def _look_at_rows(step: Step) -> contextlib.AbstractContextManager[None]:
+    """Look whether the model mixes rows, in a first step of training."""
+    model = step.model
+    if not step.training:
+        return contextlib.nullcontext()
+
+    def call(x: Any) -> Any:
+        return _keras.call(model, x, training=True)
+
+    return looks.look_at(step.options, model, call, (step.batch[0],), {})
+
+
+def _update_metrics(step: Step, result: combine.StepResult) -> dict:
+    """Update every metric once, for the global batch; return the logs."""
+    model = step.model
+    x, y, sample_weight = step.batch
+    _keras.loss_tracker(model).update_state(
+        result.loss, sample_weight=step.rows
+    )
+    first = next(leaf for leaf in keras.tree.flatten(x) if leaf is not None)
+    trackers = _keras.loss_trackers(model)
+    for tracker, value in zip(trackers, result.loss_values, strict=False):
+        tracker.update_state(value, sample_weight=first.shape[0])
+    for variable, added in zip(
+        _keras.metric_variables(model), result.metrics, strict=False
+    ):
+        variable.assign_add(added)
+    if result.metrics or not exactness.needs_outputs(model):
+        return model.get_metrics_result()
+    for output, mask in zip(
+        keras.tree.flatten(result.outputs), result.masks, strict=True
+    ):
+        _keras.set_mask(output, mask)
+    return model.compute_metrics(x, y, result.outputs, sample_weight)
