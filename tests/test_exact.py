@@ -105,12 +105,17 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("eagerly", [False, True])
-@pytest.mark.parametrize("beside", ["dropout", "batch_norm"])
+ALL = pytest.mark.full
+WAYS = [
+    ("dropout", False),
+    pytest.param("batch_norm", False, marks=ALL),
+    pytest.param("batch_norm", True, marks=ALL),
+]
+
+
+@pytest.mark.parametrize(("beside", "eagerly"), WAYS)
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_could_differ_is_refused(name, beside, eagerly, float64):
-    if eagerly and beside == "dropout":
-        pytest.skip("one of both ways is enough outside of a graph")
     make, named = REFUSED[name]
     other = L.Dropout(0.5) if beside == "dropout" else L.BatchNormalization()
     model = clone_model(network(other, make()), 3, exact=True)
@@ -143,7 +148,7 @@ ACCEPTED = {
 }
 
 
-@pytest.mark.parametrize("num_clones", [2, 3])
+@pytest.mark.parametrize("num_clones", [pytest.param(2, marks=ALL), 3])
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_what_is_accepted_trains_the_same(name, num_clones, float64):
     make, options = ACCEPTED[name]
@@ -180,6 +185,7 @@ def test_contradictions(options):
 NAMED = {}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("drops", [False, True])
 @pytest.mark.parametrize("name", equivalence.CASES)
 def test_case(name, drops, float64, monkeypatch):
