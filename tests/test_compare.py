@@ -48,7 +48,7 @@ def untimed(monkeypatch):
     monkeypatch.setattr(
         timing,
         "time_runs",
-        lambda source, batches, rows, runs, options: runs,
+        lambda source, batches, runs, options: runs,
     )
 
 

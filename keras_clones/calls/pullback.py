@@ -9,7 +9,12 @@ from keras_clones import _tf
 from keras_clones.calls.call_tower import CallTower
 from keras_clones.calls.forward import Joined, Run, Sharded, join, run_each
 from keras_clones.calls.traced_backward import floating
-from keras_clones.calls.way_back import WayBack, pull_again, wanted_values
+from keras_clones.calls.way_back import (
+    Split,
+    WayBack,
+    pull_again,
+    wanted_values,
+)
 
 
 def run(sharded: Sharded, watched: bool) -> Joined:
@@ -48,7 +53,7 @@ def run(sharded: Sharded, watched: bool) -> Joined:
 
     def pull(upstream: list[Any]) -> list[Any]:
         back = WayBack(sharded, made, layout, runs, extra)
-        return back.pull(upstream, joined, last, data, leaves, tape)
+        return back.pull(upstream, joined, last, Split(leaves, data, tape))
 
     inputs = [
         *floating(sharded.body.given.leaves),

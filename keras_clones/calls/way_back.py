@@ -31,6 +31,18 @@ def _wanted_variables(body: Body) -> list[keras.Variable]:
     ]
 
 
+class Split(NamedTuple):
+    """The data of a call as the clones got it.
+
+    `leaves` are the tensors of the call, `shards` has a list a clone of what
+    they were split into, and `tape` has seen them split.
+    """
+
+    leaves: list[Any]
+    shards: list[Any]
+    tape: tf.GradientTape
+
+
 class WayBack(NamedTuple):
     """What it takes to run the clones of a call backward."""
 
@@ -44,15 +56,13 @@ class WayBack(NamedTuple):
         self,
         upstream: list[Any],
         values: list[Any],
-        last: tf.GradientTape,
-        data: list[Any],
-        leaves: list[Any],
-        splitting: tf.GradientTape,
+        joining: tf.GradientTape,
+        split: Split,
     ) -> list[Any]:
         """Return gradients with respect to inputs, variables and the rest."""
         pairs = zip(floating(values), upstream, strict=True)
         by_clone = _gradient(
-            last,
+            joining,
             [pair for pair in pairs if pair[1] is not None],
             [floating(run.output.values) for run in self.runs],
         )
@@ -63,7 +73,7 @@ class WayBack(NamedTuple):
         )
         if self._has_hidden_rows(pulled):
             pulled = self._pull_in_graph(by_clone)
-        return self._merge(pulled, data, leaves, splitting)
+        return self._merge(pulled, split)
 
     def _pull_clone(self, i: int, upstream: list[Any]) -> list[Any]:
         with tf.name_scope("backward_pass"):
@@ -104,13 +114,7 @@ class WayBack(NamedTuple):
             self.layout, lambda i: other._pull_clone(i, by_clone[i])
         )
 
-    def _merge(
-        self,
-        pulled: list[list[Any]],
-        data: list[Any],
-        leaves: list[Any],
-        splitting: tf.GradientTape,
-    ) -> list[Any]:
+    def _merge(self, pulled: list[list[Any]], split: Split) -> list[Any]:
         variables = _wanted_variables(self.sharded.body)
         num, end = len(variables), len(pulled[0]) - len(self.extra)
         merged = bringing_home.merge_gradients(
@@ -118,11 +122,11 @@ class WayBack(NamedTuple):
         ).gradients
         pairs = [
             (t, g)
-            for shard, p in zip(data, pulled, strict=True)
+            for shard, p in zip(split.shards, pulled, strict=True)
             for t, g in zip(floating(shard), p[num:end], strict=True)
             if g is not None
         ]
-        to_data = _gradient(splitting, pairs, floating(leaves))
+        to_data = _gradient(split.tape, pairs, floating(split.leaves))
         columns = zip(*(p[end:] for p in pulled), strict=True)
         to_extra = [merging.merge(column) for column in columns]
         return [*to_data, *merged, *to_extra]

@@ -149,9 +149,8 @@ def _compare(
 
     runs, causes = _judge(counts, train, explain)
     say("Timing a step of each, in turns.")
-    rows = _num_rows(batches.parts[0])
     noted = [batches.note, note, "" if plain.repeats else _NO_REPEAT]
-    timed = timing.time_runs(source, batches, rows, [Run(0), *runs], options)
+    timed = timing.time_runs(source, batches, [Run(0), *runs], options)
     judged_in = exact or keras.config.floatx()
     return Findings(
         runs=tuple(timed),
@@ -161,7 +160,7 @@ def _compare(
         dtype=judged_in,
         judged=advice.how_judged(judged_in, plain),
         notes=tuple(filter(None, noted)),
-        rows=rows,
+        rows=batches.rows,
         versions=advice.versions(),
         options={key: repr(value) for key, value in options.items()},
     )
@@ -273,10 +272,3 @@ def _told(run: Run) -> str:
     if run.same:
         return "the same as plain Keras"
     return f"differs at step {run.wrong[0].first}, first {run.wrong[0].name!r}"
-
-
-def _num_rows(batch: Any) -> int:
-    leaves = keras.tree.flatten(batch)
-    return next(
-        int(x.shape[0]) for x in leaves if x is not None and len(x.shape)
-    )

@@ -22,6 +22,14 @@ class Batches(NamedTuple):
     fixed: bool = False
     note: str = ""
 
+    @property
+    def rows(self) -> int:
+        """The rows of the first batch."""
+        leaves = keras.tree.flatten(self.parts[0])
+        return next(
+            int(x.shape[0]) for x in leaves if x is not None and len(x.shape)
+        )
+
 
 def read(
     x: Any, y: Any, batch_size: int | None, steps: int, limit: int = LIMIT

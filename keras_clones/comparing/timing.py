@@ -151,7 +151,6 @@ def take_turns(candidates: Sequence[Candidate]) -> None:
 def time_runs(
     source: Source,
     batches: Batches,
-    rows: int,
     runs: Sequence[Run],
     options: dict[str, Any],
 ) -> list[Run]:
@@ -177,7 +176,7 @@ def time_runs(
                 found[i] = run._replace(failed=training.why_failed(error))
         take_turns(list(candidates.values()))
         for i, candidate in candidates.items():
-            timing = candidate.timing(rows)
+            timing = candidate.timing(batches.rows)
             found[i] = found[i]._replace(**timing._asdict())
     return found
 
