@@ -320,10 +320,7 @@ def test_losses_that_are_sums():
     assert fit(lambda: functional(Sum()), layer_losses="sum")[1] == []
 
 
-@pytest.mark.full_but(
-    "{}-Nested-Layers ['centered'] mix the rows",
-    "{'run_eagerly': True}-<lambda>-Layers ['twelve'] run on the rows of a whole batch",
-)
+@pytest.mark.full_but("graph-centered", "eagerly-twelve")
 @pytest.mark.parametrize(
     ("make", "start"),
     [
@@ -334,8 +331,11 @@ def test_losses_that_are_sums():
             "Layers ['twelve'] run on the rows of a whole batch",
         ),
     ],
+    ids=["centered", "own_step", "twelve"],
 )
-@pytest.mark.parametrize("compiled", [{}, {"run_eagerly": True}], ids=str)
+@pytest.mark.parametrize(
+    "compiled", [{}, {"run_eagerly": True}], ids=["graph", "eagerly"]
+)
 def test_exact_refuses_and_changes_nothing(make, start, compiled):
     keras.utils.set_random_seed(1)
     model = make()
