@@ -240,7 +240,7 @@ def fit(make, rows=27, compiled=None, epochs=1, batch=10, **options):
     return model, [str(w.message) for w in found]
 
 
-@pytest.mark.full_but("scores", "gated", "model", "cell", "own_step", "two")
+@pytest.mark.full_but("scores", "model", "own_step", "two")
 @pytest.mark.parametrize("name", MIXING)
 def test_names_the_layer_that_mixes_rows(name):
     make, names = MIXING[name]
@@ -260,12 +260,8 @@ def test_names_it_outside_of_a_graph(name):
 @pytest.mark.full_but(
     "residual-float32",
     "normalized-mixed_float16",
-    "block-float32",
     "time_major-float32",
-    "spectral-float32",
-    "noise-float32",
     "mean-bfloat16",
-    "own_step-float32",
 )
 @pytest.mark.parametrize("policy", ["float32", "mixed_float16", "bfloat16"])
 @pytest.mark.parametrize("name", APART)
@@ -279,7 +275,7 @@ def test_says_nothing_of_rows_that_are_apart(name, policy):
     assert deployment(model).looks.given_up == []
 
 
-@pytest.mark.full_but("mixed_float16")
+@pytest.mark.full
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_finds_them_in_half_precision(policy):
     keras.config.set_dtype_policy(policy)
@@ -290,6 +286,7 @@ def test_finds_them_in_half_precision(policy):
     assert message.startswith("Layers ['centered'] mix the rows")
 
 
+@pytest.mark.full
 def test_says_nothing_twice_or_when_told_not_to():
     make, _ = MIXING["spread"]
     assert len(fit(make, epochs=3)[1]) == 1
@@ -323,6 +320,7 @@ def test_losses_that_are_sums():
     assert fit(lambda: functional(Sum()), layer_losses="sum")[1] == []
 
 
+@pytest.mark.full_but("graph-centered", "eagerly-twelve")
 @pytest.mark.parametrize(
     ("make", "start"),
     [
@@ -333,8 +331,11 @@ def test_losses_that_are_sums():
             "Layers ['twelve'] run on the rows of a whole batch",
         ),
     ],
+    ids=["centered", "own_step", "twelve"],
 )
-@pytest.mark.parametrize("compiled", [{}, {"run_eagerly": True}], ids=str)
+@pytest.mark.parametrize(
+    "compiled", [{}, {"run_eagerly": True}], ids=["graph", "eagerly"]
+)
 def test_exact_refuses_and_changes_nothing(make, start, compiled):
     keras.utils.set_random_seed(1)
     model = make()
