@@ -170,6 +170,15 @@ def _call(
         shards.may_be_idle,
         tuple(i for i, value in enumerate(others) if _is_watched([value])),
     )
+    called_in = _keras.call_again()
+
+    @contextlib.contextmanager
+    def busy() -> Iterator[None]:
+        # A tape runs a call again after it has ended: layers inside are then
+        # told of `training` by nothing else.
+        with calls.while_busy(), called_in():
+            yield
+
     sharded = pullback.Sharded(
         body,
         given,
@@ -178,7 +187,7 @@ def _call(
         read.mirrors,
         functools.partial(_lay_out, calls, shards, variables, clones, seeds),
         functools.partial(_trace, calls, body, tables),
-        calls.while_busy,
+        busy,
         bool(_synchronized(calls, layer, clones)),
     )
     watched = _is_watched([*read.values, *given.components()])
