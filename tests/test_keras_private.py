@@ -629,6 +629,26 @@ def test_writes_are_counted():
     assert counts == [(0, 0), (0, 0), (1, 0), (2, 0), (3, 0), (3, 1)]
 
 
+def test_assignments_change_the_mark_of_a_variable():
+    variable, marks = tf.Variable(1.0), []
+
+    def mark():
+        marks.append(_tf.mark_of_writes(variable))
+
+    def run(value):
+        mark()
+        variable.assign_add(value)
+        mark()
+        variable.read_value()
+        mark()
+
+    for function in (run, tf.function(run)):
+        function(tf.constant(1.0))
+        before, after, read = marks
+        assert before != after == read
+        marks.clear()
+
+
 def test_what_keras_keeps_beside_models_is_restored():
     keras.utils.set_random_seed(5)
     keras.random.normal((2,))

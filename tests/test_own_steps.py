@@ -554,6 +554,40 @@ def test_tapes_conditions_and_loops(make, float64):
     assert_alike(make, rows_of(reals(22, 6)))
 
 
+class Within(L.Layer):
+    """Its own layers learn of `training` from the call around them."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = L.SpectralNormalization(L.Dense(6, "tanh"))
+        self.inner.build((None, 6))
+
+    def call(self, x):
+        return self.inner(x)
+
+
+class Sloped(keras.Model):
+    """Trains on the gradient of a layer, which a tape calls again."""
+
+    def __init__(self):
+        super().__init__()
+        self.within = Within()
+
+    def train_step(self, x):
+        with tf.GradientTape() as tape:
+            with tf.GradientTape() as inner:
+                inner.watch(x)
+                y = self.within(x, training=True)
+            loss = tf.reduce_mean(inner.gradient(y, x) ** 2)
+        weights = self.within.trainable_variables
+        self.optimizer.apply(tape.gradient(loss, weights), weights)
+        return {"loss": loss}
+
+
+def test_a_call_that_is_made_again_knows_of_training(float64):
+    assert_alike(Sloped, rows_of(reals(22, 6)))
+
+
 class Encoder(L.Layer):
     """Takes tensors of all kinds by position, by name and in a dict."""
 

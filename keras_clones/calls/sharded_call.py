@@ -1,7 +1,8 @@
 """One call of a layer on the global batch, run as one call a clone."""
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -94,9 +95,27 @@ def _shard(calls: sharing.Calls, one: LayerCall) -> forward.Sharded:
         mirrors=read.mirrors,
         lay_out=functools.partial(laying_out.lay_out, shards, group, seeds),
         trace=functools.partial(_trace, calls, body, tables),
-        busy=calls.while_busy,
+        busy=_busy(calls),
         is_synchronized=bool(_synchronized(calls, layer, clones)),
     )
+
+
+def _busy(
+    calls: sharing.Calls,
+) -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """Return what a tape runs a call in that it makes again.
+
+    The call has ended by then: layers inside of it are told of `training` by
+    nothing else.
+    """
+    called_in = _keras.call_again()
+
+    @contextlib.contextmanager
+    def busy() -> Iterator[None]:
+        with calls.while_busy(), called_in():
+            yield
+
+    return busy
 
 
 def _trace(

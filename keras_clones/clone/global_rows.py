@@ -117,7 +117,10 @@ def draw_rows(
         )
     drawn = function(**given)
     start = tf.concat([begin[None], tf.zeros_like(shape[1:], tf.int32)], 0)
-    found = tf.slice(drawn, start, tf.cast(shape, tf.int32))
+    # A multinomial draws as many numbers a row as it is asked for.
+    found = tf.slice(
+        drawn, start, tf.concat([lead[None], tf.shape(drawn)[1:]], 0)
+    )
     found.set_shape([size, *drawn.shape[1:]])
     return found
 
