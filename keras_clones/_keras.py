@@ -71,10 +71,22 @@ def reindex_optimizer(optimizer: keras.optimizers.Optimizer) -> None:
     for other in [*getattr(optimizer, "optimizers", []), inner]:
         if other is not None:
             reindex_optimizer(other)
-    if optimizer.built:
-        optimizer._trainable_variables_indices = {
-            optimizer._var_key(variable): index
-            for index, variable in enumerate(optimizer._trainable_variables)
+    if not optimizer.built:
+        return
+    held = optimizer._trainable_variables_indices
+    was = {index: key for key, index in held.items()}
+    keys = [optimizer._var_key(v) for v in optimizer._trainable_variables]
+    optimizer._trainable_variables_indices = {k: i for i, k in enumerate(keys)}
+    now = {was[i]: key for i, key in enumerate(keys) if i in was}
+    if hasattr(optimizer, "_exclude_from_weight_decay"):
+        optimizer._exclude_from_weight_decay = {
+            now.get(key, key) for key in optimizer._exclude_from_weight_decay
+        }
+    # Keras 3.16 says once, as it builds, which of them decay.
+    if hasattr(optimizer, "_weight_decay_by_var_key"):
+        optimizer._weight_decay_by_var_key = {
+            now.get(key, key): decays
+            for key, decays in optimizer._weight_decay_by_var_key.items()
         }
 
 

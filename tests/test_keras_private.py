@@ -147,6 +147,19 @@ def test_an_optimizer_finds_moved_variables(scaled):
     np.testing.assert_array_equal(variable.numpy(), [0.0, 1.0])
 
 
+def test_weights_that_do_not_decay_are_found_after_they_have_moved():
+    one, other = keras.Variable([1.0, 2.0]), keras.Variable([1.0, 2.0])
+    optimizer = keras.optimizers.AdamW(1.0, weight_decay=0.5)
+    optimizer.exclude_from_weight_decay([other])
+    optimizer.build([one, other])
+    for variable in (one, other):
+        _keras.set_tf_variable(variable, tf.Variable([1.0, 2.0]))
+    _keras.reindex_optimizer(optimizer)
+    optimizer.apply([tf.zeros(2), tf.zeros(2)], [one, other])
+    np.testing.assert_allclose(one.numpy(), [0.5, 1.0])
+    np.testing.assert_allclose(other.numpy(), [1.0, 2.0])
+
+
 def test_what_a_model_is_made_of():
     model = small()
     assert _keras.distribution_strategy(model) is None
