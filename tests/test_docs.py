@@ -169,7 +169,7 @@ def plain(text):
 def messages():
     """Return all texts of the package's code, with ... for what differs."""
     texts = []
-    for path in (ROOT / "keras_clones").glob("*.py"):
+    for path in (ROOT / "keras_clones").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.JoinedStr):
                 parts = [getattr(part, "value", None) for part in node.values]

@@ -23,6 +23,7 @@ from keras_clones import (
     split_batch,
 )
 from keras_clones.benchmark.transfers import count_transfers, traffic
+from keras_clones.model_deploy import clone_losses
 
 CPUS = [f"CPU:{i}" for i in range(8)]
 
@@ -856,7 +857,7 @@ LOSS = tf.constant(3.0)
     ],
 )
 def test_where_a_loss_is(outputs):
-    assert float(keras_clones.optimize.find_loss(outputs)) == 3.0
+    assert float(clone_losses.find_loss(outputs)) == 3.0
 
 
 @pytest.mark.parametrize(
