@@ -185,13 +185,24 @@ class PairsRows(layers.Layer):
         return x + keras.ops.roll(x, 1, axis=0)
 
 
-def test_layers_whose_rows_know_each_other_are_suspected(untimed):
+def test_layers_whose_rows_know_each_other_are_named_and_mended(untimed):
     found = compared(classifier(PairsRows(name="pairs")))
     [cause] = found.causes
-    assert cause.layers == ("pairs",)
+    assert cause.layers == ("pairs",) and not cause.suspected
     assert cause.mends == {"whole": ["pairs"]}
     assert cause.tried and found.explained
     assert "mix the rows of a batch" in cause.why
+
+
+@pytest.mark.full
+def test_layers_that_are_not_looked_at_are_suspected(untimed):
+    model = classifier(PairsRows(name="pairs"))
+    found = compared(model, check_rows=False)
+    [cause] = found.causes
+    assert cause.layers == ("pairs",) and cause.suspected
+    assert cause.mends == {"whole": ["pairs"]}
+    assert cause.tried is not None
+    assert "by the order of" in cause.why
 
 
 @pytest.mark.full
