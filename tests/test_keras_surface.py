@@ -268,7 +268,7 @@ def test_a_search_over_cloned_models(tmp_path):
     assert np.isfinite(best.predict(x, verbose=0)).all()
 
 
-@pytest.mark.full_but("True")
+@pytest.mark.full
 @pytest.mark.parametrize("frozen", [True, False])
 def test_ready_made_models_train(frozen, float64):
     rng = np.random.default_rng(0)

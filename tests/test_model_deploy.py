@@ -131,7 +131,7 @@ def test_training_equals_one_device(float64, optimizer, built):
     assert {v.value.device[-6:] for v in other.variables} == {":CPU:0"}
 
 
-@pytest.mark.full_but("adam")
+@pytest.mark.full
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_rows_of_embeddings_equal_one_device(float64, optimizer):
     batches = [data(7, True), data(5, True, seed=1)]

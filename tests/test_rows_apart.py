@@ -298,6 +298,7 @@ def test_says_nothing_twice_or_when_told_not_to():
         model.fit(*data(10), verbose=0)
 
 
+@pytest.mark.full
 def test_looks_again_when_cloned_again():
     model, found = fit(MIXING["spread"][0])
     model = clone_model(model, 2)
@@ -379,6 +380,7 @@ def test_leaves_nothing_behind():
     assert found[0] == found[1]
 
 
+@pytest.mark.full
 def test_several_steps_at_once():
     _, (message,) = fit(
         MIXING["spread"][0], compiled={"steps_per_execution": 2}

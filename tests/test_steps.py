@@ -40,7 +40,6 @@ def plain(name, floatx):
 
 @pytest.mark.full_but(
     "float64-mlp-1",
-    "float64-mlp-3",
     "float64-convnet-2",
     "float64-two_by_two-3",
     "float64-subclassed-4",

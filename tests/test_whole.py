@@ -208,9 +208,7 @@ def gap(ones, others):
     )
 
 
-@pytest.mark.full_but(
-    "scores", "counted", "nested", "model", "operation", "by_class"
-)
+@pytest.mark.full_but("scores", "counted", "nested", "model", "operation")
 @pytest.mark.parametrize("name", MODELS)
 def test_trains_as_plain_keras(name, float64):
     make, whole = MODELS[name]
@@ -340,7 +338,7 @@ def test_operations_by_rows_stay_in_the_clones(monkeypatch):
     model.fit(*data(), batch_size=10, verbose=0)
 
 
-@pytest.mark.full_but("<lambda>0", "<lambda>3")
+@pytest.mark.full_but("<lambda>3")
 @pytest.mark.parametrize(
     "mix",
     [
@@ -397,7 +395,7 @@ def test_a_stateful_layer_runs_whole(float64):
     assert gap(run(False), run(True)) < 1e-10
 
 
-@pytest.mark.full_but("mixed_float16")
+@pytest.mark.full
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_in_half_precision(policy):
     keras.config.set_dtype_policy(policy)
