@@ -114,8 +114,14 @@ class Looks:
     def _flag(self, layer: keras.Layer) -> tf.Variable:
         """Return the variable that says whether a layer is to be looked at."""
         if layer not in self._waiting:
+            # Steps of Keras 3.16 are traced for the rows of a batch: the trace
+            # that comes to look may not be the first, which alone makes some.
             with tf.init_scope(), tf.device(_CPU):
-                self._waiting[layer] = tf.Variable(True, trainable=False)
+                self._waiting[layer] = tf.Variable(
+                    True,
+                    trainable=False,
+                    experimental_enable_variable_lifting=False,
+                )
         return self._waiting[layer]
 
     def _is_waiting(self, layer: keras.Layer) -> bool:

@@ -73,11 +73,25 @@ def build_by_call(
 
 def _look_at(function: Callable[..., None], *args: Any) -> None:
     """Trace a function for arguments of some types, and run nothing."""
-    types = tf.nest.map_structure(
-        lambda x: tf.type_spec_from_value(x) if tf.is_tensor(x) else x, args
-    )
+    types = tf.nest.map_structure(_type_of, args)
     rehearsal = tf.function(function, autograph=False)
     rehearsal.get_concrete_function(*types)
+
+
+def _type_of(x: Any) -> Any:
+    """Return the type of a tensor, and what is no tensor as it is."""
+    if not tf.is_tensor(x):
+        return x
+    spec = tf.type_spec_from_value(x)
+    # Steps of Keras 3.16 know how many rows there are, and losses of no rows
+    # do not add up in it.
+    if (
+        isinstance(spec, tf.TensorSpec)
+        and spec.shape.rank
+        and 0 in spec.shape[:1]
+    ):
+        return tf.TensorSpec([None, *spec.shape[1:]], spec.dtype)
+    return spec
 
 
 def build_optimizer(model: keras.Model) -> None:
