@@ -35,6 +35,8 @@ class Functions(Drawing):
         x = x + random.truncated_normal(shape, seed=seed)
         x = x + ops.cast(random.randint(shape, 0, 9, seed=seed), x.dtype)
         x = x + ops.cast(random.categorical(x, 8, seed=seed), x.dtype)
+        # Fewer draws a row than there are classes to draw.
+        x = x + ops.cast(random.categorical(x, 1, seed=seed), x.dtype)
         x = random.dropout(x, 0.3, seed=seed)
         # The global generator, which counts in another way.
         x = x + random.normal((shape[0], 1), seed=None)
