@@ -15,9 +15,7 @@ _MAY_MEAN = (
 )
 # Where an operation was made, TensorFlow tells in the errors that it raises.
 # A clone's are made in a tower function, and all clones run the same one.
-_IN_TOWER = re.compile(
-    r'keras_clones.*tower\.py", line \d+, in (tower|__call__)'
-)
+_IN_TOWER = re.compile(r'keras_clones.*\W(tower|body)\.py", line \d+, in ')
 # Other lines have names, too, of operations that only were to get the result.
 _IN_CLONE = re.compile(r"\{\{node [^}]*?clone_(\d+)/")
 
