@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_clones.benchmark.models import CLASSES, TASKS, Task
+from keras_clones.benchmark.models import CLASSES, TASKS, Gan, Task
 from keras_clones.benchmark.transfers import count_transfers, traffic
 from keras_clones.devices.placement import logical_devices, use_virtual_devices
 from keras_clones.door.attach import clone_model
@@ -150,8 +150,11 @@ def _model(cell: Cell, task: Task) -> keras.Model:
 
 
 def _compiled(model: keras.Model) -> keras.Model:
+    judged = not isinstance(model, Gan)
     model.compile(
-        "adam", "sparse_categorical_crossentropy", metrics=["accuracy"]
+        "adam",
+        "sparse_categorical_crossentropy",
+        metrics=["accuracy"] if judged else None,
     )
     return model
 

@@ -110,10 +110,11 @@ class OwnStep(keras.Model):
         """Train on one batch."""
         x, y = data
         with tf.GradientTape() as tape:
-            loss = self.compute_loss(x, y, self(x, training=True))
+            outputs = self(x, training=True)
+            loss = self.compute_loss(x, y, outputs)
         variables = self.trainable_variables
         self.optimizer.apply(tape.gradient(loss, variables), variables)
-        return {"own_loss": loss}
+        return {**self.compute_metrics(x, y, outputs), "own_loss": loss}
 
 
 def own() -> keras.Model:
