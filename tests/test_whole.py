@@ -314,9 +314,9 @@ def test_by_object_and_what_is_cloned(float64, monkeypatch):
     called = []
     call = sharded_call._call
 
-    def noting(calls, layer, *rest):
-        called.append(layer.name)
-        return call(calls, layer, *rest)
+    def noting(calls, one):
+        called.append(one.layer.name)
+        return call(calls, one)
 
     monkeypatch.setattr(sharded_call, "_call", noting)
     model = Nested()

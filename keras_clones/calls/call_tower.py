@@ -7,10 +7,8 @@ import tensorflow as tf
 
 from keras_clones.calls.body import Backward, Body
 from keras_clones.calls.traced_backward import floating, trace_backward, wanted
-from keras_clones.clone.inputs import (
-    TowerInput,
-)
-from keras_clones.exchange import laying_out, outside, tracing
+from keras_clones.clone.inputs import TowerInput
+from keras_clones.exchange import laying_out, tracing
 from keras_clones.tensors import traced
 
 
@@ -68,13 +66,11 @@ def trace(body: Body, layout: laying_out.Layout, how: Tracing) -> CallTower:
         how.inline,
         how.jit_compile,
         exact=body.exact,
+        by_python=body,
     )
     tower = tracing.trace(made, layout, how.synchronized, how.in_graph)
     if tower.concrete is None:
-        opened = tracing.with_open_rows(body, layout)
-        if len(layout.clones) > 1:
-            opened = outside.telling(body.layer, opened, body.exact)
-        return CallTower(tower._replace(call=opened), None, [])
+        return CallTower(tower, None, [])
     if how.jit_compile and how.watched and traced.has_loops(tower.concrete):
         # What a loop keeps to run backward cannot leave what XLA compiles.
         how = Tracing(how.watched, False, how.inline)

@@ -18,6 +18,7 @@ import tensorflow as tf
 
 from keras_clones import _keras
 from keras_clones.calls import sharded_call, sharing
+from keras_clones.calls.undone import swapped
 from keras_clones.plan import build
 from keras_clones.plan.options import StepOptions
 
@@ -153,20 +154,10 @@ def _apart(found: Sequence[Any]) -> list[Any]:
     return list({id(one): one for one in found}.values())
 
 
-@contextlib.contextmanager
 def _around(
     owner: Any, name: str, function: Callable[..., Any]
-) -> Iterator[None]:
+) -> contextlib.AbstractContextManager[None]:
     """Call a function with a method, in place of the method, of one object."""
-    own = vars(owner).get(name)
     method = getattr(owner, name)
-    vars(owner)[name] = functools.wraps(method)(
-        functools.partial(function, method)
-    )
-    try:
-        yield
-    finally:
-        if own is None:
-            vars(owner).pop(name, None)
-        else:
-            vars(owner)[name] = own
+    calling = functools.wraps(method)(functools.partial(function, method))
+    return swapped(owner, name, calling)

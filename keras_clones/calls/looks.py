@@ -6,7 +6,7 @@ when it is done. Outside of one, the look comes before the call.
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -68,12 +68,7 @@ class Looks:
         self, options: StepOptions, model: keras.Model, x: Any
     ) -> list[rows_apart.Finding]:
         """Look at a training call of a model that has tensors with values."""
-
-        def call(x: Any) -> Any:
-            return _keras.call(model, x, training=True)
-
-        given = Arguments.of((x,), {})
-        return self._look(_Kept(options, model, call, given))
+        return self._look(_Kept(training_call(model, x), options))
 
     def start_again(self) -> None:
         """Look at everything once more."""
@@ -81,29 +76,20 @@ class Looks:
         for flag in self._waiting.values():
             flag.assign(True)
 
-    def at(
-        self,
-        options: StepOptions,
-        layer: keras.Layer,
-        method: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> list[tf.Tensor]:
+    def at(self, call: LayerCall, options: StepOptions) -> list[tf.Tensor]:
         """Look at a call of a layer on the clones, now or later, once.
 
         Args:
+            call: `LayerCall` that the step makes.
             options: `StepOptions` of the deployment.
-            layer: The `keras.Layer` that the step calls.
-            method: What calls it, with the arguments that follow.
-            args: Tuple of the positional arguments.
-            kwargs: Dict of the named arguments.
 
         Returns:
             A list of what the call has to come after, if it is in a graph.
         """
+        layer = call.layer
         if not own_code.candidates(layer):
             return []
-        kept = _Kept(options, layer, method, Arguments.of(args, kwargs))
+        kept = _Kept(call, options)
         if not tf.executing_eagerly():
             return self._keep(kept)
         if self._is_waiting(layer) and kept.has_rows():
@@ -181,17 +167,9 @@ class _Kept:
     `components` are the dense tensors that it got, once they have values.
     """
 
-    def __init__(
-        self,
-        options: StepOptions,
-        layer: keras.Layer,
-        method: Callable[..., Any],
-        given: Arguments,
-    ) -> None:
+    def __init__(self, call: LayerCall, options: StepOptions) -> None:
         self.options = options
-        self.layer = layer
-        self.method = method
-        self.given = given
+        self.layer, self.method, self.given = call
         self.components: Sequence[tf.Tensor] | None = None
         self.context = _keras.call_again()
 
@@ -223,6 +201,15 @@ class _Kept:
             self.given.leaves, list(self.components), expand_composites=True
         )
         return self.given._replace(leaves=leaves)
+
+
+def training_call(model: keras.Model, x: Any) -> LayerCall:
+    """Return the call of a model that a training step of Keras makes."""
+
+    def call(x: Any) -> Any:
+        return _keras.call(model, x, training=True)
+
+    return LayerCall(model, call, Arguments.of((x,), {}))
 
 
 def tell(found: Sequence[rows_apart.Finding], exact: bool) -> None:
@@ -271,18 +258,18 @@ _SAID = {
 
 
 def look_at(
-    options: StepOptions,
-    layer: keras.Layer,
-    method: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    call: LayerCall, options: StepOptions
 ) -> AbstractContextManager[None]:
     """Look at a call of a training step, if the deployment looks at all.
+
+    Args:
+        call: `LayerCall` that the step makes.
+        options: `StepOptions` of the deployment.
 
     Returns:
         What to run the call in, so that it comes after the look.
     """
     if options.looks is None:
         return contextlib.nullcontext()
-    before = options.looks.at(options, layer, method, args, kwargs)
+    before = options.looks.at(call, options)
     return tf.control_dependencies(before)

@@ -40,28 +40,29 @@ def call(
         calls.settle_whole()
     if not calls.whole.is_apart(layer):
         with calls.while_busy(), layer_losses.adding(layer):
-            if not calls.looks():
-                return _call(calls, layer, method, args, kwargs)
-            with looks.look_at(calls.options, layer, layer, args, kwargs):
-                return _call(calls, layer, method, args, kwargs)
+            one = LayerCall(layer, method, Arguments.of(args, kwargs))
+            with _look_first(calls, one):
+                return _call(calls, one)
     if not calls.whole.is_whole(layer):
         return method(*args, **kwargs)
     with tf.device(calls.options.clones[0].device):
         return method(*args, **kwargs)
 
 
-def _call(
-    calls: sharing.Calls,
-    layer: keras.Layer,
-    method: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
-    one = LayerCall(layer, method, Arguments.of(args, kwargs))
+def _look_first(
+    calls: sharing.Calls, one: LayerCall
+) -> contextlib.AbstractContextManager[Any]:
+    """Return what to make a call in, so that it comes after a look at it."""
+    if not calls.looks():
+        return contextlib.nullcontext()
+    return looks.look_at(one._replace(method=one.layer), calls.options)
+
+
+def _call(calls: sharing.Calls, one: LayerCall) -> Any:
     sharded = _shard(calls, one)
     watched = _is_watched([*sharded.values, *one.given.components()])
     joined = pullback.run(sharded, watched)
-    _assign_changes(calls, layer, joined)
+    _assign_changes(calls, one.layer, joined)
     _observe(calls, joined)
     return joined.runs[0].notes.finish(joined.values)
 

@@ -7,10 +7,7 @@ import tensorflow as tf
 
 from keras_clones.calls.body import Backward, Body, CallOutput
 from keras_clones.clone.changes import by_rows
-from keras_clones.clone.inputs import (
-    TowerInput,
-    sources,
-)
+from keras_clones.clone.inputs import TowerInput, sources
 from keras_clones.tensors import traced
 
 

@@ -13,26 +13,32 @@ from keras_clones import _keras
 
 
 @contextlib.contextmanager
+def swapped(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Let an object have another attribute under a name for a time."""
+    own = vars(owner).get(name)
+    # `vars` passes by a layer's own tracking of what it is given.
+    vars(owner)[name] = value
+    try:
+        yield
+    finally:
+        vars(owner).pop(name, None)
+        if own is not None:
+            vars(owner)[name] = own
+
+
+@contextlib.contextmanager
 def through(
     layer: keras.Layer,
     wrap: Callable[..., Callable[..., Any] | None],
     is_meant: Callable[[keras.Layer], bool] = lambda layer: True,
 ) -> Iterator[None]:
     """Let the calls of layers go through others."""
-    held = []
-    for one in filter(is_meant, _keras.layers(layer)):
-        wrapped = wrap(one, one.call)
-        if wrapped is not None:
-            held.append((one, vars(one).get("call")))
-            # `vars` passes by the layer's own tracking of what it is given.
-            vars(one)["call"] = wrapped
-    try:
+    with contextlib.ExitStack() as stack:
+        for one in filter(is_meant, _keras.layers(layer)):
+            wrapped = wrap(one, one.call)
+            if wrapped is not None:
+                stack.enter_context(swapped(one, "call", wrapped))
         yield
-    finally:
-        for one, own in held:
-            del vars(one)["call"]
-            if own is not None:
-                vars(one)["call"] = own
 
 
 @contextlib.contextmanager

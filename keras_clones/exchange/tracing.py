@@ -54,7 +54,7 @@ class CallableTower(NamedTuple):
 
     `function` is a `tf.function`, and `returned` holds what the tower
     returned when it was last traced, also what the function leaves out, and
-    its notes. `tower` is the Python function, which returns both. `layer` is
+    its notes. `tower` is what is called where it is not traced. `layer` is
     what it calls, and `exact` says whether to refuse what could differ.
     """
 
@@ -72,6 +72,7 @@ def callable_tower(
     jit_compile: bool,
     returns: Callable[[Any], Any] = lambda output: output,
     exact: bool = False,
+    by_python: Callable[[TowerInput], tuple[Any, Any]] | None = None,
 ) -> CallableTower:
     """Make a tower function callable from any place of a graph.
 
@@ -84,6 +85,8 @@ def callable_tower(
         returns: Function of the output that keeps what is needed of it.
         exact: Boolean, whether to refuse what could differ from one device.
             Defaults to `False`.
+        by_python: Function that is called in place of the tower where that
+            is not traced. Defaults to `None`: the tower itself.
     """
     returned: list[Any] = []
 
@@ -94,7 +97,7 @@ def callable_tower(
     function = tf.function(
         run_tower, autograph=False, **function_options(inline, jit_compile)
     )
-    return CallableTower(function, returned, tower, layer, exact)
+    return CallableTower(function, returned, by_python or tower, layer, exact)
 
 
 def function_options(inline: bool, jit_compile: bool) -> dict[str, Any]:

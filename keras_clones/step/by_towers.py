@@ -2,7 +2,6 @@
 
 import contextlib
 import warnings
-from typing import Any
 
 import keras
 import tensorflow as tf
@@ -131,14 +130,10 @@ def run_by_towers(
 
 def _look_at_rows(step: Step) -> contextlib.AbstractContextManager[None]:
     """Look whether the model mixes rows, in a first step of training."""
-    model = step.model
     if not step.training:
         return contextlib.nullcontext()
-
-    def call(x: Any) -> Any:
-        return _keras.call(model, x, training=True)
-
-    return looks.look_at(step.options, model, call, (step.batch[0],), {})
+    call = looks.training_call(step.model, step.batch[0])
+    return looks.look_at(call, step.options)
 
 
 def _update_metrics(step: Step, result: combine.StepResult) -> dict:
