@@ -12,6 +12,7 @@ import pathlib
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
+from machine import positive
 from sklearn.datasets import load_digits
 
 from keras_clones import compare, use_virtual_devices
@@ -74,13 +75,6 @@ def report(num_clones, batch_size, steps, folder, verbose=1):
         found[exact].plot(path)
         print(f"picture: {path}")
     return found[False], found[True]
-
-
-def positive(text):
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive integer")
-    return number
 
 
 def main():

@@ -13,7 +13,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import matplotlib
 import numpy as np
-from machine import add_clones, check_folder, positive, take_devices
+from machine import add_clones, add_training, check_folder, take_devices
 from sklearn.datasets import load_digits
 
 from keras_clones import clone_model, deployment
@@ -101,18 +101,7 @@ def plot(history, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     add_clones(parser, without_gpu=4)
-    parser.add_argument(
-        "--epochs", type=positive, default=12, help="default: 12"
-    )
-    parser.add_argument(
-        "--batch-size",
-        type=positive,
-        default=64,
-        help="rows of the global batch (default: 64)",
-    )
-    parser.add_argument(
-        "--folder", default="digits", help="where to save (default: digits)"
-    )
+    add_training(parser, epochs=12, folder="digits")
     args = parser.parse_args()
     check_folder(args.folder)
     clones = take_devices(args.clones, without_gpu=4)

@@ -18,7 +18,7 @@ import keras
 import matplotlib
 import numpy as np
 import tensorflow as tf
-from machine import add_clones, check_folder, positive, take_devices
+from machine import add_clones, add_training, check_folder, take_devices
 from sklearn.datasets import load_digits
 
 from keras_clones import clone_model, deployment
@@ -226,18 +226,7 @@ def compare(num_clones, epochs, batch_size, images):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add_clones(parser, without_gpu=4)
-    parser.add_argument(
-        "--epochs", type=positive, default=20, help="default: 20"
-    )
-    parser.add_argument(
-        "--batch-size",
-        type=positive,
-        default=64,
-        help="rows of the global batch (default: 64)",
-    )
-    parser.add_argument(
-        "--folder", default="gan", help="where to save (default: gan)"
-    )
+    add_training(parser, epochs=20, folder="gan")
     parser.add_argument(
         "--float64",
         action="store_true",

@@ -30,6 +30,22 @@ def add_clones(parser, without_gpu):
     )
 
 
+def add_training(parser, epochs, folder):
+    """Add `--epochs`, `--batch-size` and `--folder`, with their defaults."""
+    parser.add_argument(
+        "--epochs", type=positive, default=epochs, help=f"default: {epochs}"
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=positive,
+        default=64,
+        help="rows of the global batch (default: 64)",
+    )
+    parser.add_argument(
+        "--folder", default=folder, help=f"where to save (default: {folder})"
+    )
+
+
 def take_devices(clones, without_gpu, device_memory=None):
     """Take the devices that there are, and say which.
 
