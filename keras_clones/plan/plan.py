@@ -29,6 +29,7 @@ class Plan(NamedTuple):
         jit_compile: Boolean, whether XLA compiles what a clone runs.
         may_change: Boolean, whether the loss leaves the clones where a
             reason shows.
+        apart: `Whole`, the layers that are not called on shards.
     """
 
     loss_in_clones: bool
@@ -39,6 +40,7 @@ class Plan(NamedTuple):
     tables: list[keras.Variable]
     jit_compile: bool
     may_change: bool
+    apart: whole.Whole
 
     def knowing(self, reason: str | None) -> "Plan":
         """Return the plan that also goes by what outputs show.
@@ -72,11 +74,11 @@ def plan_step(
     synchronized = []
     if training and num_clones > 1:
         synchronized = synchronized_layers(model, options.batch_norm)
-    apart = whole.find(model, options.whole, len(options.clones)).reason
-    reason = apart or exactness.why_not_by_clone(model)
+    apart = whole.find(model, options.whole, len(options.clones))
+    reason = apart.reason or exactness.why_not_by_clone(model)
     may_change = options.loss == "auto"
     in_clones = options.loss != "gather" and not (
-        apart or (may_change and (reason or synchronized))
+        apart.reason or (may_change and (reason or synchronized))
     )
     metrics = in_clones and exactness.metrics_add_up(model)
     needed = exactness.needs_outputs(model)
@@ -89,4 +91,5 @@ def plan_step(
         tables=[] if jit_compile else large_tables(model),
         jit_compile=jit_compile,
         may_change=may_change,
+        apart=apart,
     )

@@ -44,10 +44,10 @@ def begin(
     """
     build(model, batch, options.home, training)
     whole.check(model, options.whole)
-    if len(options.clones) > 1:
-        found = whole.find(model, options.whole, len(options.clones))
-        exactness.check_layers(model, found.is_apart)
     num_clones = sharding.enough(rows, len(options.clones))
+    plan = plan_step(model, options, training, num_clones)
+    if len(options.clones) > 1:
+        exactness.check_layers(model, plan.apart.is_apart)
     return Step(
         model=model,
         options=options,
@@ -55,7 +55,7 @@ def begin(
         batch=batch,
         rows=rows,
         training=training,
-        plan=plan_step(model, options, training, num_clones),
+        plan=plan,
     )
 
 
