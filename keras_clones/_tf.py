@@ -54,6 +54,9 @@ function_def_to_graph_def = _private(
     "function_def_to_graph_def"
 )
 
+# No public name tells which cluster this process was connected to.
+_get_server_def = _private("tensorflow.python.eager.context.get_server_def")
+
 # Where `tf.random`, and so Keras, makes the operations that draw. No public
 # name tells of them, and callbacks for operations cannot replace what one gives
 # back outside of a graph.
@@ -77,6 +80,11 @@ _function_context = _private(
 # What a function, a branch or a loop says it only reads.
 _READS = "_read_only_resource_inputs"
 _READING_OPS = ("ReadVariableOp", "ResourceGather", "VariableShape")
+
+
+def server_definition() -> Any:
+    """Return the cluster and this process's task in it, `None` without."""
+    return _get_server_def()
 
 
 def stop_recording() -> AbstractContextManager[None]:

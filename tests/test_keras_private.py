@@ -767,3 +767,7 @@ def test_calls_are_made_again_as_inner_ones():
     # An outermost call clears the losses there are.
     assert len(inner.losses) == 2
     assert _keras.call_context() == ()
+
+
+def test_server_definition_is_none_without_a_cluster():
+    assert _tf.server_definition() is None
