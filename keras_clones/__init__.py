@@ -5,7 +5,8 @@ from keras_clones.callbacks.summaries import CloneSummaries
 from keras_clones.comparing.comparing import compare
 from keras_clones.comparing.comparison import Comparison
 from keras_clones.devices.config import DeploymentConfig
-from keras_clones.devices.placement import Clone, use_virtual_devices
+from keras_clones.devices.placement import Clone
+from keras_clones.devices.virtual import use_virtual_devices
 from keras_clones.door.attach import (
     Deployment,
     clone_model,

@@ -90,6 +90,27 @@ def reindex_optimizer(optimizer: keras.optimizers.Optimizer) -> None:
         }
 
 
+def slots(
+    optimizer: keras.optimizers.Optimizer,
+) -> list[tuple[keras.Variable, keras.Variable]]:
+    """Return the variables that an optimizer keeps of weights, with these.
+
+    It keeps them in lists with one entry a weight, in the weights' order.
+    """
+    inner = getattr(optimizer, "inner_optimizer", None)
+    if inner is not None:
+        return slots(inner)
+    weights = optimizer._trainable_variables if optimizer.built else []
+    own = {id(variable) for variable in optimizer.variables}
+    return [
+        (slot, weight)
+        for kept in vars(optimizer).values()
+        if isinstance(kept, list) and len(kept) == len(weights)
+        for slot, weight in zip(kept, weights, strict=True)
+        if id(slot) in own and slot.shape == weight.shape
+    ]
+
+
 def optimizers(model: keras.Model) -> list[keras.optimizers.Optimizer]:
     """Return the optimizers of a model: a step of its own may use several."""
     return [

@@ -174,10 +174,10 @@ def test_replicas_without_parameter_servers_keep_their_own_variables():
 
 
 @pytest.mark.parametrize("more", [{"num_replicas": 2}, {"num_ps_tasks": 1}])
-def test_clones_run_on_one_machine_so_far(more):
+def test_several_replicas_need_a_cluster(more):
     config = DeploymentConfig(2, clone_on_cpu=True, **more)
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
-    with pytest.raises(NotImplementedError, match="one machine so far"):
+    with pytest.raises(ValueError, match=r"keras_clones\.connect"):
         clone_model(model, config=config)
 
 
@@ -240,7 +240,10 @@ def test_devices_that_tensorflow_lists():
             tf.config.PhysicalDevice("/physical_device:GPU:0", "GPU"),
             "list_logical_devices.*physical_device:GPU:0",
         ),
-        ("/job:worker/replica:0/task:0/GPU:0", "on one machine so far.*worker"),
+        (
+            "/job:worker/replica:0/task:0/GPU:0",
+            r"keras_clones\.connect.*worker",
+        ),
         ("/job:localhost/task:1/GPU:0", "one of this machine.*task:1"),
         ("/replica:1/GPU:0", "one of this machine"),
     ],

@@ -29,7 +29,7 @@ from keras_clones import (
     unclone_model,
     use_virtual_devices,
 )
-from keras_clones.devices import placement
+from keras_clones.devices import placement, virtual
 
 CPUS = [f"/device:CPU:{i}" for i in range(8)]
 
@@ -89,7 +89,7 @@ def test_no_number_of_clones_takes_every_device():
 @pytest.fixture
 def no_gpu_is_news(monkeypatch):
     """Let the process be one that has heard nothing of devices yet."""
-    monkeypatch.setattr(placement, "_no_gpu_is_known", False)
+    monkeypatch.setattr(virtual, "_known", False)
 
 
 def graph_of_clones(config):

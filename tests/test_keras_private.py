@@ -386,6 +386,22 @@ def test_steps_are_counted():
     assert _keras.iterations(None) is None
 
 
+def test_slots_of_an_optimizer():
+    weights = [keras.Variable(np.ones(n, "float32")) for n in (2, 2)]
+    adam = keras.optimizers.Adam(use_ema=True, amsgrad=True)
+    scaled = keras.optimizers.LossScaleOptimizer(adam)
+    assert _keras.slots(scaled) == []
+    scaled.build(weights)
+    found = _keras.slots(scaled)
+    assert len(found) == 2 * 4
+    for i, weight in enumerate(weights):
+        slots = [slot for slot, of in found if of is weight]
+        assert adam._momentums[i] is next(
+            s for s in slots if "momentum" in s.path
+        )
+        assert len(slots) == 4
+
+
 def test_optimizers():
     model = small()
     assert _keras.optimizers(model) == [model.optimizer]

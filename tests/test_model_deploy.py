@@ -824,8 +824,8 @@ def test_leaves_that_disagree():
         ),
         (
             (DeploymentConfig(2, num_ps_tasks=1), print),
-            NotImplementedError,
-            "one machine so far",
+            ValueError,
+            "keras_clones.connect",
         ),
     ],
 )

@@ -15,7 +15,8 @@ import tensorflow as tf
 
 from keras_clones.benchmark.models import CLASSES, TASKS, Gan, Task
 from keras_clones.benchmark.transfers import count_transfers, traffic
-from keras_clones.devices.placement import logical_devices, use_virtual_devices
+from keras_clones.devices.placement import logical_devices
+from keras_clones.devices.virtual import use_virtual_devices
 from keras_clones.door.attach import clone_model
 
 # Steps between the first, which traces, and the first that is timed.

@@ -62,7 +62,7 @@ def find_places(model: keras.Model) -> Places:
         home = "GPU:0" if logical_devices("GPU") else "CPU:0"
         return Places(home, {}, {home: home}, optimizers, forward)
     short = [short_name(clone.device) for clone in made.clones]
-    home_device = short_name(made.variables_device)
+    home_device = short_name(made.options.home)
     clones = {
         clone.scope or "clone": f"{clone.scope or 'clone'} on {device}"
         for clone, device in zip(made.clones, short, strict=True)

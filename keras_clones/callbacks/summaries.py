@@ -78,7 +78,7 @@ class CloneSummaries(keras.callbacks.Callback):
         self._clones = made.clones
         self._wanted = False
         self._watch = Watch(
-            len(made.clones), made.variables_device, self.summarize_gradients
+            len(made.clones), made.options.home, self.summarize_gradients
         )
         watch_training(self.model, self, self._watch)
         self.model.make_train_function()

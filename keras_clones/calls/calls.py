@@ -19,7 +19,9 @@ import tensorflow as tf
 from keras_clones import _keras
 from keras_clones.calls import sharded_call, sharing
 from keras_clones.calls.undone import swapped
-from keras_clones.plan import build
+from keras_clones.devices.homes import Homes
+from keras_clones.exchange.beside_data import beside_data
+from keras_clones.plan import at_home, build
 from keras_clones.plan.options import StepOptions
 
 _METHODS = ("call", "quantized_call")
@@ -58,7 +60,7 @@ def run(
     with contextlib.ExitStack() as stack:
         stack.enter_context(tf.device(device))
         stack.enter_context(_swapped(layers))
-        stack.enter_context(_at_home(model, device, options.home))
+        stack.enter_context(_at_home(model, device, options.homes))
         _active.calls = made = sharing.Calls(model, options, training)
         stack.callback(setattr, _active, "calls", held)
         result = step()
@@ -128,15 +130,17 @@ class _Seen:
 
 
 @contextlib.contextmanager
-def _at_home(model: keras.Model, device: str, home: str) -> Iterator[None]:
+def _at_home(model: keras.Model, device: str, homes: Homes) -> Iterator[None]:
     """Let what a step makes and updates of the model be at home."""
 
     def make(method: Any, *args: Any, **kwargs: Any) -> Any:
-        with build.outside(home):
-            return method(*args, **kwargs)
+        with build.outside(homes.main):
+            made = method(*args, **kwargs)
+        at_home.move_new(model, homes)
+        return made
 
     def apply(method: Any, *args: Any, **kwargs: Any) -> Any:
-        with tf.device(home):
+        with tf.device(homes.main), beside_data(homes):
             return method(*args, **kwargs)
 
     with contextlib.ExitStack() as stack:
@@ -145,7 +149,8 @@ def _at_home(model: keras.Model, device: str, home: str) -> Iterator[None]:
         parts = [*optimizers, *_keras.compiled_parts(model), *layers]
         for one in _apart(parts):
             stack.enter_context(_around(one, "build", make))
-        for one in _apart(optimizers) if device != home else []:
+        moves = device != homes.main or homes.divide
+        for one in _apart(optimizers) if moves else []:
             stack.enter_context(_around(one, "apply", apply))
         yield
 

@@ -151,7 +151,6 @@ def _for_a_look(layer: keras.Layer, options: StepOptions) -> StepOptions:
             for one in _keras.layers(layer)
         }
     return options._replace(
-        home="/device:CPU:0",
         layer_losses=kinds,
         batch_norm="sync",
         random="global",

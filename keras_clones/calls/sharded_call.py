@@ -35,7 +35,7 @@ def call(
     a whole layer too. The layers that these call are called on the clones.
     """
     with calls.while_busy():
-        build_by_call(layer, method, args, kwargs, calls.options.home)
+        build_by_call(layer, method, args, kwargs, calls.options.homes)
     if not calls.has_all_whole:
         calls.settle_whole()
     if not calls.whole.is_apart(layer):
@@ -141,7 +141,7 @@ def _trace(
     if known and key in calls.towers:
         return calls.towers[key]
     devices = [clone.device for clone in layout.clones]
-    with looked_up_at_home(tables, calls.options.home):
+    with looked_up_at_home(tables):
         made = call_tower.trace(
             body,
             layout,

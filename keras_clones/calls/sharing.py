@@ -107,14 +107,12 @@ def read(
     What was sent holds until a variable is assigned, in the same graph and
     for a tape that has seen it read.
     """
-    home = calls.options.home
     graph = _graph()
     key = (id(graph), id(layer), len(clones), len(variables.trainable))
     found = calls.mirrors.get(key)
     if found is not None and _still_holds(found, variables):
         return found
-    with tf.device(home):
-        values = laying_out.read_variables(variables, ())
+    values = laying_out.read_variables(variables, ())
     kept = [
         None if any(v is table for table in tables) else value
         for v, value in zip(
@@ -122,7 +120,8 @@ def read(
         )
     ]
     with _tf.stop_recording():
-        mirrors = laying_out.send_mirrors(kept, home, clones)
+        homes = laying_out.homes_of(variables)
+        mirrors = laying_out.send_mirrors(kept, homes, clones)
     writes = [] if graph is None else [_tf.num_writes(v) for v in values]
     made = Mirrors(graph, values, mirrors, writes)
     if graph is not None:

@@ -23,6 +23,11 @@ class Variables(NamedTuple):
     others: list[keras.Variable]
     seeds: list[keras.Variable]
 
+    @property
+    def weights(self) -> list[keras.Variable]:
+        """All that have mirrors, in the order of these."""
+        return [*self.trainable, *self.others]
+
 
 class Policies(NamedTuple):
     """What a deployment says of variables that layers assign.

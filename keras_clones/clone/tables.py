@@ -7,6 +7,7 @@ import keras
 import tensorflow as tf
 
 from keras_clones import _keras
+from keras_clones.devices.moving import device_of
 
 # A smaller table is sent whole, packed or not: its rows would save little.
 LARGE_BYTES = 1 << 20
@@ -40,7 +41,7 @@ def is_large(table: keras.Variable) -> bool:
 
 @contextlib.contextmanager
 def looked_up_at_home(
-    tables: Sequence[keras.Variable], home: str
+    tables: Sequence[keras.Variable],
 ) -> Iterator[None]:
     """Look rows up where the table is, for the time of a trace.
 
@@ -54,7 +55,7 @@ def looked_up_at_home(
         def sparse_read(
             indices: tf.Tensor, name: str | None = None
         ) -> tf.Tensor:
-            with tf.device(home):
+            with tf.device(device_of(table)):
                 value = tf.convert_to_tensor(table.value)
                 return tf.gather(value, indices, name=name)
 

@@ -13,7 +13,7 @@ import tensorflow as tf
 from keras_clones.comparing.by_config import CannotCopyError
 from keras_clones.comparing.comparing import compare
 from keras_clones.comparing.comparison import Comparison
-from keras_clones.devices import placement
+from keras_clones.devices import virtual
 from keras_clones.look import picture
 
 
@@ -135,7 +135,7 @@ def _against(model: Any, data: Any, options: argparse.Namespace) -> Comparison:
 def _split_cpu(count: int) -> None:
     """Give each clone a logical CPU device, unless there are devices."""
     try:
-        placement.use_virtual_devices(count)
+        virtual.use_virtual_devices(count)
     except RuntimeError:
         return
 

@@ -12,6 +12,8 @@ import tensorflow as tf
 from keras_clones import _keras
 from keras_clones.comparing import by_config
 from keras_clones.comparing.by_config import FLOATING, INSTEAD, CannotCopyError
+from keras_clones.devices.homes import Homes
+from keras_clones.devices.placement import main_home
 from keras_clones.look import footprint
 from keras_clones.plan import build, exactness
 
@@ -152,7 +154,7 @@ def complete(model: keras.Model, batch: Any) -> None:
     )
     parts = keras.utils.unpack_x_y_sample_weight(data)
     if not exactness.overrides(model, "train_step"):
-        build.build(model, parts, "/device:CPU:0", True)
+        build.build(model, parts, Homes(main_home()), True)
     elif not footprint.is_built(model):
         # A step of the user's own may call the model in any way, so it has
         # to build itself in its first step where this does not.

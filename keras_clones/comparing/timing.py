@@ -200,7 +200,7 @@ def _crossing(
     for i, (clone, n) in enumerate(
         zip(made.clones, made.shard_sizes(rows), strict=True)
     ):
-        at_home = clone.device == made.variables_device
+        at_home = (clone.device,) == made.options.homes.devices
         flows = size.received, report.sent_by(i, size)
         words = [
             report.readable(0) if at_home else report.flow_text(flow, n)

@@ -25,8 +25,12 @@ class DeploymentConfig:
     Every method returns what `tf.device` takes, or says so. On one machine
     these are `/device:GPU:1` and the like. With parameter servers
     (`num_ps_tasks`) the clones run on the job of the workers, and variables
-    live on the job of the parameter servers. Several replicas without them
-    each keep their own variables, on their own `CPU:0`.
+    live on the job of the parameter servers.
+
+    In a cluster (see `connect`), `clone_model` puts `num_clones` clones on
+    each of the `num_replicas`, and variables on the parameter servers, if
+    there are any. With one replica, which is the default, it takes the
+    devices of the whole cluster in order.
 
     Args:
         num_clones: Integer, how many clones each replica has, at least 1.
@@ -45,8 +49,9 @@ class DeploymentConfig:
             to `"ps"`.
         devices: Sequence of strings such as `["GPU:0", "GPU:2"]`, one a
             clone, which takes the place of the rule above. Passed by name.
-            TensorFlow's other ways to name a device of this machine, and
-            `tf.config.LogicalDevice`s, come to the same. Defaults to `None`.
+            TensorFlow's other ways to name a device, and
+            `tf.config.LogicalDevice`s, come to the same. In a cluster they
+            may be of any of its tasks. Defaults to `None`.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -136,7 +141,9 @@ class DeploymentConfig:
         """
         index = self._check_index(clone_index)
         if self.devices is not None:
-            return self.worker_device + self.devices[index]
+            device = self.devices[index]
+            named = device.startswith("/job:")
+            return device if named else self.worker_device + device
         device = CPU if self.clone_on_cpu else f"/device:GPU:{index}"
         return self.worker_device + device
 

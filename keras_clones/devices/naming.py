@@ -6,6 +6,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from keras_clones.devices import hosts
+
 # What TensorFlow takes for the name of a job.
 _JOB = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 
@@ -53,15 +55,20 @@ def check_devices(
 
 
 def canonical_device(device: str | tf.config.LogicalDevice) -> str:
-    """Return a device of this machine in the form `/device:GPU:1`.
+    """Return a device in the one form that this package writes it in.
+
+    That is `/device:GPU:1` on one machine. In a cluster it also says which
+    process has it: `/job:worker/replica:0/task:1/device:GPU:1`.
 
     Args:
         device: String, in any form that `tf.DeviceSpec.from_string` takes,
             such as `"gpu:1"` or `"/job:localhost/device:GPU:1"`, or a
-            `tf.config.LogicalDevice`. Without an index it means the first.
+            `tf.config.LogicalDevice`. Without an index it means the first,
+            without a job this process's.
 
     Raises:
-        ValueError: If it is no CPU or GPU, or is not on this machine.
+        ValueError: If it is no CPU or GPU, or is of another process and there
+            is no cluster.
     """
     spec = _device_spec(device)
     if spec is None:
@@ -70,13 +77,16 @@ def canonical_device(device: str | tf.config.LogicalDevice) -> str:
             "'/device:CPU:1', or as one of `tf.config.list_logical_devices()`. "
             f"Received: {device!r}"
         )
-    if any(getattr(spec, name) not in here for name, here in _HERE.items()):
-        raise ValueError(
-            "A device must be one of this machine, such as 'GPU:0' or "
-            "'/job:localhost/device:GPU:0': clones run on one machine so far. "
-            f"Received: {device!r}"
-        )
-    return f"/device:{spec.device_type}:{spec.device_index or 0}"
+    name = f"/device:{spec.device_type}:{spec.device_index or 0}"
+    here = all(getattr(spec, part) in known for part, known in _HERE.items())
+    if here or hosts.cluster() is not None:
+        return hosts.host_of(spec.to_string()) + name
+    raise ValueError(
+        "A device must be one of this machine, such as 'GPU:0' or "
+        "'/job:localhost/device:GPU:0', as this process is connected to no "
+        "cluster. Call `keras_clones.connect()` first, at the top of the "
+        f"program. Received: {device!r}"
+    )
 
 
 def _device_spec(device: Any) -> tf.DeviceSpec | None:

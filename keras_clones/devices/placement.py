@@ -1,18 +1,15 @@
-"""Which devices there are, which clone goes where, variables to their home."""
+"""Which devices there are, which clone goes where, where variables live."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-import keras
 import tensorflow as tf
 
-from keras_clones import _keras, checks
+from keras_clones import checks
+from keras_clones.devices import hosts, virtual
 from keras_clones.devices.config import DeploymentConfig
+from keras_clones.devices.homes import Homes
 from keras_clones.devices.naming import canonical_device
-from keras_clones.warn import warn
-
-# Whoever was told once, or made logical devices, knows that there is no GPU.
-_no_gpu_is_known = False
 
 
 class Clone(NamedTuple):
@@ -22,70 +19,6 @@ class Clone(NamedTuple):
     device: str
 
 
-def use_virtual_devices(
-    n: int, device_type: str = "CPU", memory_limit: int | None = None
-) -> None:
-    """Split the first device of a type into `n` logical devices.
-
-    Call it before TensorFlow starts its devices: first thing in a program or
-    in a test suite's `conftest.py`. Logical CPU devices show how a model
-    behaves on several devices where there is only one; they share its cores,
-    so they do not make it faster.
-
-    Args:
-        n: Integer, how many logical devices to make, at least 1.
-        device_type: String, `"CPU"` or `"GPU"`. Defaults to `"CPU"`.
-        memory_limit: Integer, MiB of memory a logical GPU gets. Must be given
-            for `"GPU"`, and only there. Defaults to `None`.
-
-    Raises:
-        RuntimeError: If TensorFlow has started its devices already.
-        ValueError: If there is no such device, or an argument is out of
-            range.
-
-    Example:
-
-    ```python
-    from keras_clones import use_virtual_devices
-
-    use_virtual_devices(4)
-    ```
-    """
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise ValueError(
-            f"Argument `n` must be a positive integer. Received: n={n!r}"
-        )
-    if device_type not in ("CPU", "GPU"):
-        raise ValueError(
-            "Argument `device_type` must be 'CPU' or 'GPU'. "
-            f"Received: device_type={device_type!r}"
-        )
-    if (memory_limit is None) == (device_type == "GPU"):
-        raise ValueError(
-            "Argument `memory_limit` (MiB a logical device) must be given for "
-            "'GPU', and only there. "
-            f"Received: device_type={device_type!r}, "
-            f"memory_limit={memory_limit!r}"
-        )
-    physical = tf.config.list_physical_devices(device_type)
-    if not physical:
-        raise ValueError(
-            f"There is no {device_type} to split on this machine. "
-            f"Received: device_type={device_type!r}"
-        )
-    global _no_gpu_is_known
-    logical = tf.config.LogicalDeviceConfiguration(memory_limit=memory_limit)
-    try:
-        tf.config.set_logical_device_configuration(physical[0], [logical] * n)
-    except RuntimeError as error:
-        raise RuntimeError(
-            "`use_virtual_devices` must be called before TensorFlow starts "
-            "its devices, that is before the first tensor, variable or model "
-            "is made. Move the call to the top of the program."
-        ) from error
-    _no_gpu_is_known = True
-
-
 def choose_config(
     num_clones: int | None,
     devices: Sequence[str | tf.config.LogicalDevice] | None,
@@ -93,8 +26,14 @@ def choose_config(
 ) -> DeploymentConfig:
     """Return a valid config, with `num_clones=None` settled.
 
-    It becomes the number of `devices`, else of GPUs, else of logical CPUs.
+    It becomes the number of `devices`, else of GPUs, else of logical CPUs. In
+    a cluster without GPUs, it is one a replica.
     """
+    found = hosts.cluster()
+    if num_clones is None and devices is None and found is not None:
+        gpus = [] if clone_on_cpu else replica_devices("GPU")
+        devices = gpus or [host.cpu for host in found.replicas]
+        clone_on_cpu = False
     if num_clones is None:
         if isinstance(devices, Sequence) and not isinstance(devices, str):
             num_clones = len(devices) or 1
@@ -102,64 +41,147 @@ def choose_config(
             num_clones = 1
         else:
             num_clones = len(logical_devices("GPU") or logical_devices("CPU"))
-    return DeploymentConfig(num_clones, clone_on_cpu, devices=devices)
+    num_ps_tasks = 0 if found is None else len(found.ps)
+    return DeploymentConfig(
+        num_clones, clone_on_cpu, num_ps_tasks=num_ps_tasks, devices=devices
+    )
 
 
 def place_clones(config: DeploymentConfig) -> tuple[Clone, ...]:
-    """Give each clone of a config a device that this machine has.
+    """Give each clone of a config a device that there is.
 
     Raises:
-        NotImplementedError: If the config asks for more than this machine.
         ValueError: If there are GPUs, but fewer than the config needs, or
-            `config.devices` names a device there is not. Also with another
-            backend than TensorFlow, or in the scope of a strategy.
+            `config.devices` names a device there is not, or the config asks
+            for other tasks than the cluster has. Also with another backend
+            than TensorFlow, or in the scope of a strategy.
     """
     checks.check_backend()
     checks.check_no_strategy()
-    if config.worker_device:
-        raise NotImplementedError(
-            "Clones run on one machine so far: a config of several replicas "
-            "or of parameter servers gives device strings, and no more. "
-            f"Received: num_replicas={config.num_replicas}, "
-            f"num_ps_tasks={config.num_ps_tasks}"
+    _check_cluster(config)
+    _check_devices_are_there(config)
+    wanted = _wanted_devices(config)
+    scopes = [f"clone_{i}" for i in range(len(wanted))]
+    if len(wanted) == 1:
+        scopes = [config.clone_scope(0)]
+    return tuple(map(Clone, scopes, wanted))
+
+
+def main_home() -> str:
+    """Return the device where data arrives and the optimizer runs."""
+    return canonical_device("CPU:0")
+
+
+def find_homes(config: DeploymentConfig, strategy: str | None) -> Homes:
+    """Return where the variables of a model are at home.
+
+    Args:
+        config: `DeploymentConfig`, which `place_clones` has checked.
+        strategy: String, one of `homes.STRATEGIES`, or `None`: on the
+            parameter servers, greedily, or else on the controller.
+
+    Raises:
+        ValueError: If the strategy is for parameter servers, and there are
+            none.
+    """
+    found, main = hosts.cluster(), main_home()
+    ps = [] if found is None else list(found.ps[: config.num_ps_tasks])
+    if strategy in ("greedy", "round_robin") and not ps:
+        raise ValueError(
+            f"`variables={strategy!r}` divides the variables among parameter "
+            "servers, and there are none. Pass `variables='spread'` to divide "
+            "them among the replicas, or leave it out. "
+            f"Received: variables={strategy!r}"
         )
-    cpus, gpus = logical_devices("CPU"), logical_devices("GPU")
-    _check_devices_are_there(config, cpus, gpus)
-    indices = range(config.num_clones)
-    wanted = [config.clone_device(i) for i in indices]
-    if not gpus and not config.clone_on_cpu and config.devices is None:
-        _warn_of_no_gpu(config.num_clones)
-        wanted = [cpus[i % len(cpus)] for i in indices]
-    return tuple(Clone(config.clone_scope(i), wanted[i]) for i in indices)
+    if found is None or strategy == "controller":
+        return Homes(main)
+    if strategy == "spread":
+        return Homes(main, [host.cpu for host in found.replicas], "spread")
+    return Homes(main, [host.cpu for host in ps], strategy or "greedy")
 
 
-def _check_devices_are_there(
-    config: DeploymentConfig, cpus: list[str], gpus: list[str]
-) -> None:
+def _check_cluster(config: DeploymentConfig) -> None:
+    found = hosts.cluster()
+    if found is None:
+        if config.worker_device:
+            raise ValueError(
+                "Expected a cluster for a config of several replicas or of "
+                "parameter servers: this process is connected to none. Call "
+                "`keras_clones.connect()` first, at the top of the program. "
+                f"Received: num_replicas={config.num_replicas}, "
+                f"num_ps_tasks={config.num_ps_tasks}"
+            )
+        return
+    there = {"num_replicas": found.replicas, "num_ps_tasks": found.ps}
+    least = {"num_replicas": 1, "num_ps_tasks": 0}
+    for name, tasks in there.items():
+        value = getattr(config, name)
+        if value not in (least[name], len(tasks)):
+            names = ", ".join(host.name for host in tasks) or "none"
+            raise ValueError(
+                f"Argument `{name}` must be {len(tasks)}, as many as the "
+                f"cluster has ({names}), or {least[name]}. "
+                f"Received: {name}={value}"
+            )
+    if config.replica_id:
+        raise ValueError(
+            "Argument `replica_id` must be 0 in a cluster: one controller, "
+            "replica 0, drives the clones of all replicas. "
+            f"Received: replica_id={config.replica_id}"
+        )
+
+
+def _pools(config: DeploymentConfig) -> list[str | None]:
+    """Return the replicas that get clones each, by the prefix of their devices.
+
+    `None` stands for all of them together.
+    """
+    found = hosts.cluster()
+    if found is None or config.num_replicas == 1:
+        return [None]
+    return [host.prefix for host in found.replicas]
+
+
+def _wanted_devices(config: DeploymentConfig) -> list[str]:
+    """Return one device a clone, those of a replica after each other."""
+    count, on_cpu = config.num_clones, config.clone_on_cpu
     if config.devices is not None:
-        unknown = [d for d in config.devices if d not in cpus + gpus]
+        return [config.clone_device(i) for i in range(count)]
+    wanted: list[str] = []
+    for pool in _pools(config):
+        gpus = [] if on_cpu else replica_devices("GPU", pool)
+        cpus = replica_devices("CPU", pool)
+        if not gpus and not on_cpu and hosts.cluster() is None:
+            virtual.tell_of_no_gpu(count, no_gpu(count))
+        found = gpus or (cpus[:1] if on_cpu else cpus)
+        wanted += [found[i % len(found)] for i in range(count)]
+    return wanted
+
+
+def _check_devices_are_there(config: DeploymentConfig) -> None:
+    cluster = hosts.cluster()
+    if config.devices is not None:
+        there = logical_devices("CPU") + logical_devices("GPU")
+        unknown = [d for d in config.devices if d not in there]
+        whose = "this machine" if cluster is None else "the cluster"
         if unknown:
             raise ValueError(
-                "Argument `devices` names devices that this machine does not "
-                f"have: {unknown}. It has {short_names(cpus + gpus)}. "
+                f"Argument `devices` names devices that {whose} does not "
+                f"have: {unknown}. It has {short_names(there)}. "
                 f"Received: devices={list(config.devices)}"
             )
-    elif gpus and len(gpus) < config.num_clones and not config.clone_on_cpu:
-        raise ValueError(
-            f"Expected at most {len(gpus)} clones, one a GPU: this machine "
-            f"has {short_names(gpus)}. "
-            f"Received: num_clones={config.num_clones}. Pass "
-            f"`num_clones={len(gpus)}`, or `clone_on_cpu=True` to run every "
-            "clone on the CPU."
-        )
-
-
-def _warn_of_no_gpu(num_clones: int) -> None:
-    """Warn once that clones share a processor, if that may come unexpected."""
-    global _no_gpu_is_known
-    if num_clones > 1 and not _no_gpu_is_known:
-        _no_gpu_is_known = True
-        warn(no_gpu(num_clones))
+        return
+    for pool in _pools(config):
+        gpus = replica_devices("GPU", pool)
+        if gpus and len(gpus) < config.num_clones and not config.clone_on_cpu:
+            whose = "this machine" if cluster is None else "the cluster"
+            raise ValueError(
+                f"Expected at most {len(gpus)} clones, one a GPU: "
+                f"{pool or whose} has {short_names(gpus)}. "
+                f"Received: num_clones={config.num_clones}. Pass "
+                f"`num_clones={len(gpus)}`, or `clone_on_cpu=True` to run "
+                "every clone on the CPU."
+            )
 
 
 def no_gpu(num_clones: int) -> str:
@@ -192,44 +214,32 @@ def short_names(devices: Iterable[str]) -> str:
     return ", ".join(short_name(device) for device in devices)
 
 
-def same_device(device: str, other: str) -> bool:
-    """Say whether two device strings, short or full, mean one device."""
-    one, two = (tf.DeviceSpec.from_string(d) for d in (device, other))
-    return (one.device_type, one.device_index) == (
-        two.device_type,
-        two.device_index,
-    )
-
-
-def move_variables(
-    variables: Iterable[keras.Variable], home: str
-) -> list[keras.Variable]:
-    """Give each variable that lives elsewhere a new home, value and all.
-
-    A TensorFlow variable cannot move, so the Keras variable gets a new one.
-
-    Returns:
-        The Keras variables that were moved.
-    """
-    moved = [v for v in variables if not same_device(v.value.device, home)]
-    for variable in moved:
-        old = variable.value
-        with tf.init_scope(), tf.device(home):
-            new = tf.Variable(
-                old.read_value(),
-                trainable=old.trainable,
-                name=variable.name,
-                dtype=old.dtype,
-                aggregation=old.aggregation,
-                synchronization=old.synchronization,
-            )
-        _keras.set_tf_variable(variable, new)
-    return moved
-
-
 def logical_devices(kind: str) -> list[str]:
-    """Return the logical devices of a kind, such as `["/device:GPU:0"]`."""
+    """Return the logical devices of a kind, such as `["/device:GPU:0"]`.
+
+    In a cluster these are those of all its processes.
+    """
     return [
         canonical_device(device)
         for device in tf.config.list_logical_devices(kind)
+    ]
+
+
+def replica_devices(kind: str, prefix: str | None = None) -> list[str]:
+    """Return the devices of a kind that take clones, a replica after the other.
+
+    Args:
+        kind: String, `"CPU"` or `"GPU"`.
+        prefix: String, what the names of one replica's devices begin with.
+            Defaults to `None`: those of all replicas.
+    """
+    devices, found = logical_devices(kind), hosts.cluster()
+    if found is None:
+        return devices
+    prefixes = [host.prefix for host in found.replicas]
+    return [
+        device
+        for one in ([prefix] if prefix else prefixes)
+        for device in devices
+        if device.startswith(f"{one}/")
     ]

@@ -29,6 +29,7 @@ def clone_model(
     check_rows: bool = True,
     jit_compile: bool | str = "auto",
     shares: Sequence[float] | str | None = None,
+    variables: str | None = None,
 ) -> keras.Model:
     """Train, evaluate and predict a Keras model on clones of it.
 
@@ -98,6 +99,13 @@ def clone_model(
             that proportion, for devices of uneven speed. `"auto"` measures
             the clones in the first steps of training, then settles and
             prints what it chose. Defaults to `None`: even shards.
+        variables: String, where the weights are at home in a cluster, each
+            with the optimizer's slots beside it, where its update runs.
+            `"controller"`: on its `CPU:0`. `"spread"`: divided by bytes among
+            the CPUs of all replicas. `"greedy"` or `"round_robin"`: divided
+            among the parameter servers, by bytes or in turn. Defaults to
+            `None`: `"greedy"` where there are parameter servers, else
+            `"controller"`. On one machine they are on `CPU:0`.
 
     Returns:
         The same model.
@@ -133,14 +141,16 @@ def clone_model(
         check_rows=check_rows,
         jit_compile=jit_compile,
         shares=shares,
+        variables=variables,
     )
     options = option_checks.check_options(model, asked)
-    config = option_checks.choose_config(
-        config, num_clones, devices, clone_on_cpu
-    )
-    checked = option_checks.check_shares(model, shares, config.num_clones)
-    options = options._replace(shares=checked)
+    chosen = (num_clones, devices, clone_on_cpu)
+    config = option_checks.choose_config(config, *chosen)
     clones = placement.place_clones(config)
+    options = options._replace(
+        shares=option_checks.check_shares(model, shares, len(clones)),
+        homes=placement.find_homes(config, variables),
+    )
     steps_on.attach(model, Deployment(config, clones, options, model))
     return model
 

@@ -10,7 +10,7 @@ import keras
 from keras_clones.calls.looks import Looks
 from keras_clones.devices import balance
 from keras_clones.devices.config import DeploymentConfig, check_integer
-from keras_clones.devices.placement import Clone, short_name
+from keras_clones.devices.placement import Clone, short_name, short_names
 from keras_clones.look import footprint, picture, report
 from keras_clones.look.labels import label
 from keras_clones.plan import watch
@@ -29,7 +29,8 @@ class Deployment:
     Attributes:
         config: The `DeploymentConfig` the clones were made by.
         clones: Tuple of `Clone(scope, device)`.
-        variables_device: Device string, home of every variable.
+        variables_device: Device string, home of every variable, or a tuple
+            of those that the weights of the model are divided among.
         inputs_device: Device string, where the global batch arrives.
         optimizer_device: Device string, where the optimizer runs.
         loss: String, `"auto"`, `"clones"` or `"gather"`.
@@ -49,7 +50,6 @@ class Deployment:
     """
 
     clones = _option("clones")
-    variables_device = _option("home")
     loss = _option("loss")
     batch_norm = _option("batch_norm")
     layer_losses = _option("layer_losses")
@@ -71,13 +71,11 @@ class Deployment:
         model: keras.Model | None = None,
     ) -> None:
         self.config = config
-        self.inputs_device = config.inputs_device()
-        self.optimizer_device = config.optimizer_device()
-        home = config.variables_device()
+        home = options.home
+        self.inputs_device = self.optimizer_device = home
         measured = options.shares == "auto"
         self.options = options._replace(
             clones=clones,
-            home=home,
             balance=balance.start(len(clones), home) if measured else None,
             towers={},
             looks=Looks() if options.check_rows and len(clones) > 1 else None,
@@ -100,6 +98,12 @@ class Deployment:
             "_model": None,
         }
         return {**vars(self), **kept}
+
+    @property
+    def variables_device(self) -> Any:
+        """Return the home of the model's weights, or their homes."""
+        devices = self.options.homes.devices
+        return devices if len(devices) > 1 else devices[0]
 
     def step_options(self) -> StepOptions:
         """Return what the model's steps go by."""
@@ -196,11 +200,11 @@ class Deployment:
             return None
         return self.shard_sizes(check_integer("batch_size", batch_size, 1))
 
-    def _homes(self) -> dict[str, str]:
+    def _homes(self) -> dict[str, tuple[str, ...]]:
         return {
-            "variables": self.variables_device,
-            "optimizer": self.optimizer_device,
-            "inputs": self.inputs_device,
+            "variables": self.options.homes.devices,
+            "optimizer": (self.optimizer_device,),
+            "inputs": (self.inputs_device,),
         }
 
     def _footprint(self) -> tuple[footprint.Footprint | None, str]:
@@ -220,5 +224,5 @@ class Deployment:
             f"{c.scope or 'clone_0'} on {short_name(c.device)}"
             for c in self.clones
         )
-        home = short_name(self.variables_device)
+        home = short_names(self.options.homes.devices)
         return f"<Deployment {clones}; variables on {home}>"

@@ -9,6 +9,7 @@ from keras_clones import _keras
 from keras_clones.clone.state import POLICIES
 from keras_clones.devices import balance, placement
 from keras_clones.devices.config import DeploymentConfig
+from keras_clones.devices.homes import STRATEGIES, Homes
 from keras_clones.look import footprint
 from keras_clones.plan import exactness
 from keras_clones.plan import whole as whole_layers
@@ -31,6 +32,7 @@ class Asked(NamedTuple):
     check_rows: Any
     jit_compile: Any
     shares: Any
+    variables: Any = None
 
 
 def check_options(model: keras.Model, asked: Asked) -> StepOptions:
@@ -44,12 +46,13 @@ def check_options(model: keras.Model, asked: Asked) -> StepOptions:
     check_state(asked.state)
     whole = check_whole(model, asked.whole)
     check_choice("jit_compile", asked.jit_compile, (True, False, "auto"))
+    check_choice("variables", asked.variables, (None, *STRATEGIES))
     layer_losses = asked.layer_losses
     if isinstance(layer_losses, Mapping):
         layer_losses = dict(layer_losses)
     return StepOptions(
         clones=(),
-        home="",
+        homes=Homes(""),
         loss=asked.loss,
         batch_norm=batch_norm,
         layer_losses=layer_losses,

@@ -7,10 +7,10 @@ from typing import Any
 import keras
 
 from keras_clones import _keras, checks
-from keras_clones.clone.state import model_variables
-from keras_clones.devices import placement
+from keras_clones.devices.homes import Homes
 from keras_clones.door import guarded
 from keras_clones.door.deployed import Deployment
+from keras_clones.plan import at_home
 from keras_clones.plan.watch import Watch
 from keras_clones.step import steps
 
@@ -22,7 +22,7 @@ _KEY = "__keras_clones__"
 
 def attach(model: keras.Model, made: Deployment) -> None:
     """Put clone steps on the model object; its class stays what it is."""
-    move_home(model, made.variables_device)
+    move_home(model, made.options.homes)
     options = made.step_options()
     # `vars` passes by the model's own tracking of what it is given.
     vars(model)[_KEY] = made
@@ -61,7 +61,7 @@ def _maker(
 
     def make_function(force: bool = False) -> None:
         checks.check_no_strategy()
-        move_home(model, made.variables_device)
+        move_home(model, made.options.homes)
         if getattr(model, name) is not None and not force:
             return
         # What was traced before may go by what has changed since.
@@ -77,7 +77,7 @@ def _maker(
             made,
             name,
             getattr(model, name),
-            lambda: _all_variables(model),
+            lambda: at_home.all_variables(model),
         )
         setattr(model, name, function)
 
@@ -104,29 +104,21 @@ def watch_training(
     model.train_function = None
 
 
-def move_home(model: keras.Model, home: str) -> None:
-    """Move every variable there is so far to the variables device.
+def move_home(model: keras.Model, homes: Homes) -> None:
+    """Move every variable there is so far to its home.
 
     A function that was traced before reads a variable where it was. So every
     model that has one of those that moved forgets its functions.
     """
-    moved = placement.move_variables(_all_variables(model), home)
+    moved = at_home.move(model, homes)
     ids = {id(variable) for variable in moved}
     for other in _keras.living_models(model) if moved else []:
-        if any(id(variable) in ids for variable in _all_variables(other)):
+        if any(
+            id(variable) in ids for variable in at_home.all_variables(other)
+        ):
             for optimizer in _keras.optimizers(other):
                 _keras.reindex_optimizer(optimizer)
             _forget_functions(other)
-
-
-def _all_variables(model: keras.Model) -> list[keras.Variable]:
-    """Return the variables of a model, its metrics and its optimizers."""
-    variables = [v for group in model_variables(model) for v in group]
-    if model.compiled:
-        variables += model.metrics_variables
-    for optimizer in _keras.optimizers(model):
-        variables += optimizer.variables
-    return variables
 
 
 def _forget_functions(model: keras.Model) -> None:

@@ -8,22 +8,25 @@ import tensorflow as tf
 
 from keras_clones import _keras
 from keras_clones.clone import state
+from keras_clones.devices.moving import device_of
 from keras_clones.exchange.laying_out import Layout
 from keras_clones.tensors import merging, traced, transfer
 
 
-def bring_home(layout: Layout, values: list[Any]) -> list[Any]:
-    """Send one nest of results a clone to the variables device."""
+def bring_home(
+    layout: Layout, values: list[Any], home: str | None = None
+) -> list[Any]:
+    """Send one nest of results a clone home, by default to the layout's."""
     sources = [clone.device for clone in layout.clones][: len(values)]
     with tf.name_scope("bring_home"):
-        return transfer.collect(values, sources, layout.home)
+        return transfer.collect(values, sources, home or layout.home)
 
 
-def add_up(layout: Layout, values: list[Any]) -> Any:
+def add_up(layout: Layout, values: list[Any], home: str | None = None) -> Any:
     """Send one nest of dense results a clone home, where they are added up."""
     sources = [clone.device for clone in layout.clones]
     with tf.name_scope("bring_home"):
-        return transfer.add_up(values, sources, layout.home)
+        return transfer.add_up(values, sources, home or layout.home)
 
 
 def merge_changes(
@@ -90,17 +93,31 @@ def merge_gradients(
         if any(isinstance(g, traced.RowGradient) for g in column)
         or _keras.overwrites_with_gradient(variables[i])
     ]
-    dense = [
-        {i: g for i, g in enumerate(result) if i not in apart and g is not None}
-        for result in results
-    ]
-    rest, merged = add_up(
-        layout, list(zip(parts or [()] * len(dense), dense, strict=True))
-    )
-    kept = bring_home(layout, [[r[i] for i in apart] for r in results])
-    with tf.name_scope("merge_gradients"):
-        for i, column in zip(apart, zip(*kept, strict=True), strict=True):
-            overwrites = _keras.overwrites_with_gradient(variables[i])
-            merge = merging.largest if overwrites else merging.merge
-            merged[i] = merge(column)
+    # Outside of training there are none.
+    homes = [device_of(v) for v, *_ in zip(variables, *results, strict=False)]
+    merged: dict[int, Any] = {}
+    rest: Any = parts
+    for home in dict.fromkeys([layout.home, *homes]):
+        here = [i for i, one in enumerate(homes) if one == home]
+        dense = [
+            {i: r[i] for i in here if i not in apart and r[i] is not None}
+            for r in results
+        ]
+        if home == layout.home:
+            beside = list(zip(parts or [()] * len(dense), dense, strict=True))
+            rest, found = add_up(layout, beside)
+        else:
+            found = add_up(layout, dense, home) if any(dense) else {}
+        merged.update(found)
+        by_rows = [i for i in here if i in apart]
+        listed = [[r[i] for i in by_rows] for r in results]
+        kept = bring_home(layout, listed, home)
+        with tf.device(home), tf.name_scope("merge_gradients"):
+            for i, column in zip(by_rows, zip(*kept, strict=True), strict=True):
+                merged[i] = _merge_apart(variables[i], column)
     return Merged([merged.get(i) for i in range(len(variables))], rest)
+
+
+def _merge_apart(variable: keras.Variable, column: Sequence[Any]) -> Any:
+    overwrites = _keras.overwrites_with_gradient(variable)
+    return (merging.largest if overwrites else merging.merge)(column)

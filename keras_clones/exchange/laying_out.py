@@ -12,6 +12,7 @@ from keras_clones.clone import state
 from keras_clones.clone.inputs import TowerInput
 from keras_clones.clone.state import Variables
 from keras_clones.devices.balance import seconds_now
+from keras_clones.devices.moving import device_of
 from keras_clones.devices.placement import Clone
 from keras_clones.exchange import errors
 from keras_clones.exchange.batch_norm import over_clones
@@ -38,12 +39,20 @@ def read_variables(
     variables: Variables, tables: Sequence[keras.Variable]
 ) -> list[tf.Tensor | None]:
     """Read each variable once, `None` for the tables that stay home."""
+
+    def read(variable: keras.Variable) -> tf.Tensor:
+        with tf.device(device_of(variable)):
+            return _keras.tf_variable(variable).read_value()
+
     return [
-        None
-        if any(variable is table for table in tables)
-        else _keras.tf_variable(variable).read_value()
-        for variable in [*variables.trainable, *variables.others]
+        None if any(variable is table for table in tables) else read(variable)
+        for variable in variables.weights
     ]
+
+
+def homes_of(variables: Variables) -> list[str]:
+    """Return where each variable that has a mirror is at home."""
+    return [device_of(variable) for variable in variables.weights]
 
 
 def read_seeds(variables: Variables) -> list[tf.Tensor]:
@@ -52,12 +61,26 @@ def read_seeds(variables: Variables) -> list[tf.Tensor]:
 
 
 def send_mirrors(
-    values: list[tf.Tensor | None], home: str, clones: Sequence[Clone]
+    values: Sequence[tf.Tensor | None],
+    homes: Sequence[str],
+    clones: Sequence[Clone],
 ) -> list[list[tf.Tensor | None]]:
-    """Send each clone one mirror of every variable."""
+    """Send each clone one mirror of every variable.
+
+    Args:
+        values: Sequence of the variables' values, `None` for what is not sent.
+        homes: Sequence of device strings, where each of them is.
+        clones: Sequence of `Clone`s.
+    """
+    devices = [clone.device for clone in clones]
+    mirrors: list[dict[int, Any]] = [{} for _ in clones]
     with tf.name_scope("send_mirrors"):
-        devices = [clone.device for clone in clones]
-        return transfer.send_to_all(values, home, devices)
+        for home in dict.fromkeys(homes):
+            there = {i: v for i, v in enumerate(values) if homes[i] == home}
+            sent = transfer.send_to_all(there, home, devices)
+            for found, one in zip(mirrors, sent, strict=True):
+                found.update(one)
+    return [[found[i] for i in range(len(values))] for found in mirrors]
 
 
 class Group(NamedTuple):

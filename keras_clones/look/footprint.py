@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from keras_clones import _keras
 from keras_clones.clone.state import Variables, model_variables
+from keras_clones.devices.moving import device_of
 from keras_clones.look import row_bytes
 from keras_clones.plan import exactness
 from keras_clones.plan.options import StepOptions
@@ -53,7 +54,7 @@ class Footprint(NamedTuple):
         compiled: Boolean, whether the model has an optimizer.
         settled: Boolean, whether a first step has settled where the loss and
             the metrics are computed.
-        devices: Dict of device strings by the part that lives there, one of
+        devices: Dict of bytes by device string, by the part, one of
             `"trainable"`, `"others"` and `"slots"`.
     """
 
@@ -68,7 +69,7 @@ class Footprint(NamedTuple):
     seeds: int
     compiled: bool
     settled: bool
-    devices: dict[str, list[str]]
+    devices: dict[str, dict[str, int]]
 
 
 def is_built(model: keras.Model) -> bool:
@@ -205,7 +206,10 @@ def num_bytes(variables: Any) -> int:
     )
 
 
-def _devices(variables: Sequence[keras.Variable]) -> list[str]:
-    """Return where variables live, each device once."""
-    specs = [tf.DeviceSpec.from_string(v.value.device) for v in variables]
-    return sorted({f"/device:{s.device_type}:{s.device_index}" for s in specs})
+def _devices(variables: Sequence[keras.Variable]) -> dict[str, int]:
+    """Return the bytes of variables by the device where they live."""
+    found: dict[str, int] = {}
+    for variable in variables:
+        device = device_of(variable)
+        found[device] = found.get(device, 0) + num_bytes([variable])
+    return dict(sorted(found.items()))

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from keras_clones.devices.placement import Clone, short_name
+from keras_clones.devices.placement import Clone, short_name, short_names
 from keras_clones.look.footprint import Flow, Footprint
 from keras_clones.look.report import (
     AT_HOME,
+    Homes,
     flow_text,
     readable,
     sent_by,
@@ -35,7 +36,7 @@ class Labels(NamedTuple):
 
 def label(
     clones: Sequence[Clone],
-    homes: dict[str, str],
+    homes: Homes,
     rows: Sequence[int] | None,
     footprint: Footprint | None,
     why_not: str,
@@ -45,13 +46,14 @@ def label(
     The arrows to a tower have the shard, and the mirrors with all else that it
     gets; the one back has all that it sends.
     """
+    home = homes["variables"]
     arrows = [
-        _arrows(i, clone.device == homes["variables"], rows, footprint, why_not)
+        _arrows(i, (clone.device,) == home, rows, footprint, why_not)
         for i, clone in enumerate(clones)
     ]
     return Labels(
         title=f"{len(clones)} clone{'s' if len(clones) > 1 else ''}",
-        batch=_batch(homes["inputs"], rows, footprint),
+        batch=_batch(homes["inputs"][0], rows, footprint),
         shards=[
             "shard" if rows is None else f"{rows[i]} rows"
             for i in range(len(clones))
@@ -63,7 +65,7 @@ def label(
         ],
         mirrors=[f"mirrors: {out}" for _, out, _ in arrows],
         gradients=[f"gradients: {back}" for _, _, back in arrows],
-        home=short_name(homes["variables"]),
+        home=short_names(home),
         stages=_stages(rows, footprint, why_not),
     )
 

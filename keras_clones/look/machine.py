@@ -41,10 +41,11 @@ def page() -> Page:
         [clone.scope or "clone_0", placement.short_name(clone.device)]
         for clone in clones
     ]
+    found = placement.find_homes(config, None)
     homes = {
-        "variables": placement.short_name(config.variables_device()),
-        "optimizer": placement.short_name(config.optimizer_device()),
-        "inputs": placement.short_name(config.inputs_device()),
+        "variables": placement.short_names(found.devices),
+        "optimizer": placement.short_name(found.main),
+        "inputs": placement.short_name(found.main),
     }
     on_gpu = placement.logical_devices("GPU")
     notes = [] if on_gpu else [placement.no_gpu(config.num_clones)]

@@ -2,8 +2,8 @@
 
 import html
 import sys
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, TypeAlias
 
 from keras_clones.devices.placement import Clone, short_name, short_names
 from keras_clones.look.footprint import Flow, Footprint
@@ -12,6 +12,9 @@ UNKNOWN = "not known"
 # In place of the mirrors of a clone on the device of the variables: it reads
 # the variables themselves.
 AT_HOME = "at home"
+
+# Device strings by what is there: `"variables"`, `"optimizer"`, `"inputs"`.
+Homes: TypeAlias = Mapping[str, tuple[str, ...]]
 
 
 class Table(NamedTuple):
@@ -53,7 +56,7 @@ def show(page: Page) -> None:
 
 def deployment_page(
     clones: Sequence[Clone],
-    homes: dict[str, str],
+    homes: Homes,
     rows: Sequence[int] | None,
     footprint: Footprint | None,
     why_not: str,
@@ -62,7 +65,7 @@ def deployment_page(
 
     Args:
         clones: Sequence of `Clone`s.
-        homes: Dict of device strings by what is there: `"variables"`,
+        homes: Dict of tuples of device strings by what is there: `"variables"`,
             `"optimizer"` and `"inputs"`.
         rows: Sequence of integers, the rows of a batch that each clone gets,
             or `None` if the batch is not known.
@@ -96,7 +99,7 @@ def _remedy(why_not: str) -> str:
 
 def _clone_table(
     clones: Sequence[Clone],
-    home: str,
+    home: tuple[str, ...],
     rows: Sequence[int] | None,
     footprint: Footprint | None,
     why_not: str,
@@ -115,7 +118,7 @@ def _clone_table(
         n = None if rows is None else rows[i]
         lines.append(
             [column[i] for column in columns]
-            + _clone_cells(i, clone.device == home, n, footprint, why_not)
+            + _clone_cells(i, (clone.device,) == home, n, footprint, why_not)
         )
     return Table(header, lines)
 
@@ -183,20 +186,20 @@ def slots_text(footprint: Footprint) -> str:
 
 
 def _home_table(
-    homes: dict[str, str],
+    homes: Homes,
     rows: Sequence[int] | None,
     footprint: Footprint | None,
     why_not: str,
 ) -> Table:
-    home = short_name(homes["variables"])
-    optimizer = short_name(homes["optimizer"])
+    home = short_names(homes["variables"])
+    optimizer = short_names(homes["optimizer"])
     lines = [
         ["trainable variables", home, why_not],
         ["other variables", home, why_not],
         ["optimizer slots", home, why_not],
         ["gradients, added up", optimizer, why_not],
         ["optimizer", optimizer, ""],
-        ["global batch", short_name(homes["inputs"]), why_not],
+        ["global batch", short_names(homes["inputs"]), why_not],
     ]
     if footprint is not None:
         a_row = footprint.a_row
@@ -222,7 +225,7 @@ def _home_table(
 
 def device_bytes(
     clones: Sequence[Clone],
-    homes: dict[str, str],
+    homes: Homes,
     rows: Sequence[int] | None,
     footprint: Footprint,
 ) -> dict[str, int]:
@@ -246,12 +249,14 @@ def device_bytes(
         "slots": footprint.slots or 0,
     }
     for part, size in parts.items():
-        add([*footprint.devices[part], homes["variables"]][0], size)
-    add(homes["optimizer"], gradients(sum(rows or ())))
-    add(homes["inputs"], sum(rows or ()) * a_row)
+        there = footprint.devices[part] or {homes["variables"][0]: size}
+        for device, its_size in there.items():
+            add(device, its_size)
+    add(homes["optimizer"][0], gradients(sum(rows or ())))
+    add(homes["inputs"][0], sum(rows or ()) * a_row)
     for i, clone in enumerate(clones):
         add(clone.device, gradients(rows[i] if rows else 0))
-        if clone.device != homes["variables"]:
+        if (clone.device,) != homes["variables"]:
             add(clone.device, footprint.mirrors)
         add(clone.device, rows[i] * a_row if rows else 0)
     return found

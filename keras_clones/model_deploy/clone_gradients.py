@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from keras_clones import _keras
 from keras_clones.clone.changes import by_rows
-from keras_clones.devices import placement
+from keras_clones.devices.moving import device_of, same_device
 from keras_clones.exchange import bringing_home, laying_out
 from keras_clones.model_deploy.clones import Clone, name_scope, scopes_of
 from keras_clones.model_deploy.reads import MirrorScope
@@ -72,7 +72,7 @@ def merge(
     there = {
         i: merging.merge(column)
         for i, column in enumerate(by_variable)
-        if any(_is_at(gradient, layout.home) for gradient in column)
+        if any(_is_at(gradient, device_of(variables[i])) for gradient in column)
     }
     away = [i for i in range(len(variables)) if i not in there]
     found, rest = bringing_home.merge_gradients(
@@ -157,7 +157,7 @@ def _is_at(gradient: Any, device: str) -> bool:
     if not isinstance(gradient, (tf.IndexedSlices, RowGradient)):
         return False
     rows = tf.nest.flatten(gradient, expand_composites=True)
-    return placement.same_device(rows[0].device, device)
+    return same_device(rows[0].device, device)
 
 
 def _alike(

@@ -98,7 +98,7 @@ def create_clones(
     call = Call(model_fn, args, kwargs)
     check_arguments(config, call)
     placed = placement.place_clones(config)
-    home = config.variables_device()
+    home = placement.main_home()
     # In a graph, where all mirrors can travel together.
     travel = any(clone.device != home for clone in placed)
     read: list[keras.Variable] = []
@@ -127,7 +127,7 @@ def call_clones(
     mirrors = Mirrors(home, placed, foreseen)
     large = [v for v in foreseen if tables.is_large(v)]
     clones = []
-    with tables.looked_up_at_home(large, home):
+    with tables.looked_up_at_home(large):
         for i, (scope, device) in enumerate(placed):
             mirrored = MirrorScope(mirrors, i)
             with name_scope(scope) as full, tf.device(device), mirrored:

@@ -11,6 +11,7 @@ from keras_clones import _keras
 from keras_clones.clone import state
 from keras_clones.clone.scopes import CloneScope
 from keras_clones.devices import placement
+from keras_clones.devices.moving import device_of
 from keras_clones.exchange import laying_out
 
 
@@ -48,7 +49,8 @@ class Mirrors:
     def _send(self, variables: list[keras.Variable]) -> list[dict[int, Any]]:
         """Send each clone its mirrors: one dict a clone, by variable."""
         values = [self.value(variable) for variable in variables]
-        sent = laying_out.send_mirrors(values, self.home, self._clones)
+        homes = [device_of(variable) for variable in variables]
+        sent = laying_out.send_mirrors(values, homes, self._clones)
         found = []
         for mirrors, clone in zip(sent, self._clones, strict=True):
             with tf.device(clone.device), tf.name_scope("send_mirrors"):
@@ -71,7 +73,8 @@ class Mirrors:
         if id(variable) not in self._values:
             # The last slash keeps it out of the scope of the clone that
             # happens to read the variable first.
-            with self.outside(), tf.device(self.home), tf.name_scope("home/"):
+            home = tf.device(device_of(variable))
+            with self.outside(), home, tf.name_scope("home/"):
                 self._values[id(variable)] = _keras.tf_variable(
                     variable
                 ).read_value()
@@ -95,7 +98,7 @@ class Mirrors:
             if _keras.is_seed_state(variable):
                 with tf.device(self.home):
                     [value] = state.offset_seeds([value], clone_index)
-            if device == self.home:
+            if device == device_of(variable):
                 return value
             with tf.device(device):
                 return tf.identity(value)

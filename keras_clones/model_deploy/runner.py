@@ -8,12 +8,13 @@ import numpy as np
 import tensorflow as tf
 
 from keras_clones import _keras
-from keras_clones.devices import placement
+from keras_clones.devices import moving, placement
 from keras_clones.devices.config import DeploymentConfig
 from keras_clones.model_deploy import clone_losses, regularizers
 from keras_clones.model_deploy.call import Call, PerClone, check_arguments
 from keras_clones.model_deploy.clones import Clone, assign_merged, call_clones
 from keras_clones.model_deploy.reads import rehearse
+from keras_clones.plan import at_home
 from keras_clones.warn import warn
 
 
@@ -54,13 +55,14 @@ class Runner:
         self._optimizer: Any = optimizer
         self._summarize_gradients = summarize_gradients
         self._regularization_losses = regularization_losses
-        self._home = config.variables_device()
+        self._home = placement.main_home()
         self._trained: list[keras.Variable] = []
         self._read: list[keras.Variable] = []
         self._prepared = False
         self._warned = config.num_clones == 1
         self._last: Run | None = None
         self._placed = placement.place_clones(config)
+        self._homes = placement.find_homes(config, None)
         self.clones = [
             Clone(None, scope and f"{scope}/", device)
             for scope, device in self._placed
@@ -159,17 +161,21 @@ class Runner:
         """Check what the function returns, and move what it reads home."""
         outputs, read = rehearse(call.function(0), self._home, builds=True)
         self._read = read
-        moving = list(read)
+        variables = list(read)
         optimizer = self._optimizer
         if optimizer is not None:
             clone_losses.check_loss(outputs)
-            moving += optimizer.variables
+            variables += optimizer.variables
             self._trained = (
                 _keras.optimized_variables(optimizer)
                 if optimizer.built
                 else [variable for variable in read if variable.trainable]
             )
-        moved = placement.move_variables(moving, self._home)
+        weights = [v for v in read if not _keras.is_seed_state(v)]
+        optimizers = [] if optimizer is None else [optimizer]
+        moved = moving.move_variables(
+            at_home.homes_of(weights, optimizers, variables, self._homes)
+        )
         if moved and optimizer is not None:
             _keras.reindex_optimizer(optimizer)
         self._prepared = True

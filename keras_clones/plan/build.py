@@ -10,6 +10,8 @@ import tensorflow as tf
 
 from keras_clones import _keras
 from keras_clones.devices import placement
+from keras_clones.devices.homes import Homes
+from keras_clones.plan import at_home
 from keras_clones.plan.options import StepOptions
 
 
@@ -32,20 +34,24 @@ def outside(home: str) -> Iterator[None]:
         yield
 
 
-def build(model: keras.Model, batch: Any, home: str, training: bool) -> None:
+def build(model: keras.Model, batch: Any, homes: Homes, training: bool) -> None:
     """Create at home what the first step of Keras would create.
 
     Args:
         model: A `keras.Model`.
         batch: Tuple `(x, y, sample_weight)` of a global batch.
-        home: Device string, where variables live.
+        homes: `Homes` of the variables.
         training: Boolean, whether the optimizer is needed, too.
     """
-    with outside(home):
+    optimizer = model.optimizer if training else None
+    if _keras.is_built(model) and (optimizer is None or optimizer.built):
+        return
+    with outside(homes.main):
         if not _keras.is_built(model):
             _look_at(functools.partial(_rehearse, model), *batch)
         if training:
             build_optimizer(model)
+    at_home.move_new(model, homes)
 
 
 def build_by_call(
@@ -53,7 +59,7 @@ def build_by_call(
     method: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    home: str,
+    homes: Homes,
 ) -> None:
     """Create at home what the first call of a layer would create.
 
@@ -66,9 +72,9 @@ def build_by_call(
             with keras.StatelessScope(), keras.SymbolicScope():
                 method(*args, **kwargs)
 
-        with outside(home):
+        with outside(homes.main):
             _look_at(rehearse, args, kwargs)
-    placement.move_variables(layer.variables, home)
+    at_home.move(layer, homes)
 
 
 def _look_at(function: Callable[..., None], *args: Any) -> None:

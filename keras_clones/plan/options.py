@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from keras_clones.clone.layer_losses import Kinds
 from keras_clones.clone.state import Policies
 from keras_clones.devices.balance import Balance
+from keras_clones.devices.homes import Homes
 from keras_clones.devices.placement import Clone
 from keras_clones.exchange.laying_out import Group
 from keras_clones.plan.watch import Watch
@@ -14,6 +15,7 @@ from keras_clones.plan.watch import Watch
 class StepOptions(NamedTuple):
     """What the steps of one deployment go by.
 
+    `homes` says where each variable is at home.
     `state` maps patterns of variables' paths to how their values merge.
     `shares` are the fractions of the rows that the clones get, `None` for
     even ones. `balance` measures them while the model trains. `watch` gets
@@ -26,7 +28,7 @@ class StepOptions(NamedTuple):
     """
 
     clones: tuple[Clone, ...]
-    home: str
+    homes: Homes
     loss: str
     batch_norm: str
     layer_losses: Kinds
@@ -41,6 +43,11 @@ class StepOptions(NamedTuple):
     exact: bool = False
     check_rows: bool = True
     looks: Any = None
+
+    @property
+    def home(self) -> str:
+        """Where data arrives, metrics and seeds are, and the optimizer runs."""
+        return self.homes.main
 
     @property
     def policies(self) -> Policies:

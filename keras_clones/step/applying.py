@@ -6,6 +6,8 @@ from typing import Any
 
 import keras
 
+from keras_clones.devices.homes import Homes
+from keras_clones.exchange.beside_data import beside_data
 from keras_clones.plan.watch import Watch
 from keras_clones.step.begin import Step
 
@@ -31,11 +33,17 @@ def record(step: Step, losses: Callable[[Watch], Any], gradients: Any) -> None:
 
 
 def apply(
-    model: keras.Model, gradients: Any, variables: list[keras.Variable]
+    model: keras.Model,
+    gradients: Any,
+    variables: list[keras.Variable],
+    homes: Homes,
 ) -> None:
     """Update the variables, or warn that there are none, as Keras does."""
     if variables:
-        model.optimizer.apply_gradients(zip(gradients, variables, strict=True))
+        with beside_data(homes):
+            model.optimizer.apply_gradients(
+                zip(gradients, variables, strict=True)
+            )
     else:
         warnings.warn(
             "The model does not have any trainable weights.", stacklevel=1

@@ -42,7 +42,7 @@ def begin(
         rows: Integer or scalar int32 tensor, the rows of the batch.
         training: Boolean, whether it is a training step.
     """
-    build(model, batch, options.home, training)
+    build(model, batch, options.homes, training)
     whole.check(model, options.whole)
     num_clones = sharding.enough(rows, len(options.clones))
     plan = plan_step(model, options, training, num_clones)

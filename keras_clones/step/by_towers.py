@@ -33,7 +33,7 @@ def trace_towers(
     if unseen or not plan.loss_in_clones:
         return None
     layout = _lay_out(step)
-    with looked_up_at_home(plan.tables, step.options.home):
+    with looked_up_at_home(plan.tables):
         tower = tracing.trace(_towers(step), layout, plan.synchronized)
     if tower.returns is not None:
         plan = plan.knowing(_why_not(step, tower))
@@ -70,7 +70,7 @@ def _lay_out(step: Step) -> laying_out.Layout:
         data = sharding.split_rows(step.batch, shards)
     mirrors = laying_out.send_mirrors(
         laying_out.read_variables(variables, step.plan.tables),
-        options.home,
+        laying_out.homes_of(variables),
         clones,
     )
     scale = step.model.optimizer.scale_loss(1.0) if step.training else 1.0
@@ -112,7 +112,7 @@ def run_by_towers(
     """Run a step whose clones compute their own losses and gradients."""
     model, variables = step.model, step.variables.trainable
     first = _look_at_rows(step)
-    with first, looked_up_at_home(step.plan.tables, step.options.home):
+    with first, looked_up_at_home(step.plan.tables):
         result = combine.run(
             step,
             layout,
@@ -123,7 +123,7 @@ def run_by_towers(
         record(step, lambda _: result.clone_losses, result.gradients)
     bringing_home.assign(result.variables, result.assigned, result.added)
     if step.training:
-        apply(model, result.gradients, variables)
+        apply(model, result.gradients, variables, step.options.homes)
     with tf.name_scope("update_metrics"):
         return _update_metrics(step, result)
 

@@ -78,6 +78,9 @@ def _flat(tensor: tf.Tensor, shape: tf.TensorShape) -> tf.Tensor:
 def send_to_all(values: Any, source: str, targets: Sequence[str]) -> list[Any]:
     """Send a nest of tensors from one device to several.
 
+    What several devices of another host get crosses the network once: to that
+    host's CPU, and from there to them.
+
     Args:
         values: A nest of tensors, `IndexedSlices` and `None`s.
         source: Device string, where the tensors are.
@@ -91,10 +94,17 @@ def send_to_all(values: Any, source: str, targets: Sequence[str]) -> list[Any]:
         return [values] * len(targets)
     transfer = _Transfer([values])
     buffers = transfer.pack(values, source)
-    return [
-        values if target == source else transfer.unpack(buffers, values, target)
-        for target in targets
-    ]
+    arrived = {
+        cpu: transfer.pass_on(buffers, values, cpu)
+        for cpu in _relays(targets, source)
+    }
+    sent = []
+    for target in targets:
+        relayed = arrived.get(cpu_of_host(target))
+        here, nest = (buffers, values) if relayed is None else relayed
+        stays = target == source
+        sent.append(values if stays else transfer.unpack(here, nest, target))
+    return sent
 
 
 def collect(
@@ -139,17 +149,42 @@ def add_up(values: list[Any], sources: Sequence[str], target: str) -> Any:
         return tf.nest.map_structure(lambda *column: merge(column), *values)
     transfer = _Transfer(values)
     packed = [
-        transfer.pack(value, source)
+        _Packed(transfer.pack(value, source), _tensors(value), source)
         for value, source in zip(values, sources, strict=True)
     ]
-    with tf.device(target):
-        buffers = [tf.add_n(column) for column in zip(*packed, strict=True)]
-        columns = zip(*map(_tensors, values), strict=True)
-        large = [
-            column[0] if position in transfer.small else tf.add_n(column)
-            for position, column in enumerate(columns)
-        ]
-    return transfer.unpack(buffers, _like(values[0], large), target)
+    for cpu in _relays(sources, target):
+        there = [one for one in packed if cpu_of_host(one.device) == cpu]
+        rest = [one for one in packed if cpu_of_host(one.device) != cpu]
+        packed = [*rest, transfer.add(there, cpu)]
+    total = transfer.add(packed, target)
+    return transfer.unpack(
+        total.buffers, _like(values[0], total.tensors), target
+    )
+
+
+def cpu_of_host(device: str) -> str:
+    """Return the first CPU of the host that has a device."""
+    prefix, found, _ = device.partition("/device:")
+    return f"{prefix}/device:CPU:0" if found else "/device:CPU:0"
+
+
+def _relays(devices: Sequence[str], home: str) -> list[str]:
+    """Return the CPUs of the other hosts that have several of the devices."""
+    hosts = [cpu_of_host(device) for device in devices]
+    here = cpu_of_host(home)
+    return [
+        host
+        for host in dict.fromkeys(hosts)
+        if host != here and hosts.count(host) > 1
+    ]
+
+
+class _Packed(NamedTuple):
+    """Tensors on a device: the buffers of the small ones, and all of them."""
+
+    buffers: list[tf.Tensor]
+    tensors: list[tf.Tensor]
+    device: str
 
 
 class _Transfer:
@@ -173,6 +208,32 @@ class _Transfer:
         with tf.device(source), _scope_of(source):
             return self._pack(*(tensors[p] for p in self.small))
 
+    def pass_on(
+        self, buffers: list[tf.Tensor], values: Any, cpu: str
+    ) -> tuple[list[tf.Tensor], Any]:
+        """Return buffers and tensors on a host's CPU, small ones left out."""
+        with tf.device(cpu), _scope_of(cpu):
+            arrived = [_kept(buffer) for buffer in buffers]
+            tensors = [
+                tensor if position in self.small else _kept(tensor)
+                for position, tensor in enumerate(_tensors(values))
+            ]
+        return arrived, _like(values, tensors)
+
+    def add(self, packed: Sequence[_Packed], device: str) -> _Packed:
+        """Add up what several devices have, on one; small ones as packed."""
+        columns = zip(*(one.tensors for one in packed), strict=True)
+        with tf.device(device):
+            buffers = [
+                tf.add_n(column)
+                for column in zip(*(one.buffers for one in packed), strict=True)
+            ]
+            tensors = [
+                column[0] if position in self.small else tf.add_n(column)
+                for position, column in enumerate(columns)
+            ]
+        return _Packed(buffers, tensors, device)
+
     def unpack(self, buffers: list[tf.Tensor], like: Any, target: str) -> Any:
         tensors = dict(enumerate(_tensors(like)))
         if self.small:
@@ -180,6 +241,16 @@ class _Transfer:
                 unpacked = self._unpack(*buffers)
             tensors.update(zip(self.small, unpacked, strict=True))
         return _like(like, list(tensors.values()))
+
+
+def _kept(tensor: tf.Tensor) -> tf.Tensor:
+    """Return a tensor on this device, and from here to wherever it is used.
+
+    TensorFlow leaves out a plain copy, and sends to each of its users.
+    """
+    if tf.executing_eagerly():
+        return tf.identity(tensor)
+    return tf.raw_ops.PlaceholderWithDefault(input=tensor, shape=tensor.shape)
 
 
 def _scope_of(device: str) -> Any:
