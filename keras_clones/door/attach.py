@@ -10,6 +10,7 @@ from keras_clones.devices import placement
 from keras_clones.devices.config import DeploymentConfig
 from keras_clones.door import option_checks, steps_on
 from keras_clones.door.deployed import Deployment
+from keras_clones.plan.options import StepOptions
 
 
 def clone_model(
@@ -145,14 +146,23 @@ def clone_model(
     )
     options = option_checks.check_options(model, asked)
     chosen = (num_clones, devices, clone_on_cpu)
-    config = option_checks.choose_config(config, *chosen)
+    _attach(model, option_checks.choose_config(config, *chosen), options, asked)
+    return model
+
+
+def _attach(
+    model: keras.Model,
+    config: DeploymentConfig,
+    options: StepOptions,
+    asked: option_checks.Asked,
+) -> None:
+    """Put clones on a model, which what is wrong leaves as it is."""
     clones = placement.place_clones(config)
     options = options._replace(
-        shares=option_checks.check_shares(model, shares, len(clones)),
-        homes=placement.find_homes(config, variables),
+        shares=option_checks.check_shares(model, asked.shares, len(clones)),
+        homes=placement.find_homes(config, asked.variables),
     )
     steps_on.attach(model, Deployment(config, clones, options, model))
-    return model
 
 
 def unclone_model(model: keras.Model) -> keras.Model:
