@@ -90,6 +90,30 @@ def reindex_optimizer(optimizer: keras.optimizers.Optimizer) -> None:
         }
 
 
+def unreduced(
+    optimizer: keras.optimizers.Optimizer,
+) -> contextlib.AbstractContextManager[None]:
+    """Keep an optimizer from passing all gradients through one operation.
+
+    It adds them up over the replicas of a strategy, of which there are none,
+    and all would go to the one device where that operation is.
+    """
+    inner = getattr(optimizer, "inner_optimizer", None)
+    if inner is not None:
+        return unreduced(inner)
+
+    @contextlib.contextmanager
+    def swapped() -> Iterator[None]:
+        # `vars` passes by the optimizer's own tracking of what it is given.
+        vars(optimizer)["_all_reduce_sum_gradients"] = list
+        try:
+            yield
+        finally:
+            del vars(optimizer)["_all_reduce_sum_gradients"]
+
+    return swapped()
+
+
 def slots(
     optimizer: keras.optimizers.Optimizer,
 ) -> list[tuple[keras.Variable, keras.Variable]]:

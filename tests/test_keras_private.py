@@ -386,6 +386,27 @@ def test_steps_are_counted():
     assert _keras.iterations(None) is None
 
 
+def test_an_optimizer_that_passes_gradients_by_themselves():
+    weights = [keras.Variable(np.ones(n, "float32")) for n in (2, 3)]
+    adam = keras.optimizers.Adam()
+    adam.build(weights)
+    scaled = keras.optimizers.LossScaleOptimizer(adam)
+
+    @tf.function(autograph=False)
+    def step():
+        adam.apply([tf.ones(2), tf.ones(3)], weights)
+
+    def joint():
+        graph = tf.function(step.python_function, autograph=False)
+        operations = graph.get_concrete_function().graph.get_operations()
+        return "IdentityN" in [operation.type for operation in operations]
+
+    assert joint()
+    with _keras.unreduced(scaled):
+        assert not joint()
+    assert joint()
+
+
 def test_slots_of_an_optimizer():
     weights = [keras.Variable(np.ones(n, "float32")) for n in (2, 2)]
     adam = keras.optimizers.Adam(use_ema=True, amsgrad=True)

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from keras_clones import _tf
+from keras_clones.devices.hosts import cluster, host_of
 
 SENDS = ("_Send", "_HostSend")
 RECEIVES = ("_Recv", "_HostRecv")
@@ -51,7 +52,8 @@ def join(graphs: Any) -> tuple[tf.Graph, list[Crossing]]:
 
 def _short(device: str) -> str:
     spec = tf.DeviceSpec.from_string(device)
-    return f"/device:{spec.device_type}:{spec.device_index}"
+    host = "" if cluster() is None else host_of(device)
+    return f"{host}/device:{spec.device_type}:{spec.device_index}"
 
 
 def _text(node: Any, name: str) -> str:

@@ -140,7 +140,8 @@ def _at_home(model: keras.Model, device: str, homes: Homes) -> Iterator[None]:
         return made
 
     def apply(method: Any, *args: Any, **kwargs: Any) -> Any:
-        with tf.device(homes.main), beside_data(homes):
+        owner = getattr(method, "__self__", None)
+        with tf.device(homes.main), beside_data(owner, homes):
             return method(*args, **kwargs)
 
     with contextlib.ExitStack() as stack:

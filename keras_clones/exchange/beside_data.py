@@ -9,26 +9,31 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import keras
 import tensorflow as tf
 
+from keras_clones import _keras
 from keras_clones.devices.homes import Homes
 from keras_clones.devices.naming import canonical_device
 
 
 @contextlib.contextmanager
-def beside_data(homes: Homes) -> Iterator[None]:
+def beside_data(
+    optimizer: keras.optimizers.Optimizer, homes: Homes
+) -> Iterator[None]:
     """Run each operation where the first large tensor that it gets is.
 
     Outside of a graph, operations run where they would.
 
     Args:
+        optimizer: The `keras.optimizers.Optimizer` that is to update.
         homes: `Homes` of the weights.
     """
     if not homes.divide or tf.executing_eagerly():
         yield
         return
     graph = tf.compat.v1.get_default_graph()
-    with graph.device(_Chooser(homes)):
+    with graph.device(_Chooser(homes)), _keras.unreduced(optimizer):
         yield
 
 

@@ -40,7 +40,7 @@ def apply(
 ) -> None:
     """Update the variables, or warn that there are none, as Keras does."""
     if variables:
-        with beside_data(homes):
+        with beside_data(model.optimizer, homes):
             model.optimizer.apply_gradients(
                 zip(gradients, variables, strict=True)
             )
