@@ -69,8 +69,6 @@ def _wait_for_all(
             line, _ = listener.accept()
             line.settimeout(_HELLO_SECONDS)
             message = hello.receive(line) or {}
-        except TimeoutError:
-            continue
         except OSError:
             continue
         host = tasks.get((message.get("job"), message.get("task")))
@@ -115,14 +113,14 @@ def _check_alike(spec: Spec, said: dict[Host, dict[str, Any]]) -> None:
             f"{spec.controller.name} has: {here}. Received: "
             f"{'; '.join(other)}. Install the same in all."
         )
-    strange = [host for host in spec.others if said[host].get("jobs") != spec.jobs]
-    if strange:
-        raise RuntimeError(
-            "Expected every task to be told of the same cluster, which is "
-            f"{spec.jobs} in {spec.controller.name}. Received: "
-            f"{said[strange[0]].get("jobs")} in {_named(strange)}. Give all the "
-            "same `cluster` in `TF_CONFIG`."
-        )
+    for host in spec.others:
+        if (theirs := said[host].get("jobs")) != spec.jobs:
+            raise RuntimeError(
+                "Expected every task to be told of the same cluster, which "
+                f"is {spec.jobs} in {spec.controller.name}. Received: "
+                f"{theirs} in {_named([host])}. Give all the same `cluster` "
+                "in `TF_CONFIG`."
+            )
 
 
 def _check_answers(spec: Spec, deadline: float, timeout: float) -> None:
