@@ -2,6 +2,7 @@
 
 from keras_clones.callbacks.profiler import CloneProfiler
 from keras_clones.callbacks.summaries import CloneSummaries
+from keras_clones.cluster.connect import connect, disconnect
 from keras_clones.comparing.comparing import compare
 from keras_clones.comparing.comparison import Comparison
 from keras_clones.devices.config import DeploymentConfig
@@ -31,9 +32,11 @@ __all__ = [
     "PerClone",
     "clone_model",
     "compare",
+    "connect",
     "create_clones",
     "deploy",
     "deployment",
+    "disconnect",
     "optimize_clones",
     "split_batch",
     "unclone_model",

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from keras_clones.benchmark import benchmark_command
+from keras_clones.cluster import launch_command, serve_command
 from keras_clones.comparing import compare_command
 from keras_clones.look import machine
 
@@ -27,6 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     compare_command.add_command(commands)
     benchmark_command.add_command(commands)
     machine.add_command(commands)
+    launch_command.add_command(commands)
+    serve_command.add_command(commands)
     options = parser.parse_args(arguments)
     return options.run(options)
 

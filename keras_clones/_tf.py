@@ -57,6 +57,10 @@ function_def_to_graph_def = _private(
 # No public name tells which cluster this process was connected to.
 _get_server_def = _private("tensorflow.python.eager.context.get_server_def")
 
+# No public name tells whether TensorFlow has started its devices, or what it
+# was told of them: how many, how much memory, which are seen.
+_context = _private("tensorflow.python.eager.context.context")
+
 # Where `tf.random`, and so Keras, makes the operations that draw. No public
 # name tells of them, and callbacks for operations cannot replace what one gives
 # back outside of a graph.
@@ -85,6 +89,19 @@ _READING_OPS = ("ReadVariableOp", "ResourceGather", "VariableShape")
 def server_definition() -> Any:
     """Return the cluster and this process's task in it, `None` without."""
     return _get_server_def()
+
+
+def has_devices() -> bool:
+    """Return whether TensorFlow has started its devices."""
+    return _context()._initialized
+
+
+def session_config() -> tf.compat.v1.ConfigProto:
+    """Return the devices of this process, for a server that offers them.
+
+    Does not start them.
+    """
+    return _context().config
 
 
 def stop_recording() -> AbstractContextManager[None]:

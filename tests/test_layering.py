@@ -32,7 +32,10 @@ COMMAND = {
     *("argparse", "datetime", "platform", "resource", "statistics"),
     "subprocess",
 }
-COMMANDS = ("__main__", "benchmark/", "comparing/compare_", "look/machine")
+COMMANDS = (
+    *("__main__", "benchmark/", "comparing/compare_", "look/machine"),
+    *("cluster/launch", "cluster/processes", "cluster/serve_command"),
+)
 # The doors to private names are lists, one short function each.
 LISTS = {"_keras"}
 
