@@ -104,12 +104,16 @@ def unreduced(
 
     @contextlib.contextmanager
     def swapped() -> Iterator[None]:
+        name = "_all_reduce_sum_gradients"
+        own = vars(optimizer).get(name)
         # `vars` passes by the optimizer's own tracking of what it is given.
-        vars(optimizer)["_all_reduce_sum_gradients"] = list
+        vars(optimizer)[name] = list
         try:
             yield
         finally:
-            del vars(optimizer)["_all_reduce_sum_gradients"]
+            del vars(optimizer)[name]
+            if own is not None:
+                vars(optimizer)[name] = own
 
     return swapped()
 

@@ -103,7 +103,9 @@ def _check_alike(spec: Spec, said: dict[Host, dict[str, Any]]) -> None:
     other = []
     for host in spec.others:
         theirs = said[host].get("versions") or {}
-        differ = [f"{n} {theirs.get(n)}" for n in own if theirs.get(n) != own[n]]
+        differ = [
+            f"{n} {theirs.get(n)}" for n in own if theirs.get(n) != own[n]
+        ]
         if differ:
             other.append(f"{_named([host])} has {', '.join(differ)}")
     if other:

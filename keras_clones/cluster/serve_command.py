@@ -7,7 +7,7 @@ from typing import Any
 
 from keras_clones.cluster.connect import connect
 from keras_clones.cluster.resolve import resolve
-from keras_clones.devices.placement import use_virtual_devices
+from keras_clones.devices.virtual import use_virtual_devices
 
 
 def add_command(commands: Any) -> None:

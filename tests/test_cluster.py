@@ -1,0 +1,98 @@
+"""Clones on the processes of a cluster train what one device trains."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+HERE = pathlib.Path(__file__).parent / "cluster"
+
+
+def launch(script, *arguments, replicas=2, ps=1, seconds=400):
+    """Run a script on a cluster of this machine, and return what it prints."""
+    paths = [str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
+    finished = subprocess.run(
+        [
+            *(sys.executable, "-m", "keras_clones", "launch"),
+            *("--replicas", str(replicas), "--ps", str(ps)),
+            *("--timeout", str(seconds), str(HERE / script), *arguments),
+        ],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        timeout=seconds + 60,
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    (line,) = (
+        line
+        for line in finished.stdout.splitlines()
+        if line.startswith(("[worker 0] DIFFERENCES ", "[worker 0] LINKS "))
+    )
+    return json.loads(line[line.index("{") :])
+
+
+def check(found, expected, floatx="float64"):
+    assert len(found) == expected
+    # Rounding: of some forty steps of Adam, 1e-15 and 1e-6 in the end.
+    most = {"float64": 1e-10, "float32": 1e-5}[floatx]
+    assert {case: worst for case, worst in found.items() if worst > most} == {}
+
+
+def test_clones_of_two_hosts_train_as_one_device():
+    found = launch(
+        "train.py",
+        *("--cases", "batch_norm,clipped,contrastive,own_step"),
+        *("--variables", "spread,greedy"),
+    )
+    check(found, 4 * 2)
+
+
+# Replicas, clones of each, and parameter servers.
+TOPOLOGIES = [(2, 2, 2), (4, 1, 1), (1, 4, 1), (1, 4, 0)]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("floatx", ["float64", "float32"])
+@pytest.mark.parametrize(
+    "topology", TOPOLOGIES, ids=lambda t: "x".join(map(str, t))
+)
+def test_all_cases_train_as_one_device(topology, floatx):
+    replicas, clones, ps = topology
+    homes = ["controller", "spread"] + ["greedy", "round_robin"] * (ps > 0)
+    found = launch(
+        "train.py",
+        *("--clones", str(clones), "--floatx", floatx),
+        *("--variables", ",".join(homes)),
+        replicas=replicas,
+        ps=ps,
+    )
+    check(found, 8 * len(homes), floatx)
+
+
+def test_a_link_carries_parameters_and_gradients_once_a_host():
+    found = launch("count.py")
+    for clones in (1, 3):
+        for home, links in both(found, clones).items():
+            size = links.pop("parameters")
+            batch = 8 * 256 * 4
+            pair = {"controller", "spread"} & {home}
+            ends = ("worker/task:1", "worker/task:0" if pair else "ps/task:0")
+            for source, target in (ends, ends[::-1]):
+                moved, messages = links.pop(f"/job:{source} -> /job:{target}")
+                # Beside them, rows, shares of them, learning rates.
+                assert size <= moved <= size + batch
+                assert messages < 60
+            for moved, _ in links.values():
+                assert moved <= (size + batch if home == "greedy" else 0)
+
+
+def both(found, clones):
+    """Return what was counted with some clones on each host, by home."""
+    return {
+        name.partition(" ")[2]: links
+        for name, links in found.items()
+        if name.startswith(f"{clones} ")
+    }
