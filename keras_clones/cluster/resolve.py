@@ -167,8 +167,8 @@ def _is_address(address: Any) -> bool:
 
 
 def _error(source: str, wanted: str, config: Any) -> ValueError:
-    received = config if isinstance(config, str) else json.dumps(
-        config, default=repr
+    received = (
+        config if isinstance(config, str) else json.dumps(config, default=repr)
     )
     if len(received) > 1000:
         received = received[:1000] + "..."
