@@ -16,6 +16,7 @@ import time
 import pytest
 
 from keras_clones.__main__ import main
+from keras_clones.cluster import isolate
 from keras_clones.cluster.launch import Run, free_ports, launch, tasks
 
 LIMIT = 120
@@ -387,6 +388,18 @@ def test_the_command_gives_the_tasks_a_network_of_their_own(script):
         if ":" in line
     }
     assert interfaces == {"lo"} or "No network of its own" in done.stderr
+
+
+def test_without_a_network_of_its_own_a_command_goes_on(monkeypatch, capsys):
+    def refuse():
+        raise OSError("not today")
+
+    became = []
+    monkeypatch.setattr(isolate, "isolate", refuse)
+    monkeypatch.setattr(os, "execv", lambda *args: became.append(args))
+    isolate.main(["/bin/true", "a"])
+    assert became == [("/bin/true", ["/bin/true", "a"])]
+    assert "can be had here (not today): going on" in capsys.readouterr().err
 
 
 @pytest.mark.full

@@ -1,12 +1,17 @@
 """What `TF_CONFIG` and Slurm tell of a cluster, or what is wrong with it."""
 
 import json
+import pathlib
+import re
+import subprocess
 
 import pytest
 
 from keras_clones.cluster.resolve import resolve
 from keras_clones.cluster.slurm import expand_counts, expand_nodes
 
+DOCS = pathlib.Path(__file__).parents[1] / "docs"
+PAGE = (DOCS / "cluster.md").read_text()
 # What `srun --ntasks=3` over two nodes sets in the second task.
 STEP = {
     "SLURM_JOB_ID": "1207",
@@ -185,3 +190,61 @@ def test_lists_of_nodes(nodes, expected):
 
 def test_lists_of_counts():
     assert expand_counts("2(x3),1") == [2, 2, 2, 1]
+
+
+def block(language, word):
+    """Return the block of code on the page of clusters that has a word."""
+    found = re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+    (one,) = [text for text in found if word in text]
+    return one
+
+
+def test_the_form_that_the_page_shows():
+    spec = resolve(block("json", '"cluster"'), {})
+    assert names(spec) == ["worker 0", "worker 1", "ps 0"]
+    (text,) = re.findall(r"TF_CONFIG='(.*)'", block("bash", "export"))
+    assert resolve(None, {"TF_CONFIG": text}).here.name == "worker 1"
+
+
+def test_the_tfjob_of_the_page():
+    job, policy = block("yaml", "TFJob").split("\n---\n")
+    (name,) = re.findall(r"^metadata:\n  name: (\S+)$", job, re.MULTILINE)
+    counts = dict(
+        re.findall(r"^    (\w+):\n      replicas: (\d+)$", job, re.MULTILINE)
+    )
+    assert counts == {"Worker": "2", "PS": "1"}
+    # The operator looks for a container of this name.
+    assert job.count("- name: tensorflow") == 2
+    assert policy.count(f"training.kubeflow.org/job-name: {name}") == 2
+    # As the operator names its services, with its own port.
+    cluster = {
+        kind.lower(): [
+            f"{name}-{kind.lower()}-{index}.default.svc:2222"
+            for index in range(int(count))
+        ]
+        for kind, count in counts.items()
+    }
+    for job, index in (("worker", 0), ("worker", 1), ("ps", 0)):
+        task = {"type": job, "index": index}
+        config = {"cluster": cluster, "task": task, "environment": "cloud"}
+        spec = resolve(None, {"TF_CONFIG": json.dumps(config)})
+        assert spec.here.name == f"{job} {index}"
+        assert spec.jobs == cluster
+
+
+def test_the_slurm_script_of_the_page():
+    script = block("bash", "#SBATCH")
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    options = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)$", script, re.M))
+    nodes = int(options["nodes"])
+    each = int(options["ntasks-per-node"])
+    for index in range(nodes * each):
+        step = STEP | {
+            "SLURM_STEP_NODELIST": f"gpu[1-{nodes}]",
+            "SLURM_STEP_NUM_TASKS": str(nodes * each),
+            "SLURM_STEP_TASKS_PER_NODE": f"{each}(x{nodes})",
+            "SLURM_PROCID": str(index),
+        }
+        spec = resolve(None, step)
+        assert names(spec) == [f"worker {i}" for i in range(nodes * each)]
+        assert spec.here.address.startswith(f"gpu{index // each + 1}:")

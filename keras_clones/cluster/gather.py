@@ -91,8 +91,9 @@ def _check_all_there(
             "Expected every task of the cluster to come to "
             f"{spec.controller.name} ({spec.controller.address}) within "
             f"{timeout:g} seconds. Received: nothing from "
-            f"{hello.named(missing)}. Start the same script, or `python -m keras_clones serve`, in "
-            "each, see that they reach this address, or raise `timeout`."
+            f"{hello.named(missing)}. Start the same script, or `python -m "
+            "keras_clones serve`, in each, see that they reach this address, "
+            "or raise `timeout`."
         )
 
 
