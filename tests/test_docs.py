@@ -247,7 +247,8 @@ def test_public_names_have_examples_that_run(name):
     assert runner.failures == 0
     if inspect.isfunction(thing):
         assert "Example:" in thing.__doc__
-        assert "Args:" in thing.__doc__
+        if inspect.signature(thing).parameters:
+            assert "Args:" in thing.__doc__
         assert "Raises:" in thing.__doc__
 
 

@@ -808,3 +808,10 @@ def test_calls_are_made_again_as_inner_ones():
 
 def test_server_definition_is_none_without_a_cluster():
     assert _tf.server_definition() is None
+
+
+def test_devices_that_a_server_offers_are_those_of_this_process():
+    tf.zeros(1)
+    assert _tf.has_devices()
+    count = len(tf.config.list_logical_devices("CPU"))
+    assert _tf.session_config().device_count["CPU"] == count

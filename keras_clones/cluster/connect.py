@@ -7,12 +7,11 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-import tensorflow as tf
-
 from keras_clones import _tf
 from keras_clones.checks import check_backend
 from keras_clones.cluster import hello
 from keras_clones.cluster.gather import gather, refuse
+from keras_clones.cluster.join import check_not_stuck, join
 from keras_clones.cluster.resolve import EVALUATOR, Spec, resolve
 from keras_clones.cluster.serve import serve
 from keras_clones.devices import hosts
@@ -21,6 +20,8 @@ from keras_clones.warn import warn
 
 # The controller's connections to its tasks, by whose end they know of its own.
 _lines: dict[Host, socket.socket] = {}
+# The cluster that `connect` connected to, if to any: there can be but one.
+_made: list[Cluster] = []
 
 
 def connect(
@@ -47,8 +48,9 @@ def connect(
             "task": {"type": "worker", "index": 0}}`, or that as a JSON
             string. Defaults to `None`: what the environment variable
             `TF_CONFIG` has, or else the tasks of this Slurm step.
-        timeout: Float, seconds to wait for the other tasks, and in a task
-            for the controller. Defaults to `60.0`.
+        timeout: Float, seconds to wait for the other tasks to come, for
+            TensorFlow to connect to them, and in a task for the controller.
+            Defaults to `60.0`.
         exit: Boolean, whether a task that has served ends the program
             (`SystemExit`, code 0). Defaults to `True`. With `False` it
             returns `None`.
@@ -77,6 +79,7 @@ def connect(
     """
     check_backend()
     _check_timeout(timeout)
+    check_not_stuck()
     spec = resolve(cluster, os.environ)
     connected = hosts.cluster()
     if spec is None:
@@ -106,8 +109,8 @@ def disconnect() -> None:
     Without a cluster it does nothing.
 
     Raises:
-        RuntimeError: If `connect` did not make the cluster that TensorFlow is
-            connected to.
+        RuntimeError: If TensorFlow is connected to a cluster that `connect`
+            did not connect it to.
 
     Example:
 
@@ -119,10 +122,11 @@ def disconnect() -> None:
     ```
     """
     found = hosts.cluster()
-    if found is not None and len(found.hosts) > 1 and not _lines:
+    if found is not None and found not in _made:
         raise RuntimeError(
-            "Expected a cluster that `keras_clones.connect()` connected to, "
-            f"and that it was not disconnected from. Received: {found}"
+            "Expected a cluster that `keras_clones.connect()` connected to. "
+            f"Received: {found}, which TensorFlow was connected to otherwise. "
+            "End its servers the way they were started."
         )
     for line in _lines.values():
         # A task may have ended before.
@@ -144,31 +148,29 @@ def _lead(spec: Spec, timeout: float) -> Cluster:
     lines = gather(spec, timeout)
     hello.warn_of_open_port(spec.here)
     try:
-        tf.config.experimental_connect_to_cluster(
-            tf.train.ClusterSpec(spec.jobs),
-            job_name=spec.here.job,
-            task_index=spec.here.task,
-            protocol="grpc",
-        )
-        _tf.ensure_initialized()
+        join(spec, lines, timeout)
     except BaseException as error:
         refuse(lines, error)
         raise
     _lines.update(lines)
-    found = hosts.cluster()
-    return found or _alone()
+    found = hosts.cluster() or _alone()
+    _made.append(found)
+    return found
 
 
 def _again(spec: Spec, connected: Cluster) -> Cluster:
     """Return the cluster there is, if it is the one that is asked for."""
     same = sorted(connected.hosts) == sorted(spec.hosts)
-    if same and connected.controller == spec.here:
+    is_over = connected in _made and not _lines
+    if same and connected.controller == spec.here and not is_over:
         return connected
+    over = ", and disconnected from it since" if is_over else ""
     raise RuntimeError(
         "Expected `keras_clones.connect()` to be told of the cluster that "
-        "this process is connected to, since it can connect to one only. "
-        f"Received: {spec.jobs} as {spec.here.name}, connected to "
-        f"{connected}. Start a new process."
+        "this process is connected to, since it can connect to one only, and "
+        f"once. Received: {spec.jobs} as {spec.here.name}, connected to "
+        f"{connected.hosts} as {connected.controller.name}{over}. Start a new "
+        "process."
     )
 
 

@@ -1,5 +1,6 @@
 """The controller waits for every task of its cluster, and looks at each."""
 
+import contextlib
 import socket
 import time
 from typing import Any
@@ -45,10 +46,8 @@ def gather(spec: Spec, timeout: float) -> dict[Host, socket.socket]:
 def refuse(lines: dict[Host, socket.socket], error: BaseException) -> None:
     """Tell tasks that they are not needed, and why."""
     for line in lines.values():
-        try:
+        with contextlib.suppress(OSError):
             hello.send(line, refused=str(error) or type(error).__name__)
-        except OSError:
-            pass
         line.close()
 
 
@@ -59,7 +58,7 @@ def _wait_for_all(
     deadline: float,
 ) -> dict[Host, dict[str, Any]]:
     """Keep a connection of each task that says hello; return what they say."""
-    tasks = {(host.job, host.task): host for host in spec.others}
+    tasks: dict[Any, Host] = {(h.job, h.task): h for h in spec.others}
     said: dict[Host, dict[str, Any]] = {}
     while len(lines) < len(tasks):
         if (left := deadline - time.monotonic()) <= 0:
@@ -89,11 +88,12 @@ def _check_all_there(
     missing = [host for host in spec.others if host not in lines]
     if missing:
         raise TimeoutError(
-            f"Expected every task of the cluster to come to "
+            "Expected every task of the cluster to come to "
             f"{spec.controller.name} ({spec.controller.address}) within "
-            f"{timeout:g} seconds. Received: nothing from {_named(missing)}. "
-            "Start the same script, or `python -m keras_clones serve`, in "
-            "each, see that they reach this address, or raise `timeout`."
+            f"{timeout:g} seconds. Received: nothing from "
+            f"{hello.named(missing)}. Start the same script, or `python -m "
+            "keras_clones serve`, in each, see that they reach this address, "
+            "or raise `timeout`."
         )
 
 
@@ -107,7 +107,7 @@ def _check_alike(spec: Spec, said: dict[Host, dict[str, Any]]) -> None:
             f"{n} {theirs.get(n)}" for n in own if theirs.get(n) != own[n]
         ]
         if differ:
-            other.append(f"{_named([host])} has {', '.join(differ)}")
+            other.append(f"{hello.named([host])} has {', '.join(differ)}")
     if other:
         here = ", ".join(f"{name} {version}" for name, version in own.items())
         raise RuntimeError(
@@ -120,8 +120,8 @@ def _check_alike(spec: Spec, said: dict[Host, dict[str, Any]]) -> None:
             raise RuntimeError(
                 "Expected every task to be told of the same cluster, which "
                 f"is {spec.jobs} in {spec.controller.name}. Received: "
-                f"{theirs} in {_named([host])}. Give all the same `cluster` "
-                "in `TF_CONFIG`."
+                f"{theirs} in {hello.named([host])}. Give all the same "
+                "`cluster` in `TF_CONFIG`."
             )
 
 
@@ -136,11 +136,7 @@ def _check_answers(spec: Spec, deadline: float, timeout: float) -> None:
         raise TimeoutError(
             f"Expected {spec.controller.name} to reach TensorFlow's server in "
             f"every task within {timeout:g} seconds. Received: no answer from "
-            f"{_named(silent)}, which did come here themselves. Check that "
-            "each address leads to its task from here, and no firewall is "
-            "between."
+            f"{hello.named(silent)}, which did come here themselves. Check "
+            "that each address leads to its task from here, and no firewall "
+            "is between."
         )
-
-
-def _named(hosts: list[Host]) -> str:
-    return ", ".join(f"{host.name} ({host.address})" for host in hosts)

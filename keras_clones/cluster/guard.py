@@ -6,6 +6,7 @@ that has started, `-N` for one that has ended. At the end of the pipe the
 launch is gone, and what is left is ended.
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -22,10 +23,8 @@ def main(lines: Iterable[str]) -> None:
         else:
             groups.discard(group)
     for group in groups:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(group, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import json
 import socket
 import sys
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import keras
@@ -56,11 +57,33 @@ def receive(line: socket.socket) -> dict[str, Any] | None:
         if not byte or len(data) > _LONGEST:
             return None
         data += byte
+        # A server of TensorFlow does not end its lines.
+        if data[:1] != b"{":
+            return None
     try:
         message = json.loads(data)
     except ValueError:
         return None
     return message if isinstance(message, dict) else None
+
+
+def has_ended(line: socket.socket) -> bool:
+    """Return whether the process at the other end is gone."""
+    timeout = line.gettimeout()
+    line.setblocking(False)
+    try:
+        return not line.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    finally:
+        line.settimeout(timeout)
+
+
+def named(hosts: Iterable[Host]) -> str:
+    """Return what processes are called in an error."""
+    return ", ".join(f"{host.name} ({host.address})" for host in hosts)
 
 
 def split(address: str) -> tuple[str, int]:

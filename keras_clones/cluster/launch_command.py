@@ -33,6 +33,22 @@ def add_command(commands: Any) -> None:
         "that ended it, or 124 when the time was up.",
         epilog=_SAFETY,
     )
+    _add_options(parser)
+    parser.add_argument(
+        "-m",
+        dest="module",
+        action="store_true",
+        help="the script is the name of a module, as for `python -m`",
+    )
+    parser.add_argument("script", help="what every task runs")
+    parser.add_argument(
+        "arguments", nargs=argparse.REMAINDER, help="arguments of the script"
+    )
+    parser.set_defaults(run=run, error=parser.error)
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what says how many tasks there are, and for how long."""
     parser.add_argument(
         "--replicas",
         type=_at_least(1),
@@ -68,17 +84,6 @@ def add_command(commands: Any) -> None:
         help="give the tasks a network of their own with nothing but a "
         "loopback interface, where the system allows it (Linux)",
     )
-    parser.add_argument(
-        "-m",
-        dest="module",
-        action="store_true",
-        help="the script is the name of a module, as for `python -m`",
-    )
-    parser.add_argument("script", help="what every task runs")
-    parser.add_argument(
-        "arguments", nargs=argparse.REMAINDER, help="arguments of the script"
-    )
-    parser.set_defaults(run=run, error=parser.error)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -1,5 +1,6 @@
 """One task's process and what it prints, and what ends it if all else fails."""
 
+import contextlib
 import os
 import pathlib
 import signal
@@ -58,10 +59,8 @@ class Process:
 
     def signal(self, number: int) -> None:
         """Send a signal to it and all that it started."""
-        try:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.group, number)
-        except (ProcessLookupError, PermissionError):
-            pass
 
     def is_left(self) -> bool:
         """Return whether it, or anything that it started, is there."""
