@@ -54,6 +54,12 @@ function_def_to_graph_def = _private(
     "function_def_to_graph_def"
 )
 
+# No public name lets operations run beside those of other threads.
+_new_executor = _private("tensorflow.python.eager.executor.new_executor")
+_executor_scope = _private("tensorflow.python.eager.context.executor_scope")
+
+_apart: list[Any] = []
+
 # No public name tells which cluster this process was connected to.
 _get_server_def = _private("tensorflow.python.eager.context.get_server_def")
 
@@ -102,6 +108,28 @@ def session_config() -> tf.compat.v1.ConfigProto:
     Does not start them.
     """
     return _context().config
+
+
+class Apart:
+    """Runs operations that wait for none of those of other threads.
+
+    Operations of a process share executors, and wait for each other there.
+    """
+
+    def __init__(self) -> None:
+        self._executor = _new_executor(enable_async=False)
+        # What comes back late from a host that was lost must find it there.
+        _apart.append(self._executor)
+
+    def run(self, function: Callable[[], Any]) -> Any:
+        """Return what a function returns, or raise what it raises."""
+        try:
+            with _executor_scope(self._executor):
+                return function()
+        except BaseException:
+            # It would raise this once more at the next operation.
+            self._executor.clear_error()
+            raise
 
 
 def stop_recording() -> AbstractContextManager[None]:

@@ -815,3 +815,10 @@ def test_devices_that_a_server_offers_are_those_of_this_process():
     assert _tf.has_devices()
     count = len(tf.config.list_logical_devices("CPU"))
     assert _tf.session_config().device_count["CPU"] == count
+
+
+def test_operations_that_run_apart():
+    apart = _tf.Apart()
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        apart.run(lambda: tf.reshape(tf.ones(3), [2]))
+    assert float(apart.run(lambda: tf.constant(1.0) + 1.0)) == 2.0

@@ -9,7 +9,7 @@ from typing import Any
 
 from keras_clones import _tf
 from keras_clones.checks import check_backend
-from keras_clones.cluster import hello
+from keras_clones.cluster import hello, watch
 from keras_clones.cluster.gather import gather, refuse
 from keras_clones.cluster.join import check_not_stuck, join
 from keras_clones.cluster.resolve import EVALUATOR, Spec, resolve
@@ -128,6 +128,7 @@ def disconnect() -> None:
             f"Received: {found}, which TensorFlow was connected to otherwise. "
             "End its servers the way they were started."
         )
+    watch.stop()
     for line in _lines.values():
         # A task may have ended before.
         with contextlib.suppress(OSError):
@@ -153,6 +154,7 @@ def _lead(spec: Spec, timeout: float) -> Cluster:
         refuse(lines, error)
         raise
     _lines.update(lines)
+    watch.start(lines, timeout)
     found = hosts.cluster() or _alone()
     _made.append(found)
     return found

@@ -7,6 +7,8 @@ from typing import Any
 import keras
 
 from keras_clones import _keras, checks
+from keras_clones.cluster import watch
+from keras_clones.devices import hosts
 from keras_clones.devices.homes import Homes
 from keras_clones.door import guarded
 from keras_clones.door.deployed import Deployment
@@ -16,6 +18,11 @@ from keras_clones.step import steps
 
 _STEPS = ("train_step", "test_step", "predict_step")
 _MAKERS = ("make_train_function", "make_test_function", "make_predict_function")
+# What a user calls that may wait for hosts of a cluster.
+_METHODS = (
+    *("fit", "evaluate", "predict"),
+    *("train_on_batch", "test_on_batch", "predict_on_batch"),
+)
 # The underscores keep it out of what Keras walks through to save a model.
 _KEY = "__keras_clones__"
 
@@ -30,6 +37,10 @@ def attach(model: keras.Model, made: Deployment) -> None:
         vars(model)[name] = functools.partial(
             getattr(steps, name), model, options
         )
+    if hosts.cluster() is not None:
+        for name in _METHODS:
+            method = getattr(type(model), name).__get__(model)
+            vars(model)[name] = watch.naming_lost_hosts(method)
     for name in _MAKERS:
         make = getattr(type(model), name).__get__(model)
         vars(model)[name] = _maker(
@@ -40,8 +51,8 @@ def attach(model: keras.Model, made: Deployment) -> None:
 
 def detach(model: keras.Model) -> None:
     """Take the clone steps off a model again."""
-    for name in (*_STEPS, *_MAKERS, _KEY):
-        del vars(model)[name]
+    for name in (*_STEPS, *_MAKERS, *_METHODS, _KEY):
+        vars(model).pop(name, None)
     _forget_functions(model)
 
 
@@ -85,19 +96,19 @@ def _maker(
 
 
 def watch_training(
-    model: keras.Model, watcher: Any, watch: Watch | None
+    model: keras.Model, watcher: Any, told: Watch | None
 ) -> None:
     """Let the training steps of a cloned model tell one more watch.
 
     Args:
         model: A cloned `keras.Model`.
         watcher: The callback that wants to know. It has one watch at a time.
-        watch: A `Watch`, or `None` to tell this watcher nothing any more.
+        told: A `Watch`, or `None` to tell this watcher nothing any more.
     """
     made = vars(model)[_KEY]
     made.watches.pop(watcher, None)
-    if watch is not None:
-        made.watches[watcher] = watch
+    if told is not None:
+        made.watches[watcher] = told
     vars(model)["train_step"] = functools.partial(
         steps.train_step, model, made.step_options()
     )

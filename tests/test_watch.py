@@ -1,0 +1,145 @@
+"""A host that is gone or stuck is named, and what waits for it ends."""
+
+import json
+import os
+import pathlib
+import re
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import tensorflow as tf
+
+from keras_clones.cluster import watch
+from keras_clones.devices.hosts import Host
+
+SCRIPT = pathlib.Path(__file__).parent / "cluster" / "fault.py"
+
+
+def free_addresses(count):
+    with_ports = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    found = [f"127.0.0.1:{one.getsockname()[1]}" for one in with_ports]
+    for one in with_ports:
+        one.close()
+    return found
+
+
+def strike(folder, name, victim):
+    """Run the script in all tasks of a cluster; return what it prints."""
+    controller, worker, ps = free_addresses(3)
+    cluster = {"chief": [controller], "worker": [worker], "ps": [ps]}
+    root = str(SCRIPT.parents[2])
+    tasks = []
+    for job in cluster:
+        task = {"cluster": cluster, "task": {"type": job, "index": 0}}
+        settings = {"TF_CONFIG": json.dumps(task), "FAULT_FOLDER": str(folder)}
+        tasks.append(
+            subprocess.Popen(
+                [sys.executable, str(SCRIPT), name, victim],
+                env={**os.environ, **settings, "PYTHONPATH": root},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    try:
+        printed, _ = tasks[0].communicate(timeout=120)
+    finally:
+        for task in tasks:
+            task.kill()
+            task.communicate()
+    assert tasks[0].returncode == 0, printed
+    assert printed.splitlines()[-1] == "SAVED"
+    return json.loads(re.search(r"^RAISED (.*)$", printed, re.M)[1])
+
+
+def test_a_stuck_host_is_named_in_time(tmp_path):
+    seconds, text = strike(tmp_path, "SIGSTOP", "worker")
+    assert 3 < seconds < 15
+    assert re.search(r"worker 0 \(127\.0\.0\.1:\d+\) has not answered", text)
+    assert "keras_clones.Backup" in text
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("victim", ["worker", "ps"])
+def test_a_host_that_dies_is_named_at_once(tmp_path, victim):
+    seconds, text = strike(tmp_path, "SIGKILL", victim)
+    assert seconds < 5
+    assert re.search(rf"{victim} 0 \(127\.0\.0\.1:\d+\) has ended", text)
+
+
+@pytest.mark.full
+def test_a_stuck_parameter_server_is_named_in_time(tmp_path):
+    seconds, text = strike(tmp_path, "SIGSTOP", "ps")
+    assert 3 < seconds < 15
+    assert "ps 0" in text
+
+
+def test_connections_to_one_address_are_shut_down():
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.create_server(("127.0.0.1", 0)) as other,
+        socket.create_connection(server.getsockname()) as line,
+        socket.create_connection(other.getsockname()) as kept,
+    ):
+        address = "{}:{}".format(*server.getsockname())
+        watch._disconnect(Host("worker", 1, address))
+        line.settimeout(5)
+        assert line.recv(1) == b""
+        kept.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            kept.recv(1)
+
+
+@pytest.fixture
+def pair():
+    ends = socket.socketpair()
+    yield ends
+    for end in ends:
+        end.close()
+
+
+@pytest.fixture
+def watching(pair, monkeypatch):
+    """A watch of one host, whose questions this process answers itself."""
+    one = watch.Watch({Host("worker", 1, "10.0.0.1:2222"): pair[0]}, 0.5)
+    monkeypatch.setattr(watch, "_watches", [one])
+    yield one
+    one.stop()
+
+
+def test_an_error_of_a_lost_host_says_so(watching, pair):
+    error = tf.errors.UnavailableError(None, None, "Socket closed")
+    pair[1].close()
+    found = watch.explain(error)
+    assert "worker 1 (10.0.0.1:2222) has ended" in str(found)
+
+
+def test_errors_of_the_users_own_are_left_alone(watching, pair):
+    pair[1].close()
+    assert watch.explain(ValueError("wrong")) is None
+
+
+def test_errors_while_all_hosts_are_there(watching, monkeypatch):
+    monkeypatch.setattr(watch, "_SECONDS_TO_NOTICE", 0.2)
+    error = tf.errors.InvalidArgumentError(None, None, "shapes")
+    assert watch.explain(error) is None
+
+
+def test_a_host_that_does_not_answer_counts_as_stuck(watching, monkeypatch):
+    cut = []
+    monkeypatch.setattr(watch, "_disconnect", cut.append)
+    monkeypatch.setattr(watch, "_PAUSE", 0.05)
+
+    def fail(self, function):
+        raise tf.errors.UnavailableError(None, None, "not there")
+
+    monkeypatch.setattr(watch._tf.Apart, "run", fail)
+    watching.start()
+    deadline = time.monotonic() + 10
+    while not cut and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert cut[0].name == "worker 1"
+    assert "has not answered for" in watching.lost()[0]
