@@ -25,7 +25,7 @@ LATE = {
         *("benchmark/results", "comparing/drawing", "look/picture"),
         "look/timeline",
     },
-    "IPython": {"look/report"},
+    "IPython": {"look/page"},
 }
 # What the commands need besides, as no module of the library does.
 COMMAND = {

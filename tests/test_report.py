@@ -23,7 +23,7 @@ from keras_clones.benchmark.transfers import count_transfers, traffic
 from keras_clones.devices import placement
 from keras_clones.look import picture
 from keras_clones.look.labels import label
-from keras_clones.look.report import Page, Table, readable
+from keras_clones.look.page import Page, Table, readable
 
 CPUS = [f"CPU:{i}" for i in range(8)]
 

@@ -5,7 +5,8 @@ from typing import Any
 
 from keras_clones.comparing import drawing, page
 from keras_clones.comparing.records import Findings
-from keras_clones.look import picture, report
+from keras_clones.look import picture
+from keras_clones.look.page import show
 
 
 class Comparison:
@@ -48,7 +49,7 @@ class Comparison:
 
     def summary(self) -> None:
         """Print what it came to; in a notebook it shows as HTML."""
-        report.show(page.page(self._findings))
+        show(page.page(self._findings))
 
     def plot(self, path: str | os.PathLike[str] = "comparison.png") -> None:
         """Draw the difference by step, and the time by number of clones.

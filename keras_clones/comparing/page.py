@@ -12,7 +12,7 @@ from keras_clones.comparing.records import (
     Run,
     named,
 )
-from keras_clones.look.report import Page, Table, readable
+from keras_clones.look.page import Page, Table, readable
 
 # How many of the variables that differ are shown.
 _SHOWN = 8

@@ -11,7 +11,7 @@ from keras_clones.calls.looks import Looks
 from keras_clones.devices import balance
 from keras_clones.devices.config import DeploymentConfig, check_integer
 from keras_clones.devices.placement import Clone, short_name, short_names
-from keras_clones.look import footprint, picture, report
+from keras_clones.look import footprint, page, picture, report
 from keras_clones.look.labels import label
 from keras_clones.plan import watch
 from keras_clones.plan.options import StepOptions
@@ -160,7 +160,7 @@ class Deployment:
             TypeError: If `batch_size` is not an integer.
             ValueError: If `batch_size` is less than 1.
         """
-        report.show(self._page(batch_size))
+        page.show(self._page(batch_size))
 
     def plot(
         self,
@@ -188,7 +188,7 @@ class Deployment:
         labels = label(self.clones, self._homes(), rows, size, why_not)
         picture.draw(labels).savefig(path)
 
-    def _page(self, batch_size: int | None = None) -> report.Page:
+    def _page(self, batch_size: int | None = None) -> page.Page:
         rows = self._rows(batch_size)
         size, why_not = self._footprint()
         return report.deployment_page(

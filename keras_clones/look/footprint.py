@@ -56,6 +56,8 @@ class Footprint(NamedTuple):
             the metrics are computed.
         devices: Dict of bytes by device string, by the part, one of
             `"trainable"`, `"others"` and `"slots"`.
+        by_home: Dict of the bytes of mirrors and of dense gradients, by the
+            device string of the home of the weights.
     """
 
     trainable: int
@@ -70,6 +72,7 @@ class Footprint(NamedTuple):
     compiled: bool
     settled: bool
     devices: dict[str, dict[str, int]]
+    by_home: dict[str, tuple[int, int]]
 
 
 def is_built(model: keras.Model) -> bool:
@@ -129,7 +132,18 @@ def measure(model: keras.Model, options: StepOptions) -> Footprint:
             "others": _devices(others),
             "slots": _devices(slots),
         },
+        by_home=_by_home(mirrored, variables.trainable),
     )
+
+
+def _by_home(
+    mirrored: Sequence[keras.Variable], trainable: Sequence[keras.Variable]
+) -> dict[str, tuple[int, int]]:
+    """Return the bytes of mirrors, and of gradients, by home."""
+    trained = {id(v) for v in trainable}
+    sent = _devices(mirrored)
+    back = _devices([v for v in mirrored if id(v) in trained])
+    return {home: (size, back.get(home, 0)) for home, size in sent.items()}
 
 
 def add(one: Flow, other: Flow) -> Flow:

@@ -11,7 +11,7 @@ import tensorflow as tf
 from keras_clones import _tf
 from keras_clones.devices import placement
 from keras_clones.devices.naming import canonical_device
-from keras_clones.look.report import Page, Table, readable
+from keras_clones.look.page import Page, Table, readable
 
 
 def add_command(commands: Any) -> None:
