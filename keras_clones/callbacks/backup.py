@@ -145,6 +145,8 @@ class Backup(keras.callbacks.Callback):
         callbacks, epochs = fit
         self._put_last(callbacks)
         found = file.read(self.folder)
+        # A fit that failed early has left its own.
+        _keras.set_initial_epoch(self.model, None)
         self._used_seed = self._find_seed(found)
         self._data = Data(epochs, self._used_seed)
         self._epoch = self._batch = self._unsaved = 0

@@ -160,9 +160,10 @@ class Data:
             iter(self._dataset)
         self._made, self._done = target.iterators, target.epochs
         data = _keras.py_dataset_of(self._epochs)
-        for _ in range(target.epochs if data is not None else 0):
-            data.on_epoch_begin()
-            data.on_epoch_end()
+        if data is not None:
+            for _ in range(target.epochs):
+                data.on_epoch_begin()
+                data.on_epoch_end()
         if self._epochs.steps_per_epoch and target.consumed:
             before = target.consumed - target.batch
             _keras.set_open_iterator(self._epochs, iter(self), before)

@@ -42,9 +42,10 @@ def write(folder: str, content: Content) -> None:
     path = os.path.join(folder, NAME)
     writing = os.path.join(folder, WRITING)
     text = json.dumps({"format": FORMAT, **content.data}).encode()
-    named = {str(i): array for i, array in enumerate(content.arrays)}
+    named: dict[str, Any] = {_DATA: np.frombuffer(text, np.uint8)}
+    named |= {str(i): array for i, array in enumerate(content.arrays)}
     with open(writing, "wb") as file:
-        np.savez(file, **{_DATA: np.frombuffer(text, np.uint8)}, **named)
+        np.savez(file, **named)
         file.flush()
         os.fsync(file.fileno())
     if os.path.exists(path):

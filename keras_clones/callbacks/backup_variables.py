@@ -89,7 +89,7 @@ def _plain(path: str) -> str:
 
 
 def _check(saved: list[list[Any]], found: list[list[Any]]) -> None:
-    nothing = ["no variable", [], ""]
+    nothing: list[Any] = ["no variable", [], ""]
     for i in range(max(len(saved), len(found))):
         was = saved[i] if i < len(saved) else nothing
         now = found[i] if i < len(found) else nothing
