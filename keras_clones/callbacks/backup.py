@@ -153,8 +153,9 @@ class Backup(keras.callbacks.Callback):
         self._first: callbacks_of.States | None = None
         self._found = found
         if found is not None:
+            self._data.go_to(Position(*found.data["position"]))
             self._restore_variables(found)
-            self._go_to(found)
+            self._begin_at(found)
 
     def on_epoch_begin(
         self, epoch: int, logs: dict[str, Any] | None = None
@@ -227,9 +228,7 @@ class Backup(keras.callbacks.Callback):
             )
         return seed
 
-    def _go_to(self, found: file.Content) -> None:
-        position = Position(*found.data["position"])
-        self._data.go_to(position)
+    def _begin_at(self, found: file.Content) -> None:
         epoch = found.data["epoch"]
         if found.data["stopped"]:
             epoch = max(epoch, self.params["epochs"])
