@@ -1,5 +1,6 @@
 """Clones for Keras 3: a model's computation on every device of a machine."""
 
+from keras_clones.callbacks.backup import Backup
 from keras_clones.callbacks.profiler import CloneProfiler
 from keras_clones.callbacks.summaries import CloneSummaries
 from keras_clones.cluster.connect import connect, disconnect
@@ -22,6 +23,7 @@ from keras_clones.model_deploy.deployed_model import DeployedModel, deploy
 __version__ = "0.1.0"
 
 __all__ = [
+    "Backup",
     "Clone",
     "CloneProfiler",
     "CloneSummaries",

@@ -8,6 +8,8 @@ import copy
 import functools
 import gc
 import random
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -43,6 +45,10 @@ _global_seed_generator = _private(
     "keras.src.random.seed_generator.global_seed_generator"
 )
 _LossFunctionWrapper = _private("keras.src.losses.losses.LossFunctionWrapper")
+_EpochIterator = _private("keras.src.trainers.epoch_iterator.EpochIterator")
+_ArrayDataAdapter = _private(
+    "keras.src.trainers.data_adapters.array_data_adapter.ArrayDataAdapter"
+)
 _ALL_METRICS = _private("keras.src.metrics.ALL_OBJECTS_DICT")
 
 
@@ -583,3 +589,157 @@ def compile_arguments(model: keras.Model) -> dict[str, Any] | None:
     """Return what `compile` got, as it got it: the public way makes text."""
     held = getattr(model, "_compile_config", None)
     return None if held is None else dict(held.config)
+
+
+def fit_of(
+    callback: keras.callbacks.Callback,
+) -> tuple[keras.callbacks.CallbackList, Any] | None:
+    """Return the callbacks of the `fit` that calls one, and its batches.
+
+    `fit` has both in its local names only, and hands neither on.
+    """
+    held: keras.callbacks.CallbackList | None = None
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        names = frame.f_locals
+        own = names.get("self")
+        if isinstance(own, keras.callbacks.CallbackList) and any(
+            one is callback for one in own.callbacks
+        ):
+            held = own
+        epochs = names.get("epoch_iterator")
+        if held is not None and isinstance(epochs, _EpochIterator):
+            return held, epochs
+        frame = frame.f_back
+    return None
+
+
+def set_initial_epoch(model: keras.Model, epoch: int | None) -> None:
+    """Let `fit` begin with another epoch than its argument says."""
+    model._initial_epoch = epoch
+
+
+def build_all(model: keras.Model, spec: Any) -> None:
+    """Make all variables of a model, its metrics and its optimizer.
+
+    Args:
+        model: Model.
+        spec: Structure of `tf.TensorSpec`, of a batch of its data.
+    """
+    kinds = (tf.TensorSpec, tf.RaggedTensorSpec, tf.SparseTensorSpec)
+    # A part of the batch that is left out is an optional.
+    model._symbolic_build(
+        data_batch=keras.tree.map_structure(
+            lambda one: one if isinstance(one, kinds) else None, spec
+        )
+    )
+
+
+def begin_with_logs(model: keras.Model, logs: dict[str, Any]) -> None:
+    """Let an epoch that has no step left end with the logs of its last."""
+    held = model._get_metrics_result_or_logs
+
+    def with_logs(of_step: Any) -> Any:
+        vars(model).pop("_get_metrics_result_or_logs", None)
+        return held(of_step or logs)
+
+    vars(model)["_get_metrics_result_or_logs"] = with_logs
+
+
+def replace_batches(
+    epochs: Any, iterators: Any, wrap: Callable[[Any], Iterator[Any]]
+) -> None:
+    """Let the batches of a `fit` come from elsewhere.
+
+    Args:
+        epochs: The batches of a `fit`, as `fit_of` has them.
+        iterators: Iterable that makes an iterator of all batches.
+        wrap: Function that gets what makes the first and the last step and
+            the iterator of each execution of an epoch, and gives them on.
+    """
+    held = epochs._enumerate_iterator
+    epochs._get_iterator = lambda: iterators
+    epochs._enumerate_iterator = lambda: wrap(held)
+
+
+def dataset_of(epochs: Any) -> Any:
+    """Return the dataset behind the batches of a `fit`."""
+    return epochs._distributed_dataset
+
+
+def open_iterator(epochs: Any) -> Any:
+    """Return the iterator that the next epoch goes on with, if any."""
+    return epochs._current_iterator if epochs.steps_per_epoch else None
+
+
+def set_open_iterator(epochs: Any, iterator: Any, seen: int) -> None:
+    """Let the next epoch go on with an iterator, some batches of it seen."""
+    epochs._current_iterator = iterator
+    epochs._steps_seen = seen
+
+
+def set_known_batches(epochs: Any, number: int | None) -> None:
+    """Say how many batches there are, as the first epoch found out."""
+    if epochs._num_batches is None:
+        epochs._num_batches = number
+
+
+def known_batches(epochs: Any) -> int | None:
+    """Return how many batches there are, if that is known by now."""
+    return epochs._num_batches
+
+
+def is_of_arrays(epochs: Any) -> bool:
+    """Say whether the data of a `fit` are arrays that it shuffles."""
+    adapter = epochs.data_adapter
+    return isinstance(adapter, _ArrayDataAdapter) and bool(adapter._shuffle)
+
+
+def shuffle_arrays(epochs: Any, shuffle: Callable[[Any], Any]) -> Any:
+    """Return the dataset of arrays that a function shuffles.
+
+    Keras's own order comes from a kernel of TensorFlow's, which is either
+    another in every process or the same in every epoch.
+
+    Args:
+        epochs: The batches of a `fit`.
+        shuffle: Function of a tensor of row numbers.
+    """
+    held, mine = tf.random.shuffle, threading.get_ident()
+
+    def instead(value: Any, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != mine:
+            return held(value, *args, **kwargs)
+        return shuffle(value)
+
+    tf.random.shuffle = instead
+    try:
+        return epochs.data_adapter.get_tf_dataset()
+    finally:
+        tf.random.shuffle = held
+
+
+def py_dataset_of(epochs: Any) -> keras.utils.PyDataset | None:
+    """Return the `PyDataset` behind the batches of a `fit`, if it is one."""
+    return getattr(epochs.data_adapter, "py_dataset", None)
+
+
+def shuffles_py_dataset(epochs: Any) -> str | None:
+    """Say who draws the order of a `PyDataset`: Keras, its workers, none."""
+    adapter = epochs.data_adapter
+    if py_dataset_of(epochs) is None or not adapter.shuffle:
+        return None
+    if adapter.py_dataset.num_batches is None:
+        return None
+    return "Keras" if adapter.enqueuer is None else "workers"
+
+
+def order_py_dataset(epochs: Any, order: Callable[[int], Any]) -> None:
+    """Let a function of their number say the order of the batches."""
+    adapter = epochs.data_adapter
+
+    def batches() -> Iterator[Any]:
+        for index in order(adapter.py_dataset.num_batches):
+            yield adapter._standardize_batch(adapter.py_dataset[int(index)])
+
+    adapter._finite_generator = batches

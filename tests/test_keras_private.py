@@ -822,3 +822,121 @@ def test_operations_that_run_apart():
     with pytest.raises(tf.errors.InvalidArgumentError):
         apart.run(lambda: tf.reshape(tf.ones(3), [2]))
     assert float(apart.run(lambda: tf.constant(1.0) + 1.0)) == 2.0
+class Looks(keras.callbacks.Callback):
+    """Calls a function as an epoch begins."""
+
+    def __init__(self, look):
+        super().__init__()
+        self.look = look
+
+    def on_train_begin(self, logs=None):
+        self.look(self, *_keras.fit_of(self))
+
+
+def batches(look, **data):
+    """Return the fits that a function has looked at, with a small model."""
+    arguments = {"x": np.ones((6, 2)), "y": np.ones((6, 1)), "batch_size": 2}
+    model = small()
+    arguments = data or arguments
+    model.fit(**arguments, verbose=0, callbacks=[Looks(look)])
+    return model
+
+
+def test_the_callbacks_and_batches_of_a_fit():
+    def look(callback, callbacks, epochs):
+        assert callback in callbacks.callbacks
+        assert epochs.num_batches == _keras.known_batches(epochs) == 3
+        assert epochs.steps_per_execution == 1
+        assert epochs.steps_per_epoch is None
+        assert _keras.is_of_arrays(epochs)
+        assert _keras.py_dataset_of(epochs) is None
+        assert _keras.shuffles_py_dataset(epochs) is None
+        spec = _keras.dataset_of(epochs).element_spec
+        _keras.build_all(callback.model, spec)
+        assert _keras.is_built(callback.model)
+        assert callback.model.optimizer.built
+        looked.append(epochs)
+
+    looked = []
+    batches(look)
+    assert looked
+    assert _keras.fit_of(keras.callbacks.Callback()) is None
+
+
+def test_a_fit_that_begins_later():
+    model = small()
+    _keras.set_initial_epoch(model, 2)
+    history = model.fit(np.ones((2, 2)), np.ones((2, 1)), epochs=3, verbose=0)
+    assert history.epoch == [2]
+    _keras.set_initial_epoch(model, None)
+    history = model.fit(np.ones((2, 2)), np.ones((2, 1)), verbose=0)
+    assert history.epoch == [0]
+
+
+def test_batches_of_a_fit_are_replaced():
+    def look(callback, callbacks, epochs):
+        dataset = _keras.dataset_of(epochs)
+        _keras.build_all(callback.model, dataset.element_spec)
+        _keras.replace_batches(epochs, dataset.take(2), wrap)
+        _keras.begin_with_logs(callback.model, {"other": 1.0})
+
+    def wrap(steps):
+        # With no steps left, an epoch has the logs that it is given.
+        for begin, end, iterator in steps():
+            next(iterator)
+            seen.append((begin, end))
+        return iter(())
+
+    seen = []
+    data = tf.data.Dataset.from_tensors((np.ones((2, 2)), np.ones((2, 1))))
+    model = batches(look, x=data.repeat(2))
+    assert seen == [(0, 0), (1, 1)]
+    assert model.history.history == {"other": [1.0]}
+
+
+def test_a_fit_goes_on_with_an_iterator():
+    def look(callback, callbacks, epochs):
+        assert _keras.open_iterator(epochs) is None
+        iterator = iter(_keras.dataset_of(epochs))
+        next(iterator)
+        _keras.set_open_iterator(epochs, iterator, 1)
+        assert _keras.open_iterator(epochs) is iterator
+        _keras.set_known_batches(epochs, 7)
+        assert _keras.known_batches(epochs) == 4
+
+    data = tf.data.Dataset.from_tensors((np.ones((2, 2)), np.ones((2, 1))))
+    batches(look, x=data.repeat(4), steps_per_epoch=2)
+
+
+def test_arrays_are_shuffled_by_a_function():
+    def look(callback, callbacks, epochs):
+        data = _keras.shuffle_arrays(epochs, lambda rows: rows[::-1])
+        held.extend(x.numpy()[0, 0] for x, y in data)
+
+    held, x = [], np.repeat(np.arange(4.0), 2).reshape(4, 2)
+    shuffle = tf.random.shuffle
+    batches(look, x=x, y=np.ones((4, 1)), batch_size=1)
+    assert held == [3, 2, 1, 0]
+    assert tf.random.shuffle is shuffle
+
+
+def test_batches_of_a_py_dataset_are_ordered_by_a_function():
+    class Data(keras.utils.PyDataset):
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            return np.full((1, 2), index), np.ones((1, 1))
+
+    def look(callback, callbacks, epochs):
+        assert isinstance(_keras.py_dataset_of(epochs), Data)
+        drawn.append(_keras.shuffles_py_dataset(epochs))
+        _keras.order_py_dataset(epochs, lambda number: range(number)[::-1])
+        found = [int(x[0, 0]) for x, y in _keras.dataset_of(epochs)]
+        assert found == ([2, 1, 0] if drawn[-1] != "workers" else found)
+
+    drawn = []
+    batches(look, x=Data())
+    batches(look, x=Data(), shuffle=False)
+    batches(look, x=Data(workers=2))
+    assert drawn == ["Keras", None, "workers"]
