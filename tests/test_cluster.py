@@ -1,5 +1,6 @@
 """Clones on the processes of a cluster train what one device trains."""
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -9,6 +10,14 @@ import sys
 import pytest
 
 HERE = pathlib.Path(__file__).parent / "cluster"
+
+
+def scale():
+    path = HERE.parents[1] / "docs" / "scale.py"
+    spec = importlib.util.spec_from_file_location("scale", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def launch(script, *arguments, replicas=2, ps=1, seconds=400):
@@ -74,12 +83,19 @@ def test_all_cases_train_as_one_device(topology, floatx):
 
 def test_a_link_carries_parameters_and_gradients_once_a_host():
     found = launch("count.py")
+    page = scale()
+    # A parameter server has as many links as there are hosts.
+    share = {
+        "controller": page.controller(2),
+        "spread": page.spread(2),
+        "greedy": page.servers(2, 1) / 2,
+    }
     for clones in (1, 3):
         for home, links in both(found, clones).items():
-            size = links.pop("parameters")
+            weights = links.pop("parameters")
+            size = weights * share[home]
             batch = 8 * 256 * 4
-            pair = {"controller", "spread"} & {home}
-            ends = ("worker 1", "worker 0" if pair else "ps 0")
+            ends = ("worker 1", "ps 0" if home == "greedy" else "worker 0")
             for source, target in (ends, ends[::-1]):
                 moved, messages, said = links.pop(f"{source} to {target}")
                 # Beside them, rows, shares of them, learning rates.
@@ -98,3 +114,10 @@ def both(found, clones):
         for name, links in found.items()
         if name.startswith(f"{clones} ")
     }
+
+
+def test_the_page_on_growth_has_what_is_computed():
+    page = scale()
+    text = page.PAGE.read_text()
+    assert page.page(text) == text
+    assert "| 1,024 | 1,023 P | 2 P | 1,024 P | 1 P |" in text

@@ -822,6 +822,8 @@ def test_operations_that_run_apart():
     with pytest.raises(tf.errors.InvalidArgumentError):
         apart.run(lambda: tf.reshape(tf.ones(3), [2]))
     assert float(apart.run(lambda: tf.constant(1.0) + 1.0)) == 2.0
+
+
 class Looks(keras.callbacks.Callback):
     """Calls a function as an epoch begins."""
 

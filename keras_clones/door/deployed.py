@@ -32,7 +32,8 @@ class Deployment:
         variables_device: Device string, home of every variable, or a tuple
             of those that the weights of the model are divided among.
         inputs_device: Device string, where the global batch arrives.
-        optimizer_device: Device string, where the optimizer runs.
+        optimizer_device: Device string, where the optimizer runs. Weights
+            that are at home elsewhere are updated there.
         loss: String, `"auto"`, `"clones"` or `"gather"`.
         batch_norm: String, `"mean"`, `"first"` or `"sync"`.
         layer_losses: String, `"mean"` or `"sum"`, a dict of layer names to
@@ -203,7 +204,7 @@ class Deployment:
     def _homes(self) -> dict[str, tuple[str, ...]]:
         return {
             "variables": self.options.homes.devices,
-            "optimizer": (self.optimizer_device,),
+            "optimizer": self.options.homes.devices,
             "inputs": (self.inputs_device,),
         }
 
