@@ -10,7 +10,7 @@ import gc
 import random
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -94,6 +94,36 @@ def reindex_optimizer(optimizer: keras.optimizers.Optimizer) -> None:
             now.get(key, key): decays
             for key, decays in optimizer._weight_decay_by_var_key.items()
         }
+
+
+@contextlib.contextmanager
+def adding_at_once(variables: Iterable[keras.Variable]) -> Iterator[None]:
+    """Let what is added to variables be added in one operation.
+
+    Keras reads a variable and assigns the sum. What is added between these
+    two by a step that runs at the same time would be lost.
+    """
+
+    def adds(variable: keras.Variable) -> Callable[[Any], Any]:
+        own = variable.assign_add
+
+        def assign_add(value: Any) -> Any:
+            if in_scope_without_state():
+                return own(value)
+            return tf_variable(variable).assign_add(
+                tf.cast(value, tf_variable(variable).dtype)
+            )
+
+        return assign_add
+
+    swapped = {id(variable): variable for variable in variables}
+    try:
+        for variable in swapped.values():
+            vars(variable)["assign_add"] = adds(variable)
+        yield
+    finally:
+        for variable in swapped.values():
+            vars(variable).pop("assign_add", None)
 
 
 def unreduced(

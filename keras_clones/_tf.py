@@ -110,6 +110,21 @@ def session_config() -> tf.compat.v1.ConfigProto:
     return _context().config
 
 
+def forget_task(job: str, task: int) -> None:
+    """Take a task that is gone out of the cluster that is connected to.
+
+    TensorFlow waits for all tasks of a cluster where a program waits for its
+    operations, and for one that is gone without an end.
+    """
+    definition = server_definition()
+    changed = type(definition)()
+    changed.CopyFrom(definition)
+    for one in changed.cluster.job:
+        if one.name == job and task in one.tasks:
+            del one.tasks[task]
+    _context().update_server_def(changed)
+
+
 class Apart:
     """Runs operations that wait for none of those of other threads.
 

@@ -20,8 +20,14 @@ def scale():
     return module
 
 
-def launch(script, *arguments, replicas=2, ps=1, seconds=400):
-    """Run a script on a cluster of this machine, and return what it prints."""
+def launch(script, *arguments, **options):
+    """Run a script that trains or counts; return what it found."""
+    what = {"train.py": "DIFFERENCES", "count.py": "LINKS"}[script]
+    return run(script, what, *arguments, **options)
+
+
+def run(script, what, *arguments, replicas=2, ps=1, seconds=400):
+    """Run a script on a cluster of this machine; return what a line says."""
     paths = [str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
     finished = subprocess.run(
         [
@@ -38,7 +44,7 @@ def launch(script, *arguments, replicas=2, ps=1, seconds=400):
     (line,) = (
         line
         for line in finished.stdout.splitlines()
-        if line.startswith(("[worker 0] DIFFERENCES ", "[worker 0] LINKS "))
+        if line.startswith(f"[worker 0] {what} ")
     )
     return json.loads(line[line.index("{") :])
 

@@ -126,6 +126,14 @@ class Watch:
                 if one.silent > self._timeout:
                     _disconnect(one.host)
 
+    def hosts_lost(self) -> list[Host]:
+        """Return the hosts that are gone or stuck."""
+        return [
+            one.host
+            for one in self._watched
+            if one.has_ended or one.silent > self._timeout
+        ]
+
 
 _watches: list[Watch] = []
 
@@ -161,6 +169,16 @@ def naming_lost_hosts(function: Callable[..., Any]) -> Callable[..., Any]:
             raise
 
     return named
+
+
+def is_lost(prefix: str) -> bool:
+    """Say whether a host is known to be gone or stuck.
+
+    Args:
+        prefix: String, what the names of its devices begin with.
+    """
+    lost = [host for watch in _watches for host in watch.hosts_lost()]
+    return any(host.prefix == prefix for host in lost)
 
 
 def explain(error: BaseException) -> ConnectionError | None:

@@ -53,6 +53,14 @@ class DeploymentConfig:
             `tf.config.LogicalDevice`s, come to the same. In a cluster they
             may be of any of its tasks. Defaults to `None`.
 
+        sync: Boolean, whether all replicas step together, on one global
+            batch. With `False` each replica steps by itself in `fit`, on a
+            batch of its own and on variables as they are, and its update is
+            applied as it comes. Passed by name. Defaults to `True`.
+        max_staleness: Integer, how many updates of others may be applied at
+            most while a replica computes its own, of those that step by
+            themselves. Passed by name. Defaults to `None`: any number.
+
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If an argument is out of range, a device is repeated, or
@@ -84,6 +92,8 @@ class DeploymentConfig:
     devices: Sequence[str] | None = dataclasses.field(
         default=None, kw_only=True
     )
+    sync: bool = dataclasses.field(default=True, kw_only=True)
+    max_staleness: int | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
@@ -102,6 +112,7 @@ class DeploymentConfig:
                 "Argument `clone_on_cpu` must be a boolean. "
                 f"Received: clone_on_cpu={self.clone_on_cpu!r}"
             )
+        self._check_sync()
         if self.devices is None:
             return
         object.__setattr__(self, "devices", check_devices(self.devices))
@@ -114,6 +125,23 @@ class DeploymentConfig:
             raise ValueError(
                 "Argument `devices` must name one device a clone. Received: "
                 f"num_clones={self.num_clones}, devices={self.devices}"
+            )
+
+    def _check_sync(self) -> None:
+        if not isinstance(self.sync, bool):
+            raise TypeError(
+                "Argument `sync` must be a boolean. "
+                f"Received: sync={self.sync!r}"
+            )
+        if self.max_staleness is None:
+            return
+        value = check_integer("max_staleness", self.max_staleness, 0)
+        object.__setattr__(self, "max_staleness", value)
+        if self.sync:
+            raise ValueError(
+                "Argument `max_staleness` is of replicas that step by "
+                "themselves: pass `sync=False` with it, or leave it out. "
+                f"Received: sync=True, max_staleness={value}"
             )
 
     @property

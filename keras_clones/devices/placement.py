@@ -103,13 +103,13 @@ def find_homes(config: DeploymentConfig, strategy: str | None) -> Homes:
 def _check_cluster(config: DeploymentConfig) -> None:
     found = hosts.cluster()
     if found is None:
-        if config.worker_device:
+        if config.worker_device or not config.sync:
             raise ValueError(
                 "Expected a cluster for a config of several replicas or of "
                 "parameter servers: this process is connected to none. Call "
                 "`keras_clones.connect()` first, at the top of the program. "
                 f"Received: num_replicas={config.num_replicas}, "
-                f"num_ps_tasks={config.num_ps_tasks}"
+                f"num_ps_tasks={config.num_ps_tasks}, sync={config.sync}"
             )
         return
     there = {"num_replicas": found.replicas, "num_ps_tasks": found.ps}
@@ -123,6 +123,12 @@ def _check_cluster(config: DeploymentConfig) -> None:
                 f"cluster has ({names}), or {least[name]}. "
                 f"Received: {name}={value}"
             )
+    if not config.sync and config.num_replicas == 1:
+        raise ValueError(
+            "Argument `sync=False` lets several replicas step by themselves: "
+            f"pass `num_replicas={len(found.replicas)}` with it. "
+            "Received: sync=False, num_replicas=1"
+        )
     if config.replica_id:
         raise ValueError(
             "Argument `replica_id` must be 0 in a cluster: one controller, "

@@ -14,7 +14,7 @@ from keras_clones.door import guarded
 from keras_clones.door.deployed import Deployment
 from keras_clones.plan import at_home
 from keras_clones.plan.watch import Watch
-from keras_clones.step import steps
+from keras_clones.step import asynchronous, steps
 
 _STEPS = ("train_step", "test_step", "predict_step")
 _MAKERS = ("make_train_function", "make_test_function", "make_predict_function")
@@ -51,7 +51,7 @@ def attach(model: keras.Model, made: Deployment) -> None:
 
 def detach(model: keras.Model) -> None:
     """Take the clone steps off a model again."""
-    for name in (*_STEPS, *_MAKERS, *_METHODS, _KEY):
+    for name in (*_STEPS, *_MAKERS, *_METHODS, "get_metrics_result", _KEY):
         vars(model).pop(name, None)
     _forget_functions(model)
 
@@ -75,6 +75,9 @@ def _maker(
         move_home(model, made.options.homes)
         if getattr(model, name) is not None and not force:
             return
+        if name == "train_function" and not made.config.sync:
+            _step_apart(model, made)
+            return
         # What was traced before may go by what has changed since.
         made.towers.clear()
         jit_compile = model.jit_compile
@@ -93,6 +96,41 @@ def _maker(
         setattr(model, name, function)
 
     return make_function
+
+
+def _step_apart(model: keras.Model, made: Deployment) -> None:
+    """Let each replica of a model step by itself."""
+    if model.run_eagerly:
+        raise ValueError(
+            "Replicas that step by themselves run functions, in threads of "
+            "their own: pass `run_eagerly=False` to `compile`, or `sync=True` "
+            "to `DeploymentConfig`. Received: run_eagerly=True, sync=False"
+        )
+    groups: dict[str, tuple[Any, ...]] = {}
+    for clone in made.clones:
+        host = hosts.host_of(clone.device)
+        groups[host] = (*groups.get(host, ()), clone)
+    model.train_function = asynchronous.make_replicas(
+        model,
+        made.step_options(),
+        groups,
+        made.config.max_staleness,
+        functools.partial(_do_without, model, made),
+    )
+    vars(model)["get_metrics_result"] = asynchronous.get_metrics_result(
+        model, model.train_function
+    )
+
+
+def _do_without(model: keras.Model, made: Deployment, prefix: str) -> None:
+    """Let no step use the clones of a process that is lost."""
+    left = [c for c in made.clones if hosts.host_of(c.device) != prefix]
+    made.options = made.options._replace(clones=tuple(left))
+    for name in ("test_step", "predict_step"):
+        vars(model)[name] = functools.partial(
+            getattr(steps, name), model, made.step_options()
+        )
+    model.test_function = model.predict_function = None
 
 
 def watch_training(

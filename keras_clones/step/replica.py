@@ -1,0 +1,77 @@
+"""One replica that steps by itself."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_clones import _keras, _tf
+from keras_clones.cluster import watch
+from keras_clones.look.links import host_name
+
+
+class Replica:
+    """Runs steps on the clones of one process of a cluster.
+
+    Args:
+        prefix: String, what the names of its devices begin with.
+        step: Function from a batch to logs.
+        variables: Function that returns all variables that the step may add
+            to: others may add to them at the same time.
+        forget: Function that is called when its process is lost.
+    """
+
+    def __init__(
+        self,
+        prefix: str,
+        step: Callable[[Any], Any],
+        variables: Callable[[], Sequence[keras.Variable]],
+        forget: Callable[[], None],
+    ) -> None:
+        self._prefix = prefix
+        self._step = step
+        self._variables = variables
+        self._forget = forget
+        self._function = _function(step)
+
+    @property
+    def name(self) -> str:
+        """What it is called where it is printed."""
+        return host_name(self._prefix)
+
+    def step_on(self, data: Any) -> Callable[[], Any]:
+        """Return a function that runs a step on a batch, and returns logs.
+
+        It waits until the step is done, and can be called in any thread.
+        """
+        known = self._variables()
+        concrete = self._trace(data, known)
+        if len(self._variables()) > len(known):
+            # The first step has made what it adds to.
+            self._function = _function(self._step)
+            concrete = self._trace(data, self._variables())
+
+        def run() -> Any:
+            logs = concrete(data)
+            return tf.nest.map_structure(lambda value: value.numpy(), logs)
+
+        return run
+
+    def forget(self) -> None:
+        """Let nothing wait for its process any more."""
+        self._forget()
+        spec = tf.DeviceSpec.from_string(self._prefix)
+        _tf.forget_task(spec.job, spec.task)
+
+    def _trace(self, data: Any, known: Sequence[keras.Variable]) -> Any:
+        with _keras.adding_at_once(known):
+            return self._function.get_concrete_function(data)
+
+    def is_lost(self) -> bool:
+        """Say whether its process is gone or stuck."""
+        return watch.is_lost(self._prefix)
+
+
+def _function(step: Callable[[Any], Any]) -> Any:
+    return tf.function(step, autograph=False, reduce_retracing=True)

@@ -1,0 +1,115 @@
+"""Train on digits with replicas that step by themselves.
+
+    python -m keras_clones launch --replicas 2 --ps 1 \
+        tests/cluster/asynchronous.py [max_staleness]
+
+prints a line of JSON: the accuracy, and the rows that each epoch counted. Where
+there is a folder `FAULT_FOLDER`, worker 1 is killed in the second epoch.
+"""
+
+import json
+import os
+import pathlib
+import signal
+import sys
+import warnings
+
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+
+import keras
+import numpy as np
+from sklearn.datasets import load_digits
+
+import keras_clones
+from keras_clones import DeploymentConfig, clone_model
+
+
+@keras.saving.register_keras_serializable("cluster")
+class Rows(keras.metrics.Metric):
+    """Counts the rows that it is given."""
+
+    def __init__(self, name="rows"):
+        super().__init__(name=name, dtype="float64")
+        self.count = self.add_weight(initializer="zeros", name="count")
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        self.count.assign_add(
+            keras.ops.cast(keras.ops.shape(y_true)[0], "float64")
+        )
+
+    def result(self):
+        # A value of its own, not the variable, which counts on.
+        return self.count + 0.0
+
+
+class Kill(keras.callbacks.Callback):
+    """Kills a task of the cluster in the second epoch."""
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self.model.optimizer.iterations.numpy() >= 60 and self.waiting:
+            self.waiting = False
+            pid = pathlib.Path(os.environ["FAULT_FOLDER"], "1").read_text()
+            os.kill(int(pid), signal.SIGKILL)
+
+    waiting = True
+
+
+def main():
+    if folder := os.environ.get("FAULT_FOLDER"):
+        task = json.loads(os.environ["TF_CONFIG"])["task"]
+        if task["type"] == "worker":
+            path = pathlib.Path(folder, str(task["index"]))
+            path.write_text(str(os.getpid()))
+    cluster = keras_clones.connect()
+    keras.utils.set_random_seed(0)
+    digits = load_digits()
+    order = np.random.default_rng(0).permutation(len(digits.target))
+    x, y = digits.images[order, ..., None] / 16, digits.target[order]
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 1)),
+            keras.layers.Conv2D(32, 3, padding="same", activation="relu"),
+            keras.layers.Conv2D(64, 3, padding="same", activation="relu"),
+            keras.layers.MaxPooling2D(),
+            keras.layers.Flatten(),
+            keras.layers.Dropout(0.4),
+            keras.layers.Dense(10, activation="softmax"),
+        ]
+    )
+    bound = int(sys.argv[1]) if len(sys.argv) > 1 else None
+    config = DeploymentConfig(
+        1,
+        num_replicas=len(cluster.replicas),
+        num_ps_tasks=len(cluster.ps),
+        sync=False,
+        max_staleness=bound,
+    )
+    clone_model(model, config=config)
+    model.compile(
+        keras.optimizers.Adam(1e-3),
+        "sparse_categorical_crossentropy",
+        metrics=["accuracy", Rows()],
+    )
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        history = model.fit(
+            x[:1400],
+            y[:1400],
+            batch_size=32,
+            epochs=14,
+            verbose=0,
+            callbacks=[Kill()] if folder else [],
+            validation_data=(x[1400:], y[1400:]),
+        ).history
+    accuracy = model.evaluate(x[1400:], y[1400:], verbose=0)[1]
+    found = {
+        "accuracy": accuracy,
+        "rows": history["rows"],
+        "steps": int(model.optimizer.iterations),
+        "told": [str(one.message) for one in told if "lost" in str(one)],
+    }
+    print("FOUND", json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()

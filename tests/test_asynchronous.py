@@ -1,0 +1,216 @@
+"""Replicas that step by themselves: no row is left out, none waits."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from test_cluster import HERE, run
+from test_watch import free_addresses
+
+from keras_clones import DeploymentConfig, _keras, clone_model
+from keras_clones.cluster import watch
+from keras_clones.step import asynchronous
+
+
+class Slow:
+    """A replica whose steps take as long as it is told."""
+
+    def __init__(self, name, seconds=0.0):
+        self.name, self.seconds = name, seconds
+        self.seen, self.forgotten, self.lost = [], 0, False
+
+    def step_on(self, data):
+        self.seen.append(data)
+        began = len(APPLIED)
+
+        def step():
+            time.sleep(self.seconds)
+            if self.lost:
+                raise tf.errors.UnavailableError(None, None, "gone")
+            STALENESS.append(len(APPLIED) - began)
+            APPLIED.append(data)
+            return {"loss": float(data)}
+
+        return step
+
+    def forget(self):
+        self.forgotten += 1
+
+    def is_lost(self):
+        return self.lost
+
+
+APPLIED, STALENESS = [], []
+
+
+@pytest.fixture(autouse=True)
+def nothing_applied():
+    APPLIED.clear()
+    STALENESS.clear()
+
+
+def steps(replicas, numbers, bound=None, num_batches=1):
+    function = asynchronous.Replicas(replicas, bound, num_batches)
+    iterator = iter(range(numbers))
+    logs = []
+    for _ in range(numbers // num_batches):
+        logs.append(function(iterator))
+    function.drain()
+    return logs
+
+
+def test_a_slow_replica_keeps_nobody():
+    slow, quick = Slow("slow", 0.2), Slow("quick", 0.01)
+    steps([quick, slow], 30)
+    assert sorted(APPLIED) == list(range(30))
+    assert len(quick.seen) > 3 * len(slow.seen) > 0
+
+
+@pytest.mark.parametrize("bound", [0, 1, 2, 5])
+def test_no_step_is_staler_than_the_bound(bound):
+    replicas = [Slow(str(i), 0.002 * (i + 1) ** 2) for i in range(4)]
+    steps(replicas, 60, bound)
+    assert sorted(APPLIED) == list(range(60))
+    assert max(STALENESS) <= bound
+    # As far as it goes, they do run at the same time.
+    assert bound == 0 or max(STALENESS) > 0
+
+
+def test_a_call_takes_as_many_batches_as_are_run_at_once():
+    logs = steps([Slow("0"), Slow("1")], 12, num_batches=4)
+    assert len(logs) == 3 and sorted(APPLIED) == list(range(12))
+    assert all(set(found) == {"loss"} for found in logs)
+
+
+def test_a_step_of_a_lost_replica_is_run_again(monkeypatch):
+    lost, other = Slow("worker 1", 0.01), Slow("worker 2", 0.01)
+    monkeypatch.setattr(watch, "explain", lambda error: ConnectionError("x"))
+    function = asynchronous.Replicas([other, lost], None, 1)
+    iterator = iter(range(20))
+    with pytest.warns(UserWarning, match="worker 1 is lost, and the others"):
+        for i in range(20):
+            lost.lost = i > 9
+            function(iterator)
+        function.drain()
+    assert sorted(APPLIED) == list(range(20))
+    assert lost.forgotten == 1
+
+
+def test_an_error_of_a_step_is_raised_and_nothing_runs_on():
+    class Wrong(Slow):
+        def step_on(self, data):
+            def step():
+                raise ZeroDivisionError("of the user's own")
+
+            return step if data == 4 else super().step_on(data)
+
+    with pytest.raises(ZeroDivisionError, match="of the user's own"):
+        steps([Wrong("0"), Wrong("1")], 20)
+    assert len(APPLIED) < 20
+
+
+def test_the_last_replica_that_is_lost_ends_it(monkeypatch):
+    monkeypatch.setattr(watch, "explain", lambda error: ConnectionError("x"))
+    gone = Slow("worker 0")
+    gone.lost = True
+    with pytest.raises(ConnectionError):
+        steps([gone], 3)
+
+
+def test_additions_of_threads_are_all_there():
+    total = keras.Variable(0.0, dtype="float64")
+
+    def add():
+        for _ in range(50):
+            concrete()
+
+    with _keras.adding_at_once([total]):
+
+        @tf.function
+        def step():
+            for _ in range(20):
+                total.assign_add(1.0)
+
+        concrete = step.get_concrete_function()
+    threads = [threading.Thread(target=add) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert float(total.value) == 4 * 50 * 20
+    assert "assign_add" not in vars(total)
+
+
+def test_config_of_replicas_that_step_by_themselves():
+    with pytest.raises(TypeError, match="`sync` must be a boolean"):
+        DeploymentConfig(sync=1)
+    with pytest.raises(ValueError, match="pass `sync=False` with it"):
+        DeploymentConfig(max_staleness=1)
+    with pytest.raises(ValueError, match="`max_staleness` must be"):
+        DeploymentConfig(sync=False, max_staleness=-1)
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    with pytest.raises(ValueError, match=r"keras_clones\.connect"):
+        clone_model(model, config=DeploymentConfig(num_replicas=2, sync=False))
+
+
+def check(found):
+    assert found["accuracy"] > 0.97
+    assert np.all(np.array(found["rows"]) >= 1400)
+
+
+def test_digits_with_replicas_that_step_by_themselves():
+    found = run("asynchronous.py", "FOUND", replicas=2)
+    check(found)
+    assert set(found["rows"]) == {1400.0}
+    assert found["steps"] == 44 * len(found["rows"])
+    assert found["told"] == []
+
+
+@pytest.mark.full
+def test_a_bounded_training_counts_every_row():
+    found = run("asynchronous.py", "FOUND", "1", replicas=3)
+    check(found)
+    assert set(found["rows"]) == {1400.0}
+
+
+@pytest.mark.full
+def test_a_training_goes_on_without_a_replica_that_dies(tmp_path):
+    *workers, ps = free_addresses(4)
+    cluster = {"worker": workers, "ps": [ps]}
+    names = [("worker", 0), ("worker", 1), ("worker", 2), ("ps", 0)]
+    tasks = []
+    for job, index in names:
+        task = {"cluster": cluster, "task": {"type": job, "index": index}}
+        settings = {
+            "TF_CONFIG": json.dumps(task),
+            "FAULT_FOLDER": str(tmp_path),
+            "PYTHONPATH": str(HERE.parents[1]),
+        }
+        tasks.append(
+            subprocess.Popen(
+                [sys.executable, str(HERE / "asynchronous.py")],
+                env={**os.environ, **settings},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    try:
+        printed, _ = tasks[0].communicate(timeout=240)
+    finally:
+        for task in tasks:
+            task.kill()
+            task.communicate()
+    found = json.loads(re.search(r"^FOUND (.*)$", printed, re.M)[1])
+    check(found)
+    # The step that was lost ran again, after some of its rows were counted.
+    assert sum(found["rows"]) <= 1400 * len(found["rows"]) + 32
+    assert "worker 1 is lost" in found["told"][0]
