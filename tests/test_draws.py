@@ -197,6 +197,8 @@ def trained(make, x, num_clones, *, steps=None, compiled=None, **options):
     """Train, and return the weights and what layers draw outside of steps."""
     model = cloned(make, num_clones, **options)
     model.compile(keras.optimizers.Adam(0.01), "mse", **(compiled or {}))
+    if not num_clones:
+        cases.build_optimizer(model)
     if steps:
         for _ in range(steps):
             model.train_on_batch(x[:10], Y[:10])

@@ -1902,17 +1902,6 @@ def step_uses_one_of_two_outputs():
     return step(TwoHeads, loss="mse", optimizer=optimizer)
 
 
-def build_optimizer(model):
-    """Build a plain model's optimizer before its first step, where it can be.
-
-    Keras traces a step twice that makes variables, which takes most of the
-    time; and ScheduleFreeAdamW is wrong if its first step builds it (its
-    averages start at zero).
-    """
-    if model.built and type(model).train_step is keras.Model.train_step:
-        model.optimizer.build(model.trainable_variables)
-
-
 def train(made, num_clones, evaluated=False, jit_compile=False):
     """Return all that training a case comes to, by name."""
     keras.utils.set_random_seed(11)
@@ -1924,7 +1913,7 @@ def train(made, num_clones, evaluated=False, jit_compile=False):
         options |= {"jit_compile": True}
     model.compile(**options)
     if not num_clones:
-        build_optimizer(model)
+        cases.build_optimizer(model)
     data = cases.dataset(made.data, SIZES)
     arguments = {"epochs": EPOCHS, "shuffle": False, "verbose": 0, **made.fit}
     logs = model.fit(data, **arguments).history

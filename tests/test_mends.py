@@ -50,6 +50,9 @@ def fit(make, num_clones=None, sizes=SIZES, epochs=2, **clone):
     if num_clones:
         clone_model(model, devices=CPUS[:num_clones], **clone)
     model.compile(keras.optimizers.Adam(0.01), "mse")
+    if not num_clones:
+        # Keras traces a step twice that makes variables.
+        model.optimizer.build(model.trainable_variables)
     data = data_of(sizes)
     # Keras warns of data sets that it is asked to shuffle.
     history = model.fit(data, epochs=epochs, shuffle=False, verbose=0)

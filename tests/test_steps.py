@@ -1,6 +1,7 @@
 """Clones train, evaluate and predict what plain Keras does on one device."""
 
 import functools
+import traceback
 
 import cases
 import keras
@@ -22,6 +23,8 @@ def train(name, num_clones=None, eagerly=False):
     if num_clones:
         clone_model(model, num_clones)
     cases.compiled(name, model, run_eagerly=eagerly)
+    if not num_clones:
+        cases.build_optimizer(model)
     data = cases.batches(x, y, SIZES)
     history = model.fit(data, epochs=EPOCHS, verbose=0).history
     return {
@@ -164,6 +167,8 @@ def fit_both(make, x, y, num_clones=3, clone=clone_model, fit=None, **compiled):
         if cloned:
             clone(model, num_clones)
         model.compile(**{"optimizer": "adam", **compiled})
+        if not cloned:
+            cases.build_optimizer(model)
         options = {"batch_size": 8, "epochs": 3, "verbose": 0, **(fit or {})}
         history = model.fit(x, y, **options).history
         results.append((cases.weights(model), history))
@@ -552,3 +557,21 @@ def test_clones_with_a_state_do_not_wait_for_each_other():
             before += [o for o in earlier if o not in found]
             found.update(earlier)
         assert not found & calls
+
+
+@pytest.mark.parametrize("name", ["train_step", "predict_step"])
+def test_autograph_converts_no_step_of_keras(name):
+    """It would take seconds, in a `tf.function` of the user's."""
+    found = set()
+
+    class Noting(keras.layers.Layer):
+        def call(self, x):
+            found.update(frame.name for frame in traceback.extract_stack())
+            return x
+
+    model = keras.Sequential([keras.Input((6,)), Noting()])
+    model = clone_model(cases.compiled("mlp", model), 2)
+    x, y = (tf.constant(value) for value in cases.arrays(8)["mlp"])
+    data = (x, y) if name == "train_step" else (x,)
+    tf.function(getattr(model, name)).get_concrete_function(data)
+    assert {one for one in found if one.startswith("tf__")} == {f"tf__{name}"}

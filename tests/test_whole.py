@@ -1,5 +1,6 @@
 """Whole layers see the global batch; what is in and around them is cloned."""
 
+import cases
 import keras
 import numpy as np
 import pytest
@@ -189,6 +190,8 @@ def train(make, cloned, whole=(), compiled=None, **options):
     if cloned:
         model = clone_model(model, 3, whole=whole, **options)
     model.compile("adam", "mse", metrics=["mae"], **(compiled or {}))
+    if not cloned:
+        cases.build_optimizer(model)
     batches = tf.data.Dataset.from_tensor_slices(data()).batch(10)
     history = model.fit(batches, epochs=2, verbose=0, shuffle=False)
     return [
