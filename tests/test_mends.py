@@ -371,9 +371,20 @@ KEEPERS = {
 }
 
 
-@pytest.mark.full_but(
-    "mean-OwnStep", "sum-Model", "max-OwnStep", "min-Model", "first-OwnStep"
-)
+@BOTH_STEPS
+def test_states_merge_as_they_are_said_to(kind, float64, strictly):
+    def make():
+        keepers = [Keeper(KEEPERS[name], name=name) for name in KEEPERS]
+        counter = Counter("rows", name="rows")
+        return model_of(keras.Sequential([*keepers, counter]), kind)
+
+    patterns = {f"*{name}/k*": name for name in KEEPERS}
+    patterns |= {"*rows/count": "sum", "*": "mean"}
+    model = assert_same(make, state=patterns)
+    assert deployment(model).state == patterns
+
+
+@pytest.mark.full
 @BOTH_STEPS
 @pytest.mark.parametrize("policy", KEEPERS)
 def test_state_merges_as_it_is_said_to(policy, kind, float64, strictly):
@@ -385,7 +396,7 @@ def test_state_merges_as_it_is_said_to(policy, kind, float64, strictly):
     assert deployment(model).state == patterns
 
 
-@pytest.mark.full_but("Model")
+@pytest.mark.full
 @BOTH_STEPS
 def test_whole_numbers_merge_as_they_are_said_to(kind, float64, strictly):
     assert_same(
