@@ -109,6 +109,17 @@ def compiled(name, model=None, optimizer="adam", **kwargs):
     return model
 
 
+def build_optimizer(model):
+    """Build a plain model's optimizer before its first step, where it can be.
+
+    Keras traces a step twice that makes variables, which takes most of the
+    time; and ScheduleFreeAdamW is wrong if its first step builds it (its
+    averages start at zero). A step of the model's own may train other weights.
+    """
+    if model.built and type(model).train_step is keras.Model.train_step:
+        model.optimizer.build(model.trainable_variables)
+
+
 def batches(x, y, sizes):
     """Return a dataset of batches of the given sizes, and no others."""
     flat = tf.nest.flatten((x, y))

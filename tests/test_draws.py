@@ -197,6 +197,8 @@ def trained(make, x, num_clones, *, steps=None, compiled=None, **options):
     """Train, and return the weights and what layers draw outside of steps."""
     model = cloned(make, num_clones, **options)
     model.compile(keras.optimizers.Adam(0.01), "mse", **(compiled or {}))
+    if not num_clones:
+        cases.build_optimizer(model)
     if steps:
         for _ in range(steps):
             model.train_on_batch(x[:10], Y[:10])
@@ -219,8 +221,9 @@ FUNCTIONS = (Functions, NoiseShapes)
 
 
 @pytest.mark.full_but("float64")
-def test_rows(floatx):
+def test_rows(floatx, recwarn):
     compare(lambda: of_rows(*ROWS), X)
+    assert not [w for w in recwarn if "random=" in str(w.message)]
 
 
 @pytest.mark.full
@@ -438,6 +441,7 @@ def test_what_cannot_be_had_is_named(kind, remedy):
         model.train_on_batch(X, Y)
 
 
+@pytest.mark.full
 def test_nothing_else_is_named(recwarn):
     """A layer may make a generator when it is called, outside of the graph."""
     model = cloned(lambda: of_rows(Functions, Axes, Inside), 3)

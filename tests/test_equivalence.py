@@ -35,9 +35,9 @@ EVALUATED = (
     "metrics_of_classes",
     "metrics_overridden",
 )
-# One case for each way that a step can go, which also runs in float32 by
-# default, and on other numbers of clones with `--full`. Two clones leave no
-# shard empty, and their last shards have one row; four leave two empty.
+# One case for each way that a step can go, which also runs on other numbers of
+# clones with `--full`. Two clones leave no shard empty, and their last shards
+# have one row; four leave two empty.
 ALSO_ON_2_AND_4 = (
     "layer_batch_norm_sync",
     "loss_masked_and_weighted_by_time_step",
@@ -45,16 +45,25 @@ ALSO_ON_2_AND_4 = (
     "step_shifts_weights_and_back",
     "table_of_constant_ids",
 )
-# Left to `--full`: of each of these kinds, other cases run by default, here or
-# in `test_own_steps.py`.
+# These run in float32 by default, too: in clones, and in a call of a layer.
+ALSO_IN_FLOAT32 = (
+    "layer_batch_norm_sync",
+    "loss_masked_and_weighted_by_time_step",
+)
+# Left to `--full`: of each of these kinds, other cases run by default, here, in
+# `test_own_steps.py` (assignments, texts, four tensors), in `test_tables.py`
+# (sparse ids), in `test_mends.py` (counters) or in `test_steps.py`.
 MORE_OF_A_KIND = (
     "input_sparse_bags",
+    "input_sparse_ids",
+    "input_strings",
     "input_texts_of_rank_1",
     "layer_attention",
     "layer_batch_norm_sync_subclassed",
     "layer_batch_norm_sync_with_metrics",
     "layer_batch_norm_sync_with_renorm",
     "layer_batch_norm_synchronized",
+    "layer_counters",
     "layer_int8_with_lora",
     "layer_layer_normalization",
     "layer_nested_models",
@@ -64,6 +73,7 @@ MORE_OF_A_KIND = (
     "layer_without_jit",
     "layer_xla",
     "layer_xla_gathered",
+    "loss_added_by_row",
     "loss_added_gathered",
     "loss_added_mean",
     "loss_function_of_a_scalar",
@@ -84,6 +94,7 @@ MORE_OF_A_KIND = (
     "optimizer_Adafactor",
     "optimizer_Adagrad",
     "optimizer_Adagrad_with_repeated_embedding_rows",
+    "optimizer_Adam",
     "optimizer_AdamW",
     "optimizer_Adamax",
     "optimizer_Ftrl",
@@ -99,14 +110,17 @@ MORE_OF_A_KIND = (
     "optimizer_variables_without_a_gradient_gathered",
     "optimizer_with_clipvalue_schedule_and_loss_scale",
     "optimizer_with_mixed_bfloat16",
+    "step_assigns_a_raw_variable",
     "step_assigns_weights_before_apply",
     "step_calls_an_unbuilt_layer",
     "step_calls_super_with_a_mask",
     "step_differentiates_losses_by_row",
+    "step_gets_four_tensors",
     "step_keeps_a_tensor_on_self",
     "step_of_a_gan_with_noise_and_gradient_penalty",
     "step_of_a_subclass_that_replaces_a_layer",
     "step_reads_layer_losses_after_apply",
+    "step_shifts_weights_and_back",
     "step_uses_one_of_two_outputs",
     "step_with_summed_layer_losses",
     "table_of_constant_ids_by_take",
@@ -1340,6 +1354,10 @@ class Nested(keras.Model):
     def __init__(self):
         super().__init__()
         self.head = layers.Dense(3, "softmax")
+        if keras.__version__.startswith("3.12."):
+            # This Keras builds no model by the shapes of a nest with `None`.
+            self.head.build((None, 12))
+            self.built = True
 
     def call(self, inputs):
         left, right = inputs["pair"]
@@ -1902,17 +1920,6 @@ def step_uses_one_of_two_outputs():
     return step(TwoHeads, loss="mse", optimizer=optimizer)
 
 
-def build_optimizer(model):
-    """Build a plain model's optimizer before its first step, where it can be.
-
-    Keras traces a step twice that makes variables, which takes most of the
-    time; and ScheduleFreeAdamW is wrong if its first step builds it (its
-    averages start at zero).
-    """
-    if model.built and type(model).train_step is keras.Model.train_step:
-        model.optimizer.build(model.trainable_variables)
-
-
 def train(made, num_clones, evaluated=False, jit_compile=False):
     """Return all that training a case comes to, by name."""
     keras.utils.set_random_seed(11)
@@ -1924,7 +1931,7 @@ def train(made, num_clones, evaluated=False, jit_compile=False):
         options |= {"jit_compile": True}
     model.compile(**options)
     if not num_clones:
-        build_optimizer(model)
+        cases.build_optimizer(model)
     data = cases.dataset(made.data, SIZES)
     arguments = {"epochs": EPOCHS, "shuffle": False, "verbose": 0, **made.fit}
     logs = model.fit(data, **arguments).history
@@ -1978,7 +1985,7 @@ def test_case_by_xla(name, float64):
 
 DEFAULT = (
     *(f"float64-{name}" for name in CASES if name not in MORE_OF_A_KIND),
-    *(f"float32-{name}" for name in ALSO_ON_2_AND_4),
+    *(f"float32-{name}" for name in ALSO_IN_FLOAT32),
 )
 
 

@@ -146,7 +146,7 @@ def test_stateful_recurrent_layers_are_refused():
     )
     clone_model(model, 2).compile("sgd", "mse")
     with pytest.raises(ValueError, match=r"\['memory'\].*return_state"):
-        model.fit(np.ones((4, 5, 3)), np.ones((4, 2)), verbose=0)
+        model.fit(np.ones((4, 5, 3)), np.ones((4, 2)), batch_size=4, verbose=0)
     clone_model(model, 1).compile("sgd", "mse")
     model.fit(np.ones((4, 5, 3)), np.ones((4, 2)), batch_size=4, verbose=0)
 

@@ -1,6 +1,7 @@
 """Clones train, evaluate and predict what plain Keras does on one device."""
 
 import functools
+import traceback
 
 import cases
 import keras
@@ -22,6 +23,8 @@ def train(name, num_clones=None, eagerly=False):
     if num_clones:
         clone_model(model, num_clones)
     cases.compiled(name, model, run_eagerly=eagerly)
+    if not num_clones:
+        cases.build_optimizer(model)
     data = cases.batches(x, y, SIZES)
     history = model.fit(data, epochs=EPOCHS, verbose=0).history
     return {
@@ -39,7 +42,6 @@ def plain(name, floatx):
 
 
 @pytest.mark.full_but(
-    "float64-mlp-1",
     "float64-convnet-2",
     "float64-two_by_two-3",
     "float64-subclassed-4",
@@ -164,6 +166,8 @@ def fit_both(make, x, y, num_clones=3, clone=clone_model, fit=None, **compiled):
         if cloned:
             clone(model, num_clones)
         model.compile(**{"optimizer": "adam", **compiled})
+        if not cloned:
+            cases.build_optimizer(model)
         options = {"batch_size": 8, "epochs": 3, "verbose": 0, **(fit or {})}
         history = model.fit(x, y, **options).history
         results.append((cases.weights(model), history))
@@ -177,7 +181,7 @@ def assert_same(results, tolerance=1e-10):
     assert cases.difference(logs, clone_logs) < tolerance
 
 
-@pytest.mark.full_but("by row", "scalar")
+@pytest.mark.full_but("scalar")
 @pytest.mark.parametrize(
     "compiled",
     [
@@ -201,21 +205,21 @@ def test_sample_weight_and_class_weight(compiled, float64):
         assert_same(fit_both(cases.mlp, x, y, fit=fit, **compiled))
 
 
-def test_validation_and_steps_per_execution(float64):
+@pytest.mark.full_but("3")
+@pytest.mark.parametrize("steps", [1, 3])
+def test_validation_and_steps_per_execution(steps, float64):
     x, y = cases.arrays(50)["mlp"]
-    fit = {"validation_split": 0.3}
-    for steps in (1, 3):
-        results = fit_both(
-            cases.mlp,
-            x,
-            y,
-            fit=fit,
-            loss="sparse_categorical_crossentropy",
-            metrics=["accuracy"],
-            steps_per_execution=steps,
-        )
-        assert "val_accuracy" in results[1][1]
-        assert_same(results)
+    results = fit_both(
+        cases.mlp,
+        x,
+        y,
+        fit={"validation_split": 0.3},
+        loss="sparse_categorical_crossentropy",
+        metrics=["accuracy"],
+        steps_per_execution=steps,
+    )
+    assert "val_accuracy" in results[1][1]
+    assert_same(results)
 
 
 @pytest.mark.full_but("True")
@@ -232,7 +236,9 @@ def test_xla_compiles_the_clones_and_not_the_step(jit_compile, float64):
     assert_same(results)
 
 
-def test_run_eagerly(float64):
+@pytest.mark.full_but("auto")
+@pytest.mark.parametrize("loss", ["auto", "gather"])
+def test_run_eagerly(loss, float64):
     x, y = cases.arrays(19)["mlp"]
     seen = []
 
@@ -242,17 +248,16 @@ def test_run_eagerly(float64):
                 seen.append(x.shape[0])
             return super().call(x)
 
-    for loss in ("auto", "gather"):
-        clone = functools.partial(clone_model, loss=loss)
-        results = fit_both(
-            Watched,
-            x,
-            y,
-            clone=clone,
-            loss="sparse_categorical_crossentropy",
-            run_eagerly=True,
-        )
-        assert_same(results)
+    clone = functools.partial(clone_model, loss=loss)
+    results = fit_both(
+        Watched,
+        x,
+        y,
+        clone=clone,
+        loss="sparse_categorical_crossentropy",
+        run_eagerly=True,
+    )
+    assert_same(results)
     assert 3 in seen and 2 in seen  # shards of 8 rows over 3 clones
 
 
@@ -266,6 +271,7 @@ def embedding():
     )
 
 
+@pytest.mark.full
 def test_masked_losses_are_gathered(float64):
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 7, size=(22, 1))
@@ -298,7 +304,7 @@ def test_forcing_clones_where_it_is_not_exact_warns():
         model.train_on_batch(x, y)
 
 
-@pytest.mark.full_but("auto-compiled0", "gather-compiled2")
+@pytest.mark.full_but("gather-compiled2")
 @pytest.mark.parametrize(
     "compiled",
     [{"metrics": []}, {"metrics": {}}, {"weighted_metrics": [], "metrics": []}],
@@ -357,6 +363,8 @@ def test_a_model_that_trained_goes_on_on_clones(float64):
     trained = []
     for changes in ((None, None, None), (None, 3, 2), (4, 0, 1)):
         model = cases.compiled("mlp")
+        if not changes[0]:
+            cases.build_optimizer(model)
         for num_clones in changes:
             if num_clones:
                 clone_model(model, num_clones)
@@ -372,6 +380,7 @@ def test_a_model_that_trained_goes_on_on_clones(float64):
 def test_on_batch_methods(float64):
     x, y = cases.arrays(7)["mlp"]
     plain_model = cases.compiled("mlp")
+    cases.build_optimizer(plain_model)
     cloned = clone_model(cases.compiled("mlp"), 3)
     for method, args in (
         ("train_on_batch", (x, y)),
@@ -411,12 +420,14 @@ def test_kinds_of_data(kind, float64):
         model = cases.compiled("mlp")
         if num_clones:
             clone_model(model, num_clones)
+        else:
+            cases.build_optimizer(model)
         model.fit(data(), steps_per_epoch=3, epochs=1, verbose=0)
         trained.append(cases.weights(model))
     assert cases.difference(*trained) < 1e-12
 
 
-def test_ragged_and_sparse_inputs(float64):
+def test_ragged_inputs(float64):
     x = tf.ragged.constant(
         [[1, 2], [3], [4, 5, 6], [7], [8, 1]], dtype=tf.int64
     )
@@ -443,6 +454,9 @@ def test_ragged_and_sparse_inputs(float64):
         results.append([*cases.weights(model), model.predict(data, verbose=0)])
     assert cases.difference(*results) < 1e-12
 
+
+@pytest.mark.full
+def test_sparse_inputs(float64):
     dense = cases.arrays(7)["mlp"][0] * (np.arange(6) < 3)
     sparse = tf.sparse.from_dense(dense)
     results = []
@@ -460,6 +474,7 @@ def test_ragged_and_sparse_inputs(float64):
     assert cases.difference(*results) < 1e-12
 
 
+@pytest.mark.full
 def test_mixed_precision_and_loss_scaling():
     x, y = cases.arrays(24)["mlp"]
     keras.config.set_dtype_policy("mixed_float16")
@@ -552,3 +567,21 @@ def test_clones_with_a_state_do_not_wait_for_each_other():
             before += [o for o in earlier if o not in found]
             found.update(earlier)
         assert not found & calls
+
+
+@pytest.mark.parametrize("name", ["train_step", "predict_step"])
+def test_autograph_converts_no_step_of_keras(name):
+    """It would take seconds, in a `tf.function` of the user's."""
+    found = set()
+
+    class Noting(keras.layers.Layer):
+        def call(self, x):
+            found.update(frame.name for frame in traceback.extract_stack())
+            return x
+
+    model = keras.Sequential([keras.Input((6,)), Noting()])
+    model = clone_model(cases.compiled("mlp", model), 2)
+    x, y = (tf.constant(value) for value in cases.arrays(8)["mlp"])
+    data = (x, y) if name == "train_step" else (x,)
+    tf.function(getattr(model, name)).get_concrete_function(data)
+    assert {one for one in found if one.startswith("tf__")} == {f"tf__{name}"}

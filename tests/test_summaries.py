@@ -208,6 +208,9 @@ def test_steps_are_those_of_the_tensorboard_callback(
         epochs=2,
         validation_data=data if per_execution == 1 else None,
     )
+    if update_freq == 2 and keras.__version__.startswith("3.12."):
+        # This Keras writes each step, whatever `update_freq` is.
+        steps = [1, 2, 3, 4, 5, 6]
     # Keras leaves its own losses out at the end of some epochs.
     assert {*log["batch_loss"]} <= {*steps}
     for tag in of_clones(log):

@@ -70,6 +70,7 @@ class CloneSummaries(keras.callbacks.Callback):
         self.summarize_gradients = summarize_gradients
         self._watch: Watch | None = None
         self._wanted = False
+        self._step = 0
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Let the steps leave what they come to."""
@@ -77,6 +78,7 @@ class CloneSummaries(keras.callbacks.Callback):
         made: Any = deployment(self.model)
         self._clones = made.clones
         self._wanted = False
+        self._step = 0
         self._watch = Watch(
             len(made.clones), made.options.home, self.summarize_gradients
         )
@@ -87,6 +89,8 @@ class CloneSummaries(keras.callbacks.Callback):
         self, batch: int, logs: dict[str, Any] | None = None
     ) -> None:
         """Say whether this step is to be written."""
+        # Counted as `TensorBoard` does: in Keras 3.12 it does not tell.
+        self._step += 1
         wanted = bool(tf.summary.should_record_summaries())
         if wanted != self._wanted and self._watch is not None:
             self._watch.wanted.assign(wanted)
@@ -132,18 +136,19 @@ class CloneSummaries(keras.callbacks.Callback):
             )
 
     def _write(self, watch: Watch) -> None:
-        losses = watch.losses.numpy()
+        step, losses = self._step, watch.losses.numpy()
         # Fewer losses than clones: the rows were too few for all of them.
         for clone, loss in zip(self._clones, losses, strict=False):
-            tf.summary.scalar(f"{clone.scope or 'clone_0'}/loss", loss)
+            name = f"{clone.scope or 'clone_0'}/loss"
+            tf.summary.scalar(name, loss, step)
         if watch.norms is None:
             return
         norms = watch.norms.numpy()
-        tf.summary.scalar("gradient_norm", np.linalg.norm(norms))
+        tf.summary.scalar("gradient_norm", np.linalg.norm(norms), step)
         if not self.summarize_gradients:
             return
         for variable, norm, gradient in zip(
             watch.variables, norms, watch.kept, strict=True
         ):
-            tf.summary.scalar(f"{variable.path}/gradient_norm", norm)
-            tf.summary.histogram(f"{variable.path}/gradient", gradient)
+            tf.summary.scalar(f"{variable.path}/gradient_norm", norm, step)
+            tf.summary.histogram(f"{variable.path}/gradient", gradient, step)

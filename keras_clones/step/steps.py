@@ -39,6 +39,15 @@ def predict_step(model: keras.Model, options: StepOptions, data: Any) -> Any:
     """Predict one global batch, as `keras.Model.predict_step` does."""
     if exactness.overrides(model, "predict_step"):
         return run_own_step(model, options, "predict_step", data)
+    return run_prediction(model, options, data)
+
+
+# In a `tf.function` of the user's, AutoGraph would convert some hundred
+# functions of this package, which takes seconds. It converts none of Keras's,
+# nor a layer that these call: so nothing of the user's is lost.
+@tf.autograph.experimental.do_not_convert
+def run_prediction(model: keras.Model, options: StepOptions, data: Any) -> Any:
+    """Run Keras's own predict step on one global batch."""
     with tf.device(options.home):
         batch = unpack(data, with_targets=False)
         sharding.count_rows({"x": batch[0]})
@@ -59,6 +68,7 @@ def run_own_step(
         )
 
 
+@tf.autograph.experimental.do_not_convert
 def run_step(
     model: keras.Model, options: StepOptions, data: Any, training: bool
 ) -> dict:
