@@ -337,7 +337,10 @@ def test_inputs_that_disagree_on_the_rows():
         lambda a: tf.TensorSpec([None, *a.shape[1:]], a.dtype), (x, y)
     )
     data = tf.data.Dataset.from_generator(generate, output_signature=spec)
-    with pytest.raises(ValueError, match=r"x\[0\] 8 x\[1\] 5 .*for each row"):
+    # Steps of Keras 3.16 know the rows before they run.
+    known = r"'x\[0\]': \(8, 6\), 'x\[1\]': \(5, 4\)"
+    message = rf"(x\[0\] 8 x\[1\] 5 |{known}).*for each row"
+    with pytest.raises(ValueError, match=message):
         model.fit(data.skip(1), verbose=0)
     assert cases.difference(before, cases.weights(model)) == 0
     model.fit(data.take(1), verbose=0)

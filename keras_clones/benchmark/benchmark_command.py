@@ -2,7 +2,6 @@
 
 import argparse
 import datetime
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -11,6 +10,8 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_clones.benchmark import processes
@@ -267,7 +268,8 @@ def make_report(
     options: argparse.Namespace, results: table.Results
 ) -> dict[str, Any]:
     """Return all that a run found, and on what machine, for JSON."""
-    packages = ("tensorflow", "keras", "numpy")
+    # By itself, since the nightly build of Keras has another name.
+    packages = (tf, keras, np)
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(),
         "arguments": {k: v for k, v in vars(options).items() if k != "run"},
@@ -279,7 +281,7 @@ def make_report(
             "system": platform.platform(),
             "gpus": _gpu_names(),
             "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in packages},
+            **{one.__name__: one.__version__ for one in packages},
         },
         "rows": [row._asdict() for row in table.make_rows(results)],
         "controls": [c._asdict() for c in table.make_controls(results)],
