@@ -166,10 +166,12 @@ def test_strangers_are_not_taken_for_tasks(addresses):
         greet(spec_of(addresses, "worker", 1), results, task=5),
         greet(spec_of(addresses, "worker", 1), results, job="\n"),
     ]
-    for thread in strangers:
-        thread.join(0.1)
     with pytest.raises(TimeoutError, match=r"worker 1 .*, ps 0 "):
         gather.gather(spec_of(addresses), 1.0)
+    for thread in strangers:
+        thread.join(10)
+    # They are not told why they are not needed, either.
+    assert results == {"worker 1": None}
 
 
 def test_a_task_names_a_controller_that_does_not_come(addresses):
@@ -190,11 +192,13 @@ def test_a_task_says_why_it_was_refused(addresses):
 
 
 def test_an_older_server_at_the_address_is_not_the_controller(addresses):
+    began = time.monotonic()
     with (
         answering(addresses[0], SETTINGS),
         pytest.raises(TimeoutError, match="worker 0, the controller"),
     ):
         serve._greet(spec_of(addresses, "worker", 1), 0.5)
+    assert time.monotonic() - began < 4
 
 
 def test_without_a_cluster_the_script_goes_on(monkeypatch):
