@@ -91,15 +91,16 @@ def _filled(batch: HostBatch, column: Sequence[Any]) -> list[Any]:
     if not sharding.has_rows(column[0]):
         leaf = batch.joined_leaf(column)
         return [leaf] * len(column)
-    row = _spare_row(batch, column)
+    with tf.name_scope("spare_row"):
+        row = _spare_row(batch, column)
+        spare = [
+            sharding.slice_rows(row, 0, tf.cast(tf.equal(count, 0), tf.int32))
+            for count in batch.counts
+        ]
     found = []
-    for device, count, leaf in zip(
-        batch.devices, batch.counts, column, strict=True
-    ):
-        wanted = tf.cast(tf.equal(count, 0), tf.int32)
-        spare = sharding.slice_rows(row, 0, wanted)
+    for i, device in enumerate(batch.devices):
         with tf.device(device):
-            found.append(sharding.join_leaf((leaf, spare)))
+            found.append(sharding.join_leaf((column[i], spare[i])))
     return found
 
 
@@ -112,12 +113,9 @@ def _spare_row(batch: HostBatch, column: Sequence[Any]) -> Any:
     needed = tf.reduce_any(tf.logical_not(have))
     first = tf.argmax(have, output_type=tf.int32)
     rows = []
-    with tf.name_scope("spare_row"):
-        for i, (device, leaf) in enumerate(
-            zip(batch.devices, column, strict=True)
-        ):
-            gives = tf.logical_and(needed, tf.equal(first, i))
-            size = tf.cast(gives, tf.int32)
-            with tf.device(device):
-                rows.append(sharding.slice_rows(leaf, 0, size))
-        return sharding.join_leaf(tuple(rows))
+    for i, leaf in enumerate(column):
+        gives = tf.logical_and(needed, tf.equal(first, i))
+        size = tf.cast(gives, tf.int32)
+        with tf.device(batch.devices[i]):
+            rows.append(sharding.slice_rows(leaf, 0, size))
+    return sharding.join_leaf(tuple(rows))

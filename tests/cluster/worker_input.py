@@ -175,7 +175,7 @@ def main():
         for loss in ("sparse_categorical_crossentropy", pairs)
     ]
     found = {"differences": found, "errors": errors, "cross": cross}
-    print("WORKER_INPUT", json.dumps(found), flush=True)
+    print("DIFFERENCES", json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":
