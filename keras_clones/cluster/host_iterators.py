@@ -7,22 +7,14 @@ import tensorflow as tf
 
 from keras_clones import _tf
 from keras_clones.tensors import by_host, sharding
-from keras_clones.tensors.by_host import ByHostSpec, HostBatch
+from keras_clones.tensors.by_host import ByHostSpec, HostBatch, OfHosts
 
 
-class HostsOptional(tf.experimental.Optional):
+class HostsOptional(OfHosts, tf.experimental.Optional):
     """What the iterators of all hosts have next, if any of them has.
 
-    Args:
-        element: As for `HostBatch`.
-        devices: As for `HostBatch`.
-        parts: Tuple with the `tf.experimental.Optional` of each host.
+    Its `parts` are the `tf.experimental.Optional` of each host.
     """
-
-    def __init__(self, element: Any, devices: Any, parts: Any) -> None:
-        self.element = element
-        self.devices = devices
-        self.parts = parts
 
     @property
     def _type_spec(self) -> ByHostSpec:
@@ -31,9 +23,11 @@ class HostsOptional(tf.experimental.Optional):
 
     @property
     def element_spec(self) -> Any:
+        """The type of the rows of all hosts, joined."""
         return self.element
 
     def has_value(self, name: str | None = None) -> tf.Tensor:
+        """Say whether a host has rows left."""
         found = []
         for device, part in zip(self.devices, self.parts, strict=True):
             with tf.device(device):
@@ -41,6 +35,7 @@ class HostsOptional(tf.experimental.Optional):
         return tf.reduce_any(tf.stack(found), name=name)
 
     def get_value(self, name: str | None = None) -> HostBatch:
+        """Return the next rows of each host, none of one that has run out."""
         counts, leaves = [], []
         for device, part in zip(self.devices, self.parts, strict=True):
             with tf.device(device):
@@ -54,7 +49,7 @@ class HostsOptional(tf.experimental.Optional):
     def _rows(self, part: tf.experimental.Optional) -> list[Any]:
         """Return the leaves of one host, without rows if it has run out."""
         element = self.element
-        specs = filter(by_host.is_leaf, tf.nest.flatten(element))
+        specs = list(filter(by_host.is_leaf, tf.nest.flatten(element)))
         return tf.cond(
             part.has_value(),
             lambda: by_host.flat(element, part.get_value()),
@@ -68,19 +63,11 @@ class _OptionalSpec(ByHostSpec):
         return HostsOptional
 
 
-class HostsIterator(tf.data.Iterator):
+class HostsIterator(OfHosts, tf.data.Iterator):
     """The iterators of all hosts, which ends when all of them have.
 
-    Args:
-        element: As for `HostBatch`.
-        devices: As for `HostBatch`.
-        parts: Tuple with the `tf.data.Iterator` of each host.
+    Its `parts` are the `tf.data.Iterator` of each host.
     """
-
-    def __init__(self, element: Any, devices: Any, parts: Any) -> None:
-        self.element = element
-        self.devices = devices
-        self.parts = parts
 
     @property
     def _type_spec(self) -> ByHostSpec:
@@ -89,17 +76,25 @@ class HostsIterator(tf.data.Iterator):
 
     @property
     def element_spec(self) -> Any:
+        """The type of the rows of all hosts, joined."""
         return self.element
 
     def get_next_as_optional(self) -> HostsOptional:
+        """Return the next rows, if there are any."""
         found = []
         with tf.name_scope("read_rows"):
-            for i, part in enumerate(self.parts):
-                with tf.device(self.devices[i]), tf.name_scope(f"host_{i}"):
+            for device, part in zip(self.devices, self.parts, strict=True):
+                # Errors of a dataset that fails have it, and so the task.
+                with tf.device(device), tf.name_scope(_task(device)):
                     found.append(part.get_next_as_optional())
         return HostsOptional(self.element, self.devices, tuple(found))
 
     def get_next(self) -> HostBatch:
+        """Return the next rows.
+
+        Raises:
+            tf.errors.OutOfRangeError: If all hosts have run out.
+        """
         optional = self.get_next_as_optional()
         with tf.device(self.devices[0]):
             go_on = self._end_unless(optional.has_value())
@@ -134,6 +129,11 @@ class _IteratorSpec(ByHostSpec):
         return HostsIterator
 
 
+def _task(device: str) -> str:
+    spec = tf.DeviceSpec.from_string(device)
+    return f"{spec.job}_{spec.task}"
+
+
 def _tensors(nest: Any) -> list[tf.Tensor]:
     return tf.nest.flatten(nest, expand_composites=True)
 
@@ -157,8 +157,8 @@ class HostsDataset(tf.data.Dataset):
     """The datasets of all hosts, whose elements are `HostBatch`es.
 
     Args:
-        element: As for `HostBatch`.
-        devices: As for `HostBatch`.
+        element: As for `OfHosts`.
+        devices: As for `OfHosts`.
         datasets: Sequence of the `tf.data.Dataset` of each host.
     """
 
@@ -184,6 +184,7 @@ class HostsDataset(tf.data.Dataset):
 
     @property
     def element_spec(self) -> Any:
+        """The type of the rows of all hosts, joined."""
         return self._element
 
     def cardinality(self, name: str | None = None) -> tf.Tensor:

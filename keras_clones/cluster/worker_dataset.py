@@ -47,9 +47,10 @@ def worker_dataset(
     >>> import tensorflow as tf
     >>> from keras_clones import worker_dataset
     >>> def rows(context):
-    ...     dataset = tf.data.Dataset.range(10)
-    ...     hosts, index = context.num_input_pipelines, context.input_pipeline_id
-    ...     return dataset.shard(hosts, index).batch(5)
+    ...     dataset = tf.data.Dataset.range(10).shard(
+    ...         context.num_input_pipelines, context.input_pipeline_id
+    ...     )
+    ...     return dataset.batch(5)
     >>> [batch.numpy().tolist() for batch in worker_dataset(rows)]
     [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
     """

@@ -25,6 +25,7 @@ class ByHostSpec(tf.TypeSpec):
 
     @property
     def value_type(self) -> type:
+        """The class of what it is the type of."""
         return HostBatch
 
     def _serialize(self) -> tuple[Any, ...]:
@@ -41,16 +42,14 @@ class ByHostSpec(tf.TypeSpec):
         return self.value_type(self.element, self.devices, components)
 
 
-class HostBatch(_tf.CompositeTensor):
-    """A global batch: the rows of the first host, of the second, and so on.
+class OfHosts:
+    """Something of which each host has a part.
 
     Args:
-        element: Nest of type specs of the joined batch; its first axes are
-            open, and a leaf may be `None`.
+        element: Nest of type specs, of what all hosts have together: the rows
+            of the first host, of the second, and so on. First axes are open.
         devices: Tuple of device strings, the CPU of each host.
-        parts: Tuple `(counts, leaves)`: a tuple of scalar int32 tensors, how
-            many rows each host has, and a tuple with the leaves of each host
-            that are not `None`.
+        parts: Nest of what the hosts have, tensors or composites of them.
     """
 
     def __init__(self, element: Any, devices: Any, parts: Any) -> None:
@@ -58,13 +57,22 @@ class HostBatch(_tf.CompositeTensor):
         self.devices = devices
         self.parts = parts
 
+
+class HostBatch(OfHosts, _tf.CompositeTensor):
+    """A global batch whose rows are where they were read.
+
+    Its `parts` are a tuple `(counts, leaves)`: a tuple of scalar int32
+    tensors, how many rows each host has, and a tuple with a tuple of leaves
+    for each host. What is no tensor is left out, and `None` stands for it.
+    """
+
     @property
     def _type_spec(self) -> ByHostSpec:
         # Whatever the number of rows: a step is traced once for all.
         leaves = tuple(filter(is_leaf, tf.nest.flatten(self.element)))
-        hosts = len(self.devices)
-        counts = (tf.TensorSpec([], tf.int32),) * hosts
-        return ByHostSpec(self.element, self.devices, (counts, (leaves,) * hosts))
+        num = len(self.devices)
+        specs = ((tf.TensorSpec([], tf.int32),) * num, (leaves,) * num)
+        return ByHostSpec(self.element, self.devices, specs)
 
     @property
     def counts(self) -> Sequence[tf.Tensor]:
@@ -194,4 +202,3 @@ def _fitted_leaf(
                 leaf = tf.ensure_shape(tf.reshape(leaf, shape), spec.shape)
         found.append(leaf)
     return found
-

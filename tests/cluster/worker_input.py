@@ -49,7 +49,10 @@ def joined():
                 for data in (X, Y)
             )
 
-    types = (tf.TensorSpec([None, 6], "float64"), tf.TensorSpec([None], "int64"))
+    types = (
+        tf.TensorSpec([None, 6], "float64"),
+        tf.TensorSpec([None], "int64"),
+    )
     return tf.data.Dataset.from_generator(batches, output_signature=types)
 
 
@@ -132,6 +135,25 @@ def other_types(context):
     return dataset
 
 
+def raised_while_read(config):
+    """Return what a file that one host lacks comes to, in `evaluate`."""
+    model = clone_model(made(norm=False), config=config)
+    model.compile("adam", "mse")
+
+    def fn(context):
+        name = f"no file of {context.input_pipeline_id}"
+        lines = tf.data.TextLineDataset(name)
+        read = lines.map(lambda line: (tf.zeros([6]), tf.zeros([3])))
+        known = tf.data.Dataset.from_tensors((tf.zeros([6]), tf.zeros([3])))
+        return (read if context.input_pipeline_id else known).batch(2)
+
+    try:
+        model.evaluate(worker_dataset(fn), verbose=0)
+    except tf.errors.NotFoundError as error:
+        return str(error)
+    return "nothing"
+
+
 def unknown_sizes(config, loss):
     """Return the tensors of no static size that cross between hosts.
 
@@ -161,15 +183,16 @@ def main():
     cluster = keras_clones.connect()
     keras.config.set_floatx("float64")
     config = DeploymentConfig(num_replicas=len(cluster.replicas))
+    errors = [raised(fn) for fn in (fails, no_dataset, other_types)]
+    # What comes next is not harmed by it.
+    errors.append(raised_while_read(config))
     found = {
         "by towers": difference(config, norm=False),
-        "synchronized": difference(config),
+        "synchronized": difference(config, steps_per_epoch=4),
         "own step": difference(config, kind=Own),
         "length unknown": difference(config, fn=uncounted, norm=False),
-        "steps": difference(config, norm=False, steps_per_epoch=4),
         "several": difference(config, norm=False, steps_per_execution=3),
     }
-    errors = [raised(fn) for fn in (fails, no_dataset, other_types)]
     cross = [
         unknown_sizes(config, loss)
         for loss in ("sparse_categorical_crossentropy", pairs)
