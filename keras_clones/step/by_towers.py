@@ -149,7 +149,11 @@ def _look_at_rows(step: Step) -> contextlib.AbstractContextManager[None]:
     """Look whether the model mixes rows, in a first step of training."""
     if not step.training:
         return contextlib.nullcontext()
-    call = looks.training_call(step.model, step.batch[0])
+    x = step.batch[0]
+    if step.hosts is not None:
+        # Those of the controller will do, so that no others travel for it.
+        x, _, _ = unpack(step.hosts.of_each_host()[0], with_targets=True)
+    call = looks.training_call(step.model, x)
     return looks.look_at(call, step.options)
 
 
