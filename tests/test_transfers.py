@@ -172,8 +172,9 @@ def test_a_size_that_is_not_static_is_an_error():
 
     with pytest.raises(ValueError, match=r"static size.*drop_remainder=True"):
         counted(step, tf.range(4.0))
-    traced = tf.function(lambda: step(tf.range(4.0)), autograph=False)
-    (found,) = count_transfers(traced, unknown=-1)
+    traced = tf.function(step, autograph=False)
+    x = tf.range(4.0)
+    (found,) = count_transfers(lambda: traced(x), unknown=-1)
     assert (found.source, found.target, found.bytes) == (HERE, THERE, -1)
 
 

@@ -13,12 +13,15 @@ from keras_clones.tensors.by_host import ByHostSpec, HostBatch, OfHosts
 class HostsOptional(OfHosts, tf.experimental.Optional):
     """What the iterators of all hosts have next, if any of them has.
 
-    Its `parts` are the `tf.experimental.Optional` of each host.
+    Its `parts` are a scalar boolean tensor, whether any has, and the parts of
+    a `HostBatch`. In the loop of several steps an execution they go by the
+    controller, as tensors: a `tf.experimental.Optional` of each host would
+    take ten times as long.
     """
 
     @property
     def _type_spec(self) -> ByHostSpec:
-        specs = tuple(tf.type_spec_from_value(part) for part in self.parts)
+        specs = (tf.TensorSpec([], tf.bool), self.get_value().part_specs())
         return _OptionalSpec(self.element, self.devices, specs)
 
     @property
@@ -28,33 +31,11 @@ class HostsOptional(OfHosts, tf.experimental.Optional):
 
     def has_value(self, name: str | None = None) -> tf.Tensor:
         """Say whether a host has rows left."""
-        found = []
-        for device, part in zip(self.devices, self.parts, strict=True):
-            with tf.device(device):
-                found.append(part.has_value())
-        return tf.reduce_any(tf.stack(found), name=name)
+        return self.parts[0]
 
     def get_value(self, name: str | None = None) -> HostBatch:
         """Return the next rows of each host, none of one that has run out."""
-        counts, leaves = [], []
-        for device, part in zip(self.devices, self.parts, strict=True):
-            with tf.device(device):
-                rows = self._rows(part)
-                nest = by_host.packed(self.element, rows)
-                counts.append(tf.convert_to_tensor(sharding.count_rows(nest)))
-            leaves.append(tuple(rows))
-        parts = (tuple(counts), tuple(leaves))
-        return by_host.fitted(HostBatch(self.element, self.devices, parts))
-
-    def _rows(self, part: tf.experimental.Optional) -> list[Any]:
-        """Return the leaves of one host, without rows if it has run out."""
-        element = self.element
-        specs = list(filter(by_host.is_leaf, tf.nest.flatten(element)))
-        return tf.cond(
-            part.has_value(),
-            lambda: by_host.flat(element, part.get_value()),
-            lambda: [by_host.empty_leaf(spec) for spec in specs],
-        )
+        return HostBatch(self.element, self.devices, self.parts[1])
 
 
 class _OptionalSpec(ByHostSpec):
@@ -81,13 +62,22 @@ class HostsIterator(OfHosts, tf.data.Iterator):
 
     def get_next_as_optional(self) -> HostsOptional:
         """Return the next rows, if there are any."""
-        found = []
+        have, counts, leaves = [], [], []
         with tf.name_scope("read_rows"):
             for device, part in zip(self.devices, self.parts, strict=True):
                 # Errors of a dataset that fails have it, and so the task.
                 with tf.device(device), tf.name_scope(_task(device)):
-                    found.append(part.get_next_as_optional())
-        return HostsOptional(self.element, self.devices, tuple(found))
+                    optional = part.get_next_as_optional()
+                    have.append(optional.has_value())
+                    rows = _rows(self.element, optional)
+                    nest = by_host.packed(self.element, rows)
+                    count = sharding.count_rows(nest)
+                    counts.append(tf.convert_to_tensor(count))
+                leaves.append(tuple(rows))
+        parts = (tuple(counts), tuple(leaves))
+        batch = by_host.fitted(HostBatch(self.element, self.devices, parts))
+        found = (tf.reduce_any(tf.stack(have)), batch.parts)
+        return HostsOptional(self.element, self.devices, found)
 
     def get_next(self) -> HostBatch:
         """Return the next rows.
@@ -127,6 +117,16 @@ class _IteratorSpec(ByHostSpec):
     @property
     def value_type(self) -> type:
         return HostsIterator
+
+
+def _rows(element: Any, optional: tf.experimental.Optional) -> list[Any]:
+    """Return the leaves of one host, without rows if it has run out."""
+    specs = list(filter(by_host.is_leaf, tf.nest.flatten(element)))
+    return tf.cond(
+        optional.has_value(),
+        lambda: by_host.flat(element, optional.get_value()),
+        lambda: [by_host.empty_leaf(spec) for spec in specs],
+    )
 
 
 def _task(device: str) -> str:

@@ -68,11 +68,16 @@ class HostBatch(OfHosts, _tf.CompositeTensor):
 
     @property
     def _type_spec(self) -> ByHostSpec:
-        # Whatever the number of rows: a step is traced once for all.
+        return ByHostSpec(self.element, self.devices, self.part_specs())
+
+    def part_specs(self) -> Any:
+        """Return the types of the parts, whatever the number of rows.
+
+        So a step is traced once for all.
+        """
         leaves = tuple(filter(is_leaf, tf.nest.flatten(self.element)))
         num = len(self.devices)
-        specs = ((tf.TensorSpec([], tf.int32),) * num, (leaves,) * num)
-        return ByHostSpec(self.element, self.devices, specs)
+        return (tf.TensorSpec([], tf.int32),) * num, (leaves,) * num
 
     @property
     def counts(self) -> Sequence[tf.Tensor]:
