@@ -4,6 +4,7 @@ from keras_clones.callbacks.backup import Backup
 from keras_clones.callbacks.profiler import CloneProfiler
 from keras_clones.callbacks.summaries import CloneSummaries
 from keras_clones.cluster.connect import connect, disconnect
+from keras_clones.cluster.worker_dataset import worker_dataset
 from keras_clones.comparing.comparing import compare
 from keras_clones.comparing.comparison import Comparison
 from keras_clones.devices.config import DeploymentConfig
@@ -43,4 +44,5 @@ __all__ = [
     "split_batch",
     "unclone_model",
     "use_virtual_devices",
+    "worker_dataset",
 ]

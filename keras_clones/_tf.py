@@ -67,6 +67,15 @@ _get_server_def = _private("tensorflow.python.eager.context.get_server_def")
 # was told of them: how many, how much memory, which are seen.
 _context = _private("tensorflow.python.eager.context.context")
 
+# No public name makes a nest of tensors one argument of a `tf.function` whose
+# structure is that of the data, as `tf.data.Iterator` is one.
+CompositeTensor = _private(
+    "tensorflow.python.framework.composite_tensor.CompositeTensor"
+)
+
+# No public name waits until other processes have done what they were told.
+wait_for_all = _private("tensorflow.python.eager.context.async_wait")
+
 # Where `tf.random`, and so Keras, makes the operations that draw. No public
 # name tells of them, and callbacks for operations cannot replace what one gives
 # back outside of a graph.
@@ -242,3 +251,12 @@ def _only_reads(operation: Any, handle: tf.Tensor) -> bool:
         return False
     inputs = list(operation.inputs)
     return all(i in read for i, t in enumerate(inputs) if t is handle)
+
+
+def dataset_handle(dataset: tf.data.Dataset) -> tf.Tensor:
+    """Return the tensor that stands for a dataset.
+
+    A subclass of `tf.data.Dataset` has to have one, even if it is iterated in
+    a way of its own. No public name gives it.
+    """
+    return dataset._variant_tensor

@@ -12,6 +12,7 @@ import pytest
 import tensorflow as tf
 
 from keras_clones import _keras, _private, _tf
+from keras_clones.tensors.by_host import HostBatch
 
 
 def loaded_again(door):
@@ -553,6 +554,32 @@ def test_a_function_is_traced_again_in_another_context():
     finally:
         setattr(module, name, make)
     assert len(traces) == 2
+
+
+def test_a_composite_of_a_type_of_its_own_is_an_argument():
+    parts = ((tf.constant(2),), ((tf.ones((2, 2)),),))
+    batch = HostBatch({"x": tf.TensorSpec([None, 2])}, ("CPU:0",), parts)
+    traces = []
+
+    @tf.function
+    def total(batch):
+        traces.append(batch)
+        return tf.reduce_sum(batch.joined()["x"])
+
+    assert total(batch) == 4
+    assert total(batch) == 4
+    (traced,) = traces
+    assert isinstance(traced, _tf.CompositeTensor)
+    assert traced.devices == ("CPU:0",)
+
+
+def test_a_dataset_is_a_tensor():
+    handle = _tf.dataset_handle(tf.data.Dataset.range(3))
+    assert handle.dtype == tf.variant
+
+
+def test_all_that_was_asked_for_is_waited_for():
+    assert _tf.wait_for_all() is None
 
 
 def test_functions_are_read_as_graphs():

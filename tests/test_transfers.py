@@ -172,6 +172,10 @@ def test_a_size_that_is_not_static_is_an_error():
 
     with pytest.raises(ValueError, match=r"static size.*drop_remainder=True"):
         counted(step, tf.range(4.0))
+    traced = tf.function(step, autograph=False)
+    x = tf.range(4.0)
+    (found,) = count_transfers(lambda: traced(x), unknown=-1)
+    assert (found.source, found.target, found.bytes) == (HERE, THERE, -1)
 
 
 def test_a_graph_that_was_counted_before_is_an_error():

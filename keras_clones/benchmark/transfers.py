@@ -31,7 +31,9 @@ class Traffic(NamedTuple):
     received: int = 0
 
 
-def count_transfers(function: Callable[[], Any]) -> list[Transfer]:
+def count_transfers(
+    function: Callable[[], Any], unknown: int | None = None
+) -> list[Transfer]:
     """Run a function once, and return what its graphs send across devices.
 
     TensorFlow reports a graph when it is run for the first time. So what is
@@ -45,6 +47,8 @@ def count_transfers(function: Callable[[], Any]) -> list[Transfer]:
     Args:
         function: Callable without arguments, which runs a `tf.function` for
             the first time.
+        unknown: Integer, the bytes that a tensor without a static size counts
+            for. Defaults to `None`: it is refused.
 
     Returns:
         List of `Transfer`s.
@@ -77,7 +81,7 @@ def count_transfers(function: Callable[[], Any]) -> list[Transfer]:
     return [
         transfer
         for graphs in report.function_graphs
-        for transfer in _transfers(graphs)
+        for transfer in _transfers(graphs, unknown)
     ]
 
 
@@ -97,17 +101,17 @@ def traffic(transfers: Iterable[Transfer]) -> dict[str, Traffic]:
     return found
 
 
-def _transfers(graphs: Any) -> list[Transfer]:
+def _transfers(graphs: Any, unknown: int | None) -> list[Transfer]:
     """Return the transfers of one function, cut into a graph a device."""
     graph, crossings = join(graphs)
     return [
         Transfer(source, target, size, tensor)
         for source, target, tensor in crossings
-        if (size := _size(graph, tensor)) is not None
+        if (size := _size(graph, tensor, unknown)) is not None
     ]
 
 
-def _size(graph: tf.Graph, name: str) -> int | None:
+def _size(graph: tf.Graph, name: str, unknown: int | None) -> int | None:
     """Return the bytes of a tensor by its inferred shape, `None` of a handle.
 
     A handle only says where a variable is.
@@ -117,6 +121,8 @@ def _size(graph: tf.Graph, name: str) -> int | None:
     if tensor.dtype == tf.resource:
         return None
     if elements is None or tensor.dtype in (tf.string, tf.variant):
+        if unknown is not None:
+            return unknown
         raise ValueError(
             "Expected tensors of a static size to cross devices. "
             f"Received: tensor={name}, shape={tensor.shape}, "

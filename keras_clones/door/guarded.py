@@ -13,6 +13,7 @@ from keras_clones.door.deployed import Deployment
 from keras_clones.exchange import errors
 from keras_clones.plan import exactness
 from keras_clones.tensors import sharding
+from keras_clones.tensors.by_host import joined
 from keras_clones.warn import RefusedError
 
 
@@ -107,7 +108,7 @@ def _look_at_next(
     if exactness.overrides(model, "train_step") or model.run_eagerly:
         return []
     try:
-        x, _, _ = keras.utils.unpack_x_y_sample_weight(next(data))
+        x, _, _ = keras.utils.unpack_x_y_sample_weight(joined(next(data)))
     except Exception:
         return []
     return found.at_once(made.step_options(), model, x)

@@ -12,10 +12,15 @@ from keras_clones.plan.build import build
 from keras_clones.plan.options import StepOptions
 from keras_clones.plan.plan import Plan, plan_step
 from keras_clones.tensors import sharding
+from keras_clones.tensors.by_host import HostBatch
 
 
 class Step(NamedTuple):
-    """One step of Keras on one global batch."""
+    """One step of Keras on one global batch.
+
+    `hosts` is the batch as the hosts of a cluster have read it, `None` where
+    the controller has. What is taken from `batch` then comes from them.
+    """
 
     model: keras.Model
     options: StepOptions
@@ -24,6 +29,7 @@ class Step(NamedTuple):
     rows: sharding.Rows
     training: bool
     plan: Plan
+    hosts: HostBatch | None = None
 
 
 def begin(

@@ -2,6 +2,7 @@
 
 import contextlib
 import warnings
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -9,11 +10,16 @@ import tensorflow as tf
 from keras_clones import _keras
 from keras_clones.calls import looks
 from keras_clones.clone.tables import looked_up_at_home
-from keras_clones.exchange import bringing_home, laying_out, tracing
+from keras_clones.exchange import (
+    bringing_home,
+    from_hosts,
+    laying_out,
+    tracing,
+)
 from keras_clones.plan import exactness
 from keras_clones.step import combine
 from keras_clones.step.applying import apply, record
-from keras_clones.step.begin import Step
+from keras_clones.step.begin import Step, unpack
 from keras_clones.step.tower import Tower
 from keras_clones.tensors import sharding
 
@@ -64,10 +70,8 @@ def _lay_out(step: Step) -> laying_out.Layout:
     options, variables = step.options, step.variables
     num = sharding.enough(step.rows, len(options.clones))
     clones = options.clones[:num]
-    even = num == 1 or num < len(options.clones)
-    shards = sharding.divide(step.rows, num, None if even else options.shares)
     with tf.name_scope("split_batch"):
-        data = sharding.split_rows(step.batch, shards)
+        shards, data = _split(step, num)
     mirrors = laying_out.send_mirrors(
         laying_out.read_variables(variables, step.plan.tables),
         laying_out.homes_of(variables),
@@ -77,6 +81,19 @@ def _lay_out(step: Step) -> laying_out.Layout:
     group = options.group(clones, step.training, scale)
     seeds = laying_out.read_seeds(variables)
     return laying_out.lay_out(shards, group, seeds, data, mirrors)
+
+
+def _split(step: Step, num: int) -> tuple[sharding.Shards, list[Any]]:
+    """Divide the rows of a batch over some of the clones."""
+    shares, clones = step.options.shares, step.options.clones
+    if step.hosts is not None:
+        groups = from_hosts.clones_of_hosts(step.hosts, clones)
+        if groups is not None:
+            shards, data = from_hosts.divide(step.hosts, groups, shares)
+            return shards, [unpack(one, with_targets=True) for one in data]
+    even = num == 1 or num < len(clones)
+    shards = sharding.divide(step.rows, num, None if even else shares)
+    return shards, sharding.split_rows(step.batch, shards)
 
 
 def _towers(step: Step) -> tracing.CallableTower:
@@ -132,7 +149,11 @@ def _look_at_rows(step: Step) -> contextlib.AbstractContextManager[None]:
     """Look whether the model mixes rows, in a first step of training."""
     if not step.training:
         return contextlib.nullcontext()
-    call = looks.training_call(step.model, step.batch[0])
+    x = step.batch[0]
+    if step.hosts is not None:
+        # Those of the controller will do, so that no others travel for it.
+        x, _, _ = unpack(step.hosts.of_each_host()[0], with_targets=True)
+    call = looks.training_call(step.model, x)
     return looks.look_at(call, step.options)
 
 

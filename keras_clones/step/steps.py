@@ -19,6 +19,7 @@ from keras_clones.step.begin import as_tensors, begin, unpack
 from keras_clones.step.by_calls import run_by_calls
 from keras_clones.step.by_towers import run_by_towers, trace_towers
 from keras_clones.tensors import sharding
+from keras_clones.tensors.by_host import HostBatch, count_rows, joined
 
 
 def train_step(model: keras.Model, options: StepOptions, data: Any) -> dict:
@@ -49,7 +50,7 @@ def predict_step(model: keras.Model, options: StepOptions, data: Any) -> Any:
 def run_prediction(model: keras.Model, options: StepOptions, data: Any) -> Any:
     """Run Keras's own predict step on one global batch."""
     with tf.device(options.home):
-        batch = unpack(data, with_targets=False)
+        batch = unpack(joined(data), with_targets=False)
         sharding.count_rows({"x": batch[0]})
         step = keras.Model.predict_step
         return calls.run(model, options, False, lambda: step(model, batch[:1]))
@@ -60,7 +61,7 @@ def run_own_step(
 ) -> Any:
     """Run a step that the model's class overrides, once."""
     with tf.device(options.home):
-        data = as_tensors(data)
+        data = as_tensors(joined(data))
         own_step = getattr(type(model), name)
         training = name == "train_step"
         return calls.run(
@@ -74,11 +75,12 @@ def run_step(
 ) -> dict:
     """Run Keras's own train or test step on one global batch."""
     with tf.device(options.home):
-        x, y, sample_weight = batch = unpack(data, with_targets=True)
-        rows = sharding.count_rows(
-            {"x": x, "y": y, "sample_weight": sample_weight}
-        )
+        batch = unpack(joined(data), with_targets=True)
+        named = dict(zip(("x", "y", "sample_weight"), batch, strict=True))
+        rows = count_rows(data, named)
         step = begin(model, options, batch, rows, training)
+        if isinstance(data, HostBatch):
+            step = step._replace(hosts=data)
 
         def run() -> dict:
             towers = trace_towers(step)
