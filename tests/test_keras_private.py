@@ -969,3 +969,37 @@ def test_batches_of_a_py_dataset_are_ordered_by_a_function():
     batches(look, x=Data(), shuffle=False)
     batches(look, x=Data(workers=2))
     assert drawn == ["Keras", None, "workers"]
+
+
+def test_variables_that_are_added_to_at_once():
+    total = keras.Variable(1.0)
+    with _keras.adding_at_once([total]):
+        with keras.StatelessScope() as scope:
+            total.assign_add(2.0)
+        assert float(scope.get_current_value(total)) == 3.0
+        graph = tf.function(lambda: total.assign_add(2.0))
+        operations = graph.get_concrete_function().graph.get_operations()
+    assert "AssignAddVariableOp" in [one.type for one in operations]
+    assert float(total.value) == 1.0
+
+
+def test_a_task_is_forgotten(monkeypatch):
+    spec = tf.train.ClusterSpec({"worker": ["a:1", "b:1", "c:1"]})
+    definition = tf.train.ServerDef(
+        cluster=spec.as_cluster_def(), job_name="worker", task_index=0
+    )
+    seen = []
+    context = type("Context", (), {"update_server_def": seen.append})
+    monkeypatch.setattr(_tf, "_get_server_def", lambda: definition)
+    monkeypatch.setattr(_tf, "_context", lambda: context)
+    _tf.forget_task("worker", 1)
+    (changed,) = seen
+    assert sorted(changed.cluster.job[0].tasks) == [0, 2]
+    assert sorted(definition.cluster.job[0].tasks) == [0, 1, 2]
+    assert hasattr(type(tf_context()), "update_server_def")
+
+
+def tf_context():
+    from tensorflow.python.eager import context
+
+    return context.context()

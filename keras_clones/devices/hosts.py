@@ -96,3 +96,9 @@ def host_of(device: str) -> str:
         found = cluster()
         return found.controller.prefix if found else ""
     return f"/job:{spec.job}/replica:0/task:{spec.task or 0}"
+
+
+def host_name(prefix: str) -> str:
+    """Return what a host is called, such as `"worker 1"`."""
+    spec = tf.DeviceSpec.from_string(prefix)
+    return f"{spec.job} {spec.task}" if spec.job else "this machine"

@@ -2,9 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-import tensorflow as tf
-
-from keras_clones.devices.hosts import host_of
+from keras_clones.devices.hosts import host_name, host_of
 from keras_clones.devices.placement import Clone
 from keras_clones.look.footprint import Flow, Footprint
 
@@ -45,12 +43,6 @@ def bytes_by_link(
         add(host_of(main), host, _rest(footprint.received, its))
         add(host, host_of(main), _rest(footprint.sent, its))
     return found
-
-
-def host_name(prefix: str) -> str:
-    """Return what a host is called, such as `"worker 1"`."""
-    spec = tf.DeviceSpec.from_string(prefix)
-    return f"{spec.job} {spec.task}" if spec.job else "this machine"
 
 
 def _by_host(

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from keras_clones import _keras, _tf
 from keras_clones.cluster import watch
-from keras_clones.look.links import host_name
+from keras_clones.devices.hosts import host_name
 
 
 class Replica:

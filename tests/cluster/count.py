@@ -25,8 +25,9 @@ from keras_clones import (
     use_virtual_devices,
 )
 from keras_clones.benchmark.transfers import count_transfers
+from keras_clones.devices.hosts import host_name
 from keras_clones.look import footprint
-from keras_clones.look.links import bytes_by_link, host_name
+from keras_clones.look.links import bytes_by_link
 
 
 def layers(width=256):
