@@ -2,8 +2,10 @@
 
 import functools
 import importlib.util
+import os
 import pathlib
 import re
+import subprocess
 import sys
 
 import numpy as np
@@ -229,3 +231,31 @@ def test_examples_explain_each_flag(name, monkeypatch, capsys):
     for entry in flags.split("\n  -")[1:]:
         first, *rest = entry.strip().split("\n")
         assert rest or "  " in first, entry
+
+
+@pytest.mark.full
+def test_cluster_digits_alone(tmp_path, capsys):
+    cluster_digits = load("cluster_digits")
+    accuracy = cluster_digits.train(3, 64, tmp_path, verbose=0)
+    assert accuracy > 0.9
+    assert "sum of the weights" in capsys.readouterr().out
+    assert (tmp_path / "digits.keras").stat().st_size > 10_000
+
+
+@pytest.mark.full
+def test_ray_digits_goes_on_when_a_worker_dies(tmp_path):
+    pytest.importorskip("ray")
+    finished = subprocess.run(
+        [
+            *(sys.executable, str(EXAMPLES / "ray_digits.py"), "--kill"),
+            *("--epochs", "5", "--folder", str(tmp_path / "ray")),
+        ],
+        env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    found = re.search(r"^validation accuracy: (\S+)%$", finished.stdout, re.M)
+    assert float(found[1]) > 95
+    assert (tmp_path / "ray" / "killed").is_file()
