@@ -4,6 +4,7 @@ import copy
 import html.parser
 import importlib.util
 import itertools
+import json
 import pickle
 import sys
 import types
@@ -21,7 +22,7 @@ from keras_clones import clone_model, deployment
 from keras_clones.__main__ import main
 from keras_clones.benchmark.transfers import count_transfers, traffic
 from keras_clones.devices import placement
-from keras_clones.look import picture
+from keras_clones.look import machine, picture
 from keras_clones.look.labels import label
 from keras_clones.look.page import Page, Table, readable
 
@@ -442,3 +443,19 @@ def test_the_commands_tell_their_version_and_explain_each_flag(capsys):
         for entry in flags.split("\n  -")[1:]:
             first, *rest = entry.split("\n")
             assert rest or "  " in first, entry
+
+
+def test_the_devices_command_lists_the_tasks_of_a_cluster(monkeypatch):
+    cluster = {"worker": ["10.0.0.1:2222", "10.0.0.2:2222"], "ps": ["c:1"]}
+    task = {"type": "worker", "index": 1}
+    told = json.dumps({"cluster": cluster, "task": task})
+    monkeypatch.setenv("TF_CONFIG", told)
+    found = machine.page()
+    assert [list(row) for row in found.tables[0].rows] == [
+        ["worker 0", "10.0.0.1:2222", "controller, takes clones"],
+        ["worker 1", "10.0.0.2:2222", "takes clones; this process"],
+        ["ps 0", "c:1", "home of variables"],
+    ]
+    assert "connect()" in found.notes[-1]
+    monkeypatch.delenv("TF_CONFIG")
+    assert machine.page().tables[0].header[0] == "physical device"

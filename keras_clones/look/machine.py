@@ -9,6 +9,7 @@ from typing import Any
 import tensorflow as tf
 
 from keras_clones import _tf
+from keras_clones.cluster.resolve import Spec, resolve
 from keras_clones.devices import placement
 from keras_clones.devices.naming import canonical_device
 from keras_clones.look.page import Page, Table, readable
@@ -49,17 +50,35 @@ def page() -> Page:
     }
     on_gpu = placement.logical_devices("GPU")
     notes = [] if on_gpu else [placement.no_gpu(config.num_clones)]
-    return Page(
-        [
-            Table(["physical device", "memory", "what it is"], _physical()),
-            Table(["logical device", "memory"], _logical()),
-            Table(
-                ["clone_model(model)", "device"],
-                [*chosen, *map(list, homes.items())],
-            ),
-        ],
-        notes,
-    )
+    tables = [
+        Table(["physical device", "memory", "what it is"], _physical()),
+        Table(["logical device", "memory"], _logical()),
+        Table(
+            ["clone_model(model)", "device"],
+            [*chosen, *map(list, homes.items())],
+        ),
+    ]
+    spec = resolve(None, os.environ)
+    if spec is not None:
+        tables.insert(0, Table(["task", "address", "what it is"], _tasks(spec)))
+        notes.append(
+            "The devices are those of this machine: `connect()` adds those of "
+            "the other tasks, and `deployment(model).summary()` shows them all."
+        )
+    return Page(tables, notes)
+
+
+def _tasks(spec: Spec) -> list[list[str]]:
+    """Return a row for each process of the cluster there is told of."""
+    rows = []
+    for host in spec.hosts:
+        what = "home of variables" if host.job == "ps" else "takes clones"
+        if host == spec.controller:
+            what = "controller, takes clones"
+        if host == spec.here:
+            what += "; this process"
+        rows.append([host.name, host.address, what])
+    return rows
 
 
 def _physical() -> list[list[str]]:
