@@ -166,6 +166,7 @@ def check(found):
     assert np.all(np.array(found["rows"]) >= 1400)
 
 
+@pytest.mark.full
 def test_digits_with_replicas_that_step_by_themselves():
     found = run("asynchronous.py", "FOUND", replicas=2)
     check(found)

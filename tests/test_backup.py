@@ -382,6 +382,7 @@ def check_killed(folder, *ways):
             np.testing.assert_array_equal(a, held[name])
 
 
+@pytest.mark.full
 def test_nothing_is_lost_by_kills(tmp_path):
     check_killed(tmp_path, "batch:5", "write:4", "between:3")
 

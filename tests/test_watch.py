@@ -55,6 +55,7 @@ def strike(folder, name, victim):
     return json.loads(re.search(r"^RAISED (.*)$", printed, re.M)[1])
 
 
+@pytest.mark.full
 def test_a_stuck_host_is_named_in_time(tmp_path):
     seconds, text = strike(tmp_path, "SIGSTOP", "worker")
     assert 3 < seconds < 15

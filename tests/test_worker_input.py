@@ -301,6 +301,7 @@ def test_what_is_wrong_is_said(two_hosts):
         model.fit(data, class_weight={0: 1.0})
 
 
+@pytest.mark.full
 def test_processes_read_rows_of_their_own():
     found = launch("worker_input.py", ps=0)
     assert len(found["differences"]) == 4
