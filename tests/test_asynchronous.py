@@ -24,7 +24,7 @@ class Slow:
     """A replica whose steps take as long as it is told."""
 
     def __init__(self, name, seconds=0.0):
-        self.name, self.seconds = name, seconds
+        self.name, self.prefix, self.seconds = name, name, seconds
         self.seen, self.forgotten, self.lost = [], 0, False
 
     def step_on(self, data):
@@ -115,6 +115,38 @@ def test_an_error_of_a_step_is_raised_and_nothing_runs_on():
     with pytest.raises(ZeroDivisionError, match="of the user's own"):
         steps([Wrong("0"), Wrong("1")], 20)
     assert len(APPLIED) < 20
+
+
+def test_after_an_error_of_a_trace_steps_go_on():
+    class Once(Slow):
+        def step_on(self, data):
+            if data == 3:
+                raise ValueError("cannot be traced")
+            return super().step_on(data)
+
+    function = asynchronous.Replicas([Once("0"), Once("1")], None, 1)
+    iterator = iter(range(8))
+    for _ in range(3):
+        function(iterator)
+    with pytest.raises(ValueError, match="cannot be traced"):
+        function(iterator)
+    for _ in range(4):
+        function(iterator)
+    function.drain()
+    assert sorted(APPLIED) == [0, 1, 2, 4, 5, 6, 7]
+
+
+def test_data_that_a_host_has_read_go_to_its_replica(monkeypatch):
+    replicas = [Slow(name) for name in ("a", "b")]
+    monkeypatch.setattr(
+        asynchronous.from_hosts, "apart", lambda data: [("b", data)]
+    )
+    function = asynchronous.Replicas(replicas, 0, 1)
+    iterator = iter(range(6))
+    for _ in range(6):
+        function(iterator)
+    function.drain()
+    assert replicas[1].seen == list(range(6)) and not replicas[0].seen
 
 
 def test_the_last_replica_that_is_lost_ends_it(monkeypatch):

@@ -74,6 +74,21 @@ def divide(
     return sharding.Shards(batch.rows, sizes, starts), data
 
 
+def apart(data: Any) -> list[tuple[str | None, Any]]:
+    """Return the rows of each host that has any, with its devices' prefix.
+
+    Data that no hosts have read are of none: `None`. Outside of a graph only.
+    """
+    if not isinstance(data, HostBatch):
+        return [(None, data)]
+    found = zip(data.devices, data.counts, data.of_each_host(), strict=True)
+    return [
+        (hosts.host_of(device), nest)
+        for device, count, nest in found
+        if int(count) > 0
+    ]
+
+
 def _with_a_row_each(batch: HostBatch) -> list[Any]:
     """Return one nest a host: its rows, or one of another's if it has none."""
     if len(batch.devices) == 1:

@@ -16,6 +16,7 @@ import keras
 import tensorflow as tf
 
 from keras_clones.cluster import watch
+from keras_clones.exchange import from_hosts
 from keras_clones.plan import at_home
 from keras_clones.plan.options import StepOptions
 from keras_clones.step import steps
@@ -43,7 +44,7 @@ class Replicas:
         num_batches: int,
     ) -> None:
         self._free = list(replicas)
-        self._alive = list(replicas)
+        self._alive = len(replicas)
         self._max_staleness = max_staleness
         self._num_batches = num_batches
         # How many updates each running step may miss.
@@ -55,14 +56,18 @@ class Replicas:
         self._error: BaseException | None = None
 
     def __call__(self, iterator: Iterator[Any]) -> Any:
-        """Start steps on the next batches, and return the latest logs."""
+        """Start steps on the next batches, and return the latest logs.
+
+        What several hosts have read is a batch of each.
+        """
         for _ in range(self._num_batches):
-            while self._again:
-                self._begin_again()
-            self._begin(next(iterator))
-            # The first step builds the model, and there are no logs before.
-            if self._logs is None:
-                self.drain()
+            for prefix, data in from_hosts.apart(next(iterator)):
+                while self._again:
+                    self._begin_again()
+                self._begin(data, prefix)
+                # The first step builds the model, and has the first logs.
+                if self._logs is None:
+                    self.drain()
         return self._logs
 
     def drain(self) -> None:
@@ -73,7 +78,7 @@ class Replicas:
         """
         while True:
             with self._changed:
-                self._changed.wait_for(self._is_over_or_failed)
+                self._changed.wait_for(lambda: self._again or not self._missed)
                 self._raise()
                 if not self._again:
                     return
@@ -84,20 +89,31 @@ class Replicas:
         replica.forget()
         self._begin(data)
 
-    def _begin(self, data: Any) -> None:
-        """Start a step on a replica that is free, once it may start."""
+    def _begin(self, data: Any, prefix: str | None = None) -> None:
+        """Start a step on a replica that is free, once it may start.
+
+        Args:
+            data: What the step is called with.
+            prefix: String, what the devices of the replica that has the data
+                begin with. It gets them if it is free.
+        """
         with self._changed:
             self._changed.wait_for(self._may_start)
             self._raise()
             for running in self._missed:
                 self._missed[running] += 1
+            # The first of those that are free, if none has the data.
+            self._free.sort(key=lambda one: one.prefix != prefix)
             replica = self._free.pop(0)
             self._missed[replica] = len(self._missed)
-        # Keras has settings by thread, so traces are made in the user's.
-        self._pool.submit(self._run, replica, replica.step_on(data), data)
-
-    def _is_over_or_failed(self) -> bool:
-        return bool(self._error or self._again or not self._missed)
+        try:
+            # Keras has settings by thread, so traces are made in the user's.
+            step = replica.step_on(data)
+        except BaseException:
+            with self._changed:
+                self._end(replica)
+            raise
+        self._pool.submit(self._run, replica, step, data)
 
     def _may_start(self) -> bool:
         """Say whether a step may start, or an error is to be raised."""
@@ -110,41 +126,47 @@ class Replicas:
         return bool(self._free) and not (stale and self._missed)
 
     def _raise(self) -> None:
+        """Raise what a step raised, once no other runs any more."""
         if self._error is not None:
+            self._changed.wait_for(lambda: not self._missed)
             error, self._error = self._error, None
+            self._again.clear()
             raise error
+
+    def _end(self, replica: Replica) -> None:
+        del self._missed[replica]
+        self._free.append(replica)
+        self._changed.notify_all()
 
     def _run(
         self, replica: Replica, step: Callable[[], Any], data: Any
     ) -> None:
         try:
             logs = step()
-        except Exception as error:
+        except BaseException as error:
             self._fail(replica, data, error)
             return
         with self._changed:
             self._logs = logs
-            del self._missed[replica]
-            self._free.append(replica)
-            self._changed.notify_all()
+            self._end(replica)
 
-    def _fail(self, replica: Replica, data: Any, error: Exception) -> None:
+    def _fail(self, replica: Replica, data: Any, error: BaseException) -> None:
         """Have a step run again, if what failed is that its host is lost."""
         lost = watch.explain(error)
         with self._changed:
-            del self._missed[replica]
-            self._alive.remove(replica)
-            if lost is None or not replica.is_lost() or not self._alive:
-                self._error = lost or error
-            else:
-                self._again.append((replica, data))
-                warnings.warn(
-                    f"{replica.name} is lost, and the others go on. Its step "
-                    "is run again by another, so that an update of it may be "
-                    f"applied twice. {lost}",
-                    stacklevel=1,
-                )
-            self._changed.notify_all()
+            self._end(replica)
+            if lost is None or not replica.is_lost() or self._alive == 1:
+                self._error = self._error or lost or error
+                return
+            self._alive -= 1
+            self._free.remove(replica)
+            self._again.append((replica, data))
+            warnings.warn(
+                f"{replica.name} is lost, and the others go on. Its step is "
+                "run again by another, so that an update of it may be applied "
+                f"twice. {lost}",
+                stacklevel=1,
+            )
 
 
 def make_replicas(

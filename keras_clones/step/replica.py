@@ -14,6 +14,9 @@ from keras_clones.devices.hosts import host_name
 class Replica:
     """Runs steps on the clones of one process of a cluster.
 
+    Attributes:
+        prefix: String, what the names of its devices begin with.
+
     Args:
         prefix: String, what the names of its devices begin with.
         step: Function from a batch to logs.
@@ -29,7 +32,7 @@ class Replica:
         variables: Callable[[], Sequence[keras.Variable]],
         forget: Callable[[], None],
     ) -> None:
-        self._prefix = prefix
+        self.prefix = prefix
         self._step = step
         self._variables = variables
         self._forget = forget
@@ -38,7 +41,7 @@ class Replica:
     @property
     def name(self) -> str:
         """What it is called where it is printed."""
-        return host_name(self._prefix)
+        return host_name(self.prefix)
 
     def step_on(self, data: Any) -> Callable[[], Any]:
         """Return a function that runs a step on a batch, and returns logs.
@@ -61,7 +64,7 @@ class Replica:
     def forget(self) -> None:
         """Let nothing wait for its process any more."""
         self._forget()
-        spec = tf.DeviceSpec.from_string(self._prefix)
+        spec = tf.DeviceSpec.from_string(self.prefix)
         _tf.forget_task(spec.job, spec.task)
 
     def _trace(self, data: Any, known: Sequence[keras.Variable]) -> Any:
@@ -70,7 +73,7 @@ class Replica:
 
     def is_lost(self) -> bool:
         """Say whether its process is gone or stuck."""
-        return watch.is_lost(self._prefix)
+        return watch.is_lost(self.prefix)
 
 
 def _function(step: Callable[[Any], Any]) -> Any:
