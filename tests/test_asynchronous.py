@@ -215,6 +215,13 @@ def test_a_bounded_training_counts_every_row():
 
 
 @pytest.mark.full
+def test_replicas_that_read_their_own_rows_count_every_one():
+    found = run("asynchronous.py", "FOUND", "none", "hosts", replicas=2)
+    check(found)
+    assert set(found["rows"]) == {1400.0}
+
+
+@pytest.mark.full
 def test_a_training_goes_on_without_a_replica_that_dies(tmp_path):
     *workers, ps = free_addresses(4)
     cluster = {"worker": workers, "ps": [ps]}

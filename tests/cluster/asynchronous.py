@@ -1,10 +1,11 @@
 """Train on digits with replicas that step by themselves.
 
     python -m keras_clones launch --replicas 2 --ps 1 \
-        tests/cluster/asynchronous.py [max_staleness]
+        tests/cluster/asynchronous.py [max_staleness|none [hosts]]
 
 prints a line of JSON: the accuracy, and the rows that each epoch counted. Where
-there is a folder `FAULT_FOLDER`, worker 1 is killed in the second epoch.
+`hosts` is given, each reads its own part of the rows. Where there is a folder
+`FAULT_FOLDER`, worker 1 is killed in the second epoch.
 """
 
 import json
@@ -18,6 +19,7 @@ os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
 import keras
 import numpy as np
+import tensorflow as tf
 from sklearn.datasets import load_digits
 
 import keras_clones
@@ -76,7 +78,9 @@ def main():
             keras.layers.Dense(10, activation="softmax"),
         ]
     )
-    bound = int(sys.argv[1]) if len(sys.argv) > 1 else None
+    bound = None
+    if sys.argv[1:] and sys.argv[1] != "none":
+        bound = int(sys.argv[1])
     config = DeploymentConfig(
         1,
         num_replicas=len(cluster.replicas),
@@ -90,12 +94,22 @@ def main():
         "sparse_categorical_crossentropy",
         metrics=["accuracy", Rows()],
     )
+    data = (x[:1400], y[:1400])
+    if sys.argv[2:]:
+
+        def read(context):
+            own = slice(
+                context.input_pipeline_id, 1400, context.num_input_pipelines
+            )
+            rows = tf.data.Dataset.from_tensor_slices((x[own], y[own]))
+            return rows.shuffle(700, seed=1).batch(32)
+
+        data = (keras_clones.worker_dataset(read),)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         history = model.fit(
-            x[:1400],
-            y[:1400],
-            batch_size=32,
+            *data,
+            batch_size=None if sys.argv[2:] else 32,
             epochs=14,
             verbose=0,
             callbacks=[Kill()] if folder else [],
