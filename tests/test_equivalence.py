@@ -52,7 +52,8 @@ ALSO_IN_FLOAT32 = (
 )
 # Left to `--full`: of each of these kinds, other cases run by default, here, in
 # `test_own_steps.py` (assignments, texts, four tensors), in `test_tables.py`
-# (sparse ids), in `test_mends.py` (counters) or in `test_steps.py`.
+# (sparse ids), in `test_mends.py` (counters, Python functions) or in
+# `test_steps.py` (weights of outputs and of rows).
 MORE_OF_A_KIND = (
     "input_sparse_bags",
     "input_sparse_ids",
@@ -83,7 +84,9 @@ MORE_OF_A_KIND = (
     "loss_only_added",
     "loss_output_without_a_loss",
     "loss_outputs_in_a_list",
+    "loss_outputs_with_weights",
     "loss_reduction_mean",
+    "loss_reduction_mean_with_sample_weight",
     "loss_reduction_none",
     "loss_saturated_summed",
     "losses_by_row",
@@ -96,6 +99,7 @@ MORE_OF_A_KIND = (
     "optimizer_Adagrad_with_repeated_embedding_rows",
     "optimizer_Adam",
     "optimizer_AdamW",
+    "optimizer_Adam_with_repeated_embedding_rows",
     "optimizer_Adamax",
     "optimizer_Ftrl",
     "optimizer_Lamb",
@@ -121,6 +125,7 @@ MORE_OF_A_KIND = (
     "step_of_a_subclass_that_replaces_a_layer",
     "step_reads_layer_losses_after_apply",
     "step_shifts_weights_and_back",
+    "step_through_a_python_function",
     "step_uses_one_of_two_outputs",
     "step_with_summed_layer_losses",
     "table_of_constant_ids_by_take",

@@ -55,7 +55,7 @@ CALLBACKS = {
 }
 
 
-@pytest.mark.full_but("EarlyStopping", "ModelCheckpoint")
+@pytest.mark.full_but("ModelCheckpoint")
 @pytest.mark.parametrize("name", CALLBACKS)
 def test_callbacks(name, tmp_path, float64):
     runs = []

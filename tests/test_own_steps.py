@@ -802,6 +802,7 @@ def test_ways_to_run(model_class, arguments, float64):
     assert_alike(lambda: layers(model_class), data, arguments)
 
 
+@pytest.mark.full
 def test_train_on_batch(float64):
     x, y = cases.arrays(22)["mlp"]
     found = []

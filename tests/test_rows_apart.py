@@ -240,7 +240,7 @@ def fit(make, rows=27, compiled=None, epochs=1, batch=10, **options):
     return model, [str(w.message) for w in found]
 
 
-@pytest.mark.full_but("scores", "model", "own_step", "two")
+@pytest.mark.full_but("scores", "own_step", "two")
 @pytest.mark.parametrize("name", MIXING)
 def test_names_the_layer_that_mixes_rows(name):
     make, names = MIXING[name]
@@ -259,7 +259,6 @@ def test_names_it_outside_of_a_graph(name):
 
 @pytest.mark.full_but(
     "residual-float32",
-    "normalized-mixed_float16",
     "time_major-float32",
     "mean-bfloat16",
 )

@@ -211,7 +211,7 @@ def gap(ones, others):
     )
 
 
-@pytest.mark.full_but("scores", "counted", "nested", "model", "operation")
+@pytest.mark.full_but("counted", "nested", "model", "operation")
 @pytest.mark.parametrize("name", MODELS)
 def test_trains_as_plain_keras(name, float64):
     make, whole = MODELS[name]
