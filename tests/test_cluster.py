@@ -65,26 +65,26 @@ def test_clones_of_two_hosts_train_as_one_device():
     check(found, 2 * 2)
 
 
-# Replicas, clones of each, and parameter servers.
-TOPOLOGIES = [(2, 2, 2), (4, 1, 1), (1, 4, 1), (1, 4, 0)]
+# Replicas, clones of each, parameter servers, and homes of the weights.
+TOPOLOGIES = {
+    "2x2": (2, 2, 2, "controller,spread,greedy,round_robin", "float64"),
+    "2x2-float32": (2, 2, 1, "spread,greedy", "float32"),
+    "4x1": (4, 1, 1, "spread,greedy", "float64"),
+    "1x4": (1, 4, 1, "greedy", "float64"),
+}
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("floatx", ["float64", "float32"])
-@pytest.mark.parametrize(
-    "topology", TOPOLOGIES, ids=lambda t: "x".join(map(str, t))
-)
-def test_all_cases_train_as_one_device(topology, floatx):
-    replicas, clones, ps = topology
-    homes = ["controller", "spread"] + ["greedy", "round_robin"] * (ps > 0)
+@pytest.mark.parametrize("name", TOPOLOGIES)
+def test_all_cases_train_as_one_device(name):
+    replicas, clones, ps, homes, floatx = TOPOLOGIES[name]
     found = launch(
         "train.py",
-        *("--clones", str(clones), "--floatx", floatx),
-        *("--variables", ",".join(homes)),
+        *("--clones", str(clones), "--floatx", floatx, "--variables", homes),
         replicas=replicas,
         ps=ps,
     )
-    check(found, 8 * len(homes), floatx)
+    check(found, 8 * len(homes.split(",")), floatx)
 
 
 @pytest.mark.full
