@@ -23,6 +23,7 @@ from keras_clones import (
     split_batch,
 )
 from keras_clones.benchmark.transfers import count_transfers, traffic
+from keras_clones.devices import placement
 from keras_clones.model_deploy import clone_losses
 
 CPUS = [f"CPU:{i}" for i in range(8)]
@@ -1171,3 +1172,12 @@ def test_every_name_of_the_original_is_in_the_table_of_porting():
         *model_deploy.__all__,
     }
     assert not [name for name in names if name not in section]
+
+
+@pytest.mark.parametrize("make", [create_clones, deploy])
+def test_clones_of_several_replicas_are_named_as_devices(make, monkeypatch):
+    config = DeploymentConfig(1, num_replicas=2)
+    found = [placement.Clone(f"clone_{i}", "/device:CPU:0") for i in range(2)]
+    monkeypatch.setattr(placement, "place_clones", lambda config: found)
+    with pytest.raises(ValueError, match="Pass the devices of all replicas"):
+        make(config, lambda: tf.ones(()))

@@ -108,6 +108,22 @@ def _split_batch(batch: Any, num_clones: int) -> PerClone:
     return PerClone(sharding.split(batch, sizes), sizes)
 
 
+def check_one_replica(config: DeploymentConfig) -> None:
+    """Refuse a config that puts clones on each of several replicas.
+
+    What each clone is called with goes by `num_clones`.
+    """
+    if config.num_replicas > 1:
+        raise ValueError(
+            "Expected all clones to count in `num_clones`, as each is given "
+            "arguments of its own. Pass the devices of all replicas, such as "
+            "`DeploymentConfig(2, devices=['/job:worker/task:0/CPU:0', "
+            "'/job:worker/task:1/CPU:0'])`. "
+            f"Received: num_clones={config.num_clones}, "
+            f"num_replicas={config.num_replicas}"
+        )
+
+
 def check_arguments(config: DeploymentConfig, call: Call) -> None:
     """Say what is wrong with what clones are to be made of, if anything is."""
     model_fn, args, kwargs = call

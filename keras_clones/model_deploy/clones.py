@@ -13,7 +13,11 @@ from keras_clones.clone import state, tables
 from keras_clones.devices import placement
 from keras_clones.devices.config import DeploymentConfig
 from keras_clones.exchange import bringing_home, laying_out
-from keras_clones.model_deploy.call import Call, check_arguments
+from keras_clones.model_deploy.call import (
+    Call,
+    check_arguments,
+    check_one_replica,
+)
 from keras_clones.model_deploy.reads import Mirrors, MirrorScope, rehearse
 from keras_clones.tensors import sharding
 
@@ -98,6 +102,7 @@ def create_clones(
     call = Call(model_fn, args, kwargs)
     check_arguments(config, call)
     placed = placement.place_clones(config)
+    check_one_replica(config)
     home = placement.main_home()
     # In a graph, where all mirrors can travel together.
     travel = any(clone.device != home for clone in placed)

@@ -11,7 +11,12 @@ from keras_clones import _keras
 from keras_clones.devices import moving, placement
 from keras_clones.devices.config import DeploymentConfig
 from keras_clones.model_deploy import clone_losses, regularizers
-from keras_clones.model_deploy.call import Call, PerClone, check_arguments
+from keras_clones.model_deploy.call import (
+    Call,
+    PerClone,
+    check_arguments,
+    check_one_replica,
+)
 from keras_clones.model_deploy.clones import Clone, assign_merged, call_clones
 from keras_clones.model_deploy.reads import rehearse
 from keras_clones.plan import at_home
@@ -62,6 +67,7 @@ class Runner:
         self._warned = config.num_clones == 1
         self._last: Run | None = None
         self._placed = placement.place_clones(config)
+        check_one_replica(config)
         self._homes = placement.find_homes(config, None)
         self.clones = [
             Clone(None, scope and f"{scope}/", device)
