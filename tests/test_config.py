@@ -97,7 +97,7 @@ def test_arguments_are_in_the_originals_order():
         "num_ps_tasks",
         "worker_job_name",
         "ps_job_name",
-        "devices",
+        *("devices", "sync", "max_staleness"),
     ]
     config = DeploymentConfig(2, True, 1, 3, 4, "w", "p")
     assert config.clone_device(1) == "/job:w/device:CPU:0"
