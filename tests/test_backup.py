@@ -303,9 +303,7 @@ CASES = {
 }
 
 
-@pytest.mark.full_but(
-    *("clones", "stopping", "two_at_once_unknown", "all_of_it", "own_step")
-)
+@pytest.mark.full_but("clones", "own_step")
 @pytest.mark.parametrize("name", CASES)
 def test_goes_on_as_if_never_interrupted(name, tmp_path, float64):
     make, data, options = CASES[name]
@@ -466,6 +464,7 @@ def test_values_of_small_floats_come_back():
     assert backup_variables._raw(np.ones(2)).dtype == np.float64
 
 
+@pytest.mark.full
 def test_a_finished_training_can_be_prolonged(tmp_path, float64):
     def fit(epochs, folder):
         model = averaging()
