@@ -26,14 +26,16 @@ def launch(script, *arguments, **options):
     return run(script, what, *arguments, **options)
 
 
-def run(script, what, *arguments, replicas=2, ps=1, seconds=400):
+def run(script, what, *arguments, replicas=2, ps=1, restarts=0, seconds=400):
     """Run a script on a cluster of this machine; return what a line says."""
     paths = [str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
     finished = subprocess.run(
         [
             *(sys.executable, "-m", "keras_clones", "launch"),
             *("--replicas", str(replicas), "--ps", str(ps)),
-            *("--timeout", str(seconds), str(HERE / script), *arguments),
+            *("--restarts", str(restarts)),
+            *("--timeout", str(seconds), str(HERE / script)),
+            *map(str, arguments),
         ],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
@@ -128,3 +130,14 @@ def test_the_page_on_growth_has_what_is_computed():
     text = page.PAGE.read_text()
     assert page.page(text) == text
     assert "| 1,024 | 1,023 P | 2 P | 1,024 P | 1 P |" in text
+
+
+@pytest.mark.full
+def test_a_training_that_is_restarted_comes_to_the_same_weights(tmp_path):
+    # Of 28 batches, in the third epoch, two after a backup.
+    killed = run(
+        "restarted.py", "FOUND", tmp_path / "a", "20", ps=0, restarts=1
+    )
+    whole = run("restarted.py", "FOUND", tmp_path / "b", ps=0)
+    assert (killed["life"], whole["life"]) == ("1", "0")
+    assert killed["weights"] == whole["weights"]
