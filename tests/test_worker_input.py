@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from test_cluster import launch
+from test_cluster import run
 
 from keras_clones import clone_model, worker_dataset
 from keras_clones.devices import hosts
@@ -303,7 +303,7 @@ def test_what_is_wrong_is_said(two_hosts):
 
 @pytest.mark.full
 def test_processes_read_rows_of_their_own():
-    found = launch("worker_input.py", ps=0)
+    found = run("worker_input.py", "DIFFERENCES", ps=0)
     assert len(found["differences"]) == 4
     assert np.max(list(found["differences"].values())) < 1e-10
     raised, no_dataset, other_types, while_read = found["errors"]
