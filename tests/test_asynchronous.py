@@ -1,10 +1,7 @@
 """Replicas that step by themselves: no row is left out, none waits."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 import threading
 import time
 
@@ -13,7 +10,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from test_cluster import HERE, run
-from test_watch import free_addresses
+from test_watch import free_addresses, run_tasks
 
 from keras_clones import DeploymentConfig, _keras, clone_model
 from keras_clones.cluster import watch
@@ -225,30 +222,8 @@ def test_replicas_that_read_their_own_rows_count_every_one():
 def test_a_training_goes_on_without_a_replica_that_dies(tmp_path):
     *workers, ps = free_addresses(4)
     cluster = {"worker": workers, "ps": [ps]}
-    names = [("worker", 0), ("worker", 1), ("worker", 2), ("ps", 0)]
-    tasks = []
-    for job, index in names:
-        task = {"cluster": cluster, "task": {"type": job, "index": index}}
-        settings = {
-            "TF_CONFIG": json.dumps(task),
-            "FAULT_FOLDER": str(tmp_path),
-            "PYTHONPATH": str(HERE.parents[1]),
-        }
-        tasks.append(
-            subprocess.Popen(
-                [sys.executable, str(HERE / "asynchronous.py")],
-                env={**os.environ, **settings},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-    try:
-        printed, _ = tasks[0].communicate(timeout=240)
-    finally:
-        for task in tasks:
-            task.kill()
-            task.communicate()
+    script = HERE / "asynchronous.py"
+    _, printed = run_tasks(cluster, tmp_path, script, seconds=240)
     found = json.loads(re.search(r"^FOUND (.*)$", printed, re.M)[1])
     check(found)
     # The step that was lost ran again, after some of its rows were counted.

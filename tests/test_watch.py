@@ -26,31 +26,44 @@ def free_addresses(count):
     return found
 
 
-def strike(folder, name, victim):
-    """Run the script in all tasks of a cluster; return what it prints."""
-    controller, worker, ps = free_addresses(3)
-    cluster = {"chief": [controller], "worker": [worker], "ps": [ps]}
-    root = str(SCRIPT.parents[2])
+def run_tasks(cluster, folder, *command, seconds=120):
+    """Run a script in all tasks; return what the first's process came to.
+
+    It is started without `launch`, which ends all tasks when one ends.
+    """
     tasks = []
-    for job in cluster:
-        task = {"cluster": cluster, "task": {"type": job, "index": 0}}
-        settings = {"TF_CONFIG": json.dumps(task), "FAULT_FOLDER": str(folder)}
-        tasks.append(
-            subprocess.Popen(
-                [sys.executable, str(SCRIPT), name, victim],
-                env={**os.environ, **settings, "PYTHONPATH": root},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
+    for job, addresses in cluster.items():
+        for index in range(len(addresses)):
+            task = {"cluster": cluster, "task": {"type": job, "index": index}}
+            settings = {
+                "TF_CONFIG": json.dumps(task),
+                "FAULT_FOLDER": str(folder),
+                "PYTHONPATH": str(SCRIPT.parents[2]),
+            }
+            tasks.append(
+                subprocess.Popen(
+                    [sys.executable, *map(str, command)],
+                    env={**os.environ, **settings},
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                )
             )
-        )
     try:
-        printed, _ = tasks[0].communicate(timeout=120)
+        printed, _ = tasks[0].communicate(timeout=seconds)
     finally:
         for task in tasks:
             task.kill()
             task.communicate()
-    assert tasks[0].returncode == 0, printed
+    return tasks[0].returncode, printed
+
+
+def strike(folder, name, victim):
+    """Run the script in all tasks of a cluster; return what it prints."""
+    controller, worker, ps = free_addresses(3)
+    cluster = {"chief": [controller], "worker": [worker], "ps": [ps]}
+    code, printed = run_tasks(cluster, folder, SCRIPT, name, victim)
+    assert code == 0, printed
     assert printed.splitlines()[-1] == "SAVED"
     return json.loads(re.search(r"^RAISED (.*)$", printed, re.M)[1])
 

@@ -115,9 +115,7 @@ def read(
     values = laying_out.read_variables(variables, ())
     kept = [
         None if any(v is table for table in tables) else value
-        for v, value in zip(
-            [*variables.trainable, *variables.others], values, strict=True
-        )
+        for v, value in zip(variables.weights, values, strict=True)
     ]
     with _tf.stop_recording():
         homes = laying_out.homes_of(variables)

@@ -101,9 +101,7 @@ def mapping(
     variables: Variables, inputs: TowerInput
 ) -> list[tuple[keras.Variable, tf.Tensor]]:
     """Return which value stands for which variable in a clone."""
-    mirrored = zip(
-        [*variables.trainable, *variables.others], inputs.mirrors, strict=True
-    )
+    mirrored = zip(variables.weights, inputs.mirrors, strict=True)
     seeds = zip(variables.seeds, inputs.seeds, strict=True)
     return [*((v, m) for v, m in mirrored if m is not None), *seeds]
 

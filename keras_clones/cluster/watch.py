@@ -45,7 +45,6 @@ class _Watched:
         self.line = line
         self.answered = time.monotonic()
         self.silent = 0.0
-        self.has_ended = False
 
 
 class Watch:
@@ -85,18 +84,20 @@ class Watch:
 
     def lost(self) -> list[str]:
         """Return what is to be said of the hosts that are gone or stuck."""
-        found = []
-        for one in self._watched:
-            if one.has_ended or hello.has_ended(one.line):
-                one.has_ended = True
-                found.append(f"{hello.named([one.host])} has ended")
-            elif one.silent > self._timeout:
-                seconds = time.monotonic() - one.answered
-                found.append(
-                    f"{hello.named([one.host])} has not answered for "
-                    f"{seconds:.0f} seconds"
-                )
-        return found
+        found = [(one.host, self._why_lost(one)) for one in self._watched]
+        return [f"{hello.named([host])} {why}" for host, why in found if why]
+
+    def hosts_lost(self) -> list[Host]:
+        """Return the hosts that are gone or stuck."""
+        return [one.host for one in self._watched if self._why_lost(one)]
+
+    def _why_lost(self, one: _Watched) -> str | None:
+        if hello.has_ended(one.line):
+            return "has ended"
+        if one.silent > self._timeout:
+            seconds = time.monotonic() - one.answered
+            return f"has not answered for {seconds:.0f} seconds"
+        return None
 
     def _ask(self, one: _Watched) -> None:
         def number() -> float:
@@ -125,14 +126,6 @@ class Watch:
                 one.silent = 0.0 if recent else one.silent + passed
                 if one.silent > self._timeout:
                     _disconnect(one.host)
-
-    def hosts_lost(self) -> list[Host]:
-        """Return the hosts that are gone or stuck."""
-        return [
-            one.host
-            for one in self._watched
-            if one.has_ended or one.silent > self._timeout
-        ]
 
 
 _watches: list[Watch] = []

@@ -52,7 +52,6 @@ class DeploymentConfig:
             TensorFlow's other ways to name a device, and
             `tf.config.LogicalDevice`s, come to the same. In a cluster they
             may be of any of its tasks. Defaults to `None`.
-
         sync: Boolean, whether all replicas step together, on one global
             batch. With `False` each replica steps by itself in `fit`, on a
             batch of its own and on variables as they are, and its update is

@@ -1,7 +1,7 @@
 """Putting clone steps on a model: the only file that changes a user's model."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -30,13 +30,9 @@ _KEY = "__keras_clones__"
 def attach(model: keras.Model, made: Deployment) -> None:
     """Put clone steps on the model object; its class stays what it is."""
     move_home(model, made.options.homes)
-    options = made.step_options()
     # `vars` passes by the model's own tracking of what it is given.
     vars(model)[_KEY] = made
-    for name in _STEPS:
-        vars(model)[name] = functools.partial(
-            getattr(steps, name), model, options
-        )
+    _put_steps(model, made, _STEPS)
     if hosts.cluster() is not None:
         for name in _METHODS:
             method = getattr(type(model), name).__get__(model)
@@ -47,6 +43,17 @@ def attach(model: keras.Model, made: Deployment) -> None:
             model, made, name.removeprefix("make_"), make
         )
     _forget_functions(model)
+
+
+def _put_steps(
+    model: keras.Model, made: Deployment, names: Sequence[str]
+) -> None:
+    """Put steps on a model that go by what its deployment goes by now."""
+    options = made.step_options()
+    for name in names:
+        vars(model)[name] = functools.partial(
+            getattr(steps, name), model, options
+        )
 
 
 def detach(model: keras.Model) -> None:
@@ -126,10 +133,7 @@ def _do_without(model: keras.Model, made: Deployment, prefix: str) -> None:
     """Let no step use the clones of a process that is lost."""
     left = [c for c in made.clones if hosts.host_of(c.device) != prefix]
     made.options = made.options._replace(clones=tuple(left))
-    for name in ("test_step", "predict_step"):
-        vars(model)[name] = functools.partial(
-            getattr(steps, name), model, made.step_options()
-        )
+    _put_steps(model, made, ("test_step", "predict_step"))
     model.test_function = model.predict_function = None
 
 
@@ -147,9 +151,7 @@ def watch_training(
     made.watches.pop(watcher, None)
     if told is not None:
         made.watches[watcher] = told
-    vars(model)["train_step"] = functools.partial(
-        steps.train_step, model, made.step_options()
-    )
+    _put_steps(model, made, ("train_step",))
     model.train_function = None
 
 

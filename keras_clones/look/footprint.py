@@ -102,9 +102,7 @@ def measure(model: keras.Model, options: StepOptions) -> Footprint:
     others = variables.others + variables.seeds
     plan = _plan(model, options)
     tables = {id(table): table for table in plan.tables}
-    mirrored = [
-        v for v in variables.trainable + variables.others if id(v) not in tables
-    ]
+    mirrored = [v for v in variables.weights if id(v) not in tables]
     gradients = _gradients(model, variables)
     received, sent = None, None
     if not exactness.overrides(model, "train_step"):

@@ -36,7 +36,8 @@ class Replica:
         self._step = step
         self._variables = variables
         self._forget = forget
-        self._function = _function(step)
+        self._has_made = False
+        self._function = self._new_function()
 
     @property
     def name(self) -> str:
@@ -48,12 +49,11 @@ class Replica:
 
         It waits until the step is done, and can be called in any thread.
         """
-        known = self._variables()
-        concrete = self._trace(data, known)
-        if len(self._variables()) > len(known):
+        concrete = self._function.get_concrete_function(data)
+        if self._has_made:
             # The first step has made what it adds to.
-            self._function = _function(self._step)
-            concrete = self._trace(data, self._variables())
+            self._function = self._new_function()
+            concrete = self._function.get_concrete_function(data)
 
         def run() -> Any:
             logs = concrete(data)
@@ -67,14 +67,17 @@ class Replica:
         spec = tf.DeviceSpec.from_string(self.prefix)
         _tf.forget_task(spec.job, spec.task)
 
-    def _trace(self, data: Any, known: Sequence[keras.Variable]) -> Any:
+    def _new_function(self) -> Any:
+        return tf.function(self._traced, autograph=False, reduce_retracing=True)
+
+    def _traced(self, data: Any) -> Any:
+        """Make a step, as it is traced."""
+        known = self._variables()
         with _keras.adding_at_once(known):
-            return self._function.get_concrete_function(data)
+            logs = self._step(data)
+        self._has_made = len(self._variables()) > len(known)
+        return logs
 
     def is_lost(self) -> bool:
         """Say whether its process is gone or stuck."""
         return watch.is_lost(self.prefix)
-
-
-def _function(step: Callable[[Any], Any]) -> Any:
-    return tf.function(step, autograph=False, reduce_retracing=True)
