@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from keras_clones.devices.hosts import host_of
 from keras_clones.tensors.merging import merge
 
 # A tensor of up to this many bytes travels packed with others. A copy of this
@@ -164,8 +165,7 @@ def add_up(values: list[Any], sources: Sequence[str], target: str) -> Any:
 
 def cpu_of_host(device: str) -> str:
     """Return the first CPU of the host that has a device."""
-    prefix, found, _ = device.partition("/device:")
-    return f"{prefix}/device:CPU:0" if found else "/device:CPU:0"
+    return f"{host_of(device)}/device:CPU:0"
 
 
 def _relays(devices: Sequence[str], home: str) -> list[str]:
