@@ -102,6 +102,7 @@ def test_the_same_model_is_the_same(capsys, tmp_path):
     assert "<table>" in found._repr_html_()
 
 
+@pytest.mark.full
 def test_batch_normalization_is_named_and_mended(untimed):
     model = classifier(layers.BatchNormalization(name="norm"))
     found = compared(model, num_clones=[1, 2, 3])
@@ -161,6 +162,7 @@ class CountsRows(layers.Layer):
         return x
 
 
+@pytest.mark.full
 def test_state_is_named_and_mended(untimed):
     found = compared(classifier(CountsRows(name="counts")))
     assert found.first.name.endswith("counts/count")
@@ -502,6 +504,7 @@ def out_of(error):
     return attach
 
 
+@pytest.mark.full
 def test_one_number_of_clones_that_fails_leaves_the_others(
     untimed, monkeypatch
 ):
@@ -604,6 +607,7 @@ def test_weights_of_the_first_step_are_refused(untimed):
         compared(make())
 
 
+@pytest.mark.full
 def test_float64_that_cannot_be(untimed):
     class Casts(layers.Layer):
         def call(self, x):
