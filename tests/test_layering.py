@@ -34,6 +34,7 @@ COMMAND = {
 }
 COMMANDS = (
     *("__main__", "benchmark/", "comparing/compare_", "look/machine"),
+    "look/resident",
     *("cluster/launch", "cluster/processes", "cluster/serve_command"),
 )
 # The doors to private names are lists, one short function each.

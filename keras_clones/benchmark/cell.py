@@ -1,7 +1,6 @@
 """One cell of the benchmark: one model, one peer, in a process of its own."""
 
 import json
-import pathlib
 import statistics
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from keras_clones.benchmark.transfers import count_transfers, traffic
 from keras_clones.devices.placement import logical_devices
 from keras_clones.devices.virtual import use_virtual_devices
 from keras_clones.door.attach import clone_model
+from keras_clones.look import resident
 
 # Steps between the first, which traces, and the first that is timed.
 WARM_UP = 3
@@ -84,7 +84,7 @@ def measure(cell: Cell) -> dict[str, Any]:
     task = TASKS[cell.model]
     data = _data(task)
     steps = cell.steps or task.steps
-    before = _peak_resident()
+    before = resident.peak()
     model = _model(cell, task)
     stopwatch = Stopwatch(cell.wait)
     start = time.perf_counter()
@@ -160,23 +160,7 @@ def _compiled(model: keras.Model) -> keras.Model:
     return model
 
 
-def _peak_resident() -> float | None:
-    """Return the most memory that this process held so far, in MiB."""
-    status = pathlib.Path("/proc/self/status")
-    if status.exists():
-        # `getrusage` counts what the parent held when it started this one.
-        lines = status.read_text().splitlines()
-        peak = next(line for line in lines if line.startswith("VmHWM:"))
-        return int(peak.split()[1]) / (1 << 10)
-    try:
-        import resource
-    except ImportError:  # There is none on Windows.
-        return None
-    # In bytes on macOS, which is what has `resource` and no `/proc`.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
-
-
-def _peak_memory(before: float | None) -> float | None:
+def _peak_memory(before: int | None) -> float | None:
     """Return the MiB of the fullest GPU, else what the process grew by."""
     gpus = logical_devices("GPU")
     if gpus:
@@ -185,8 +169,10 @@ def _peak_memory(before: float | None) -> float | None:
             info(gpu.removeprefix("/device:"))["peak"] / (1 << 20)
             for gpu in gpus
         )
-    after = _peak_resident()
-    return None if before is None or after is None else after - before
+    after = resident.peak()
+    if before is None or after is None:
+        return None
+    return (after - before) / (1 << 20)
 
 
 def _count(model: keras.Model, data: tf.data.Dataset) -> dict[str, Any]:

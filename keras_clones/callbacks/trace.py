@@ -18,7 +18,10 @@ from keras_clones.look.timeline import PIPELINE, Event, Window
 # The name of the span around each call of the step function.
 STEP = "keras_clones/step"
 _OPERATION = re.compile(r"[^\s:]+:\w+")
-_STATS = ("name", "id", "step_id", "step_num", "kernel_type", "tf_op")
+_STATS = (
+    *("name", "id", "step_id", "step_num", "kernel_type", "tf_op"),
+    "memcpy_details",
+)
 
 
 class Span(NamedTuple):
