@@ -296,9 +296,11 @@ def fits(peer, blocks, small):
     devices = split(1 if peer != "mirrored 2" else 2, 8 * 1024)
     width = 128 if small else 1024
     options = {"clones": {}, "pieces": {"pieces": "auto"}}.get(peer)
-    strategy = (
-        tf.distribute.MirroredStrategy(devices) if "mirr" in peer else None
-    )
+    strategy = None
+    if peer == "mirrored 2":
+        strategy = tf.distribute.MirroredStrategy(
+            devices, tf.distribute.HierarchicalCopyAllReduce()
+        )
     with strategy.scope() if strategy else tf.device(devices[0]):
         model = compiled(lambda: transformer(blocks, width), False)
     if options is not None:
@@ -316,12 +318,12 @@ def fits(peer, blocks, small):
     )
 
 
-def memory(small):
+def memory(small, peers):
     """Find the largest transformer that trains on a GPU of 8 GiB."""
-    for peer in ("plain", "clones", "mirrored 2", "pieces"):
+    for peer in peers:
         low, high = 0, None
         step = 8 if not small else 1
-        blocks = 24 if not small else 1
+        blocks = 32 if not small else 1
         while high is None or high - low > step:
             command = [sys.executable, __file__, "fits", "--peer", peer]
             command += ["--blocks", str(blocks)] + ["--small"] * small
@@ -345,13 +347,13 @@ def main():
     parser.add_argument("what", choices=["right", "time", "memory", "fits"])
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--output", default=".")
-    parser.add_argument("--peer")
+    parser.add_argument("--peer", default="plain,clones,mirrored 2")
     parser.add_argument("--blocks", type=int)
     options = parser.parse_args()
     what = {
         "right": right,
         "time": lambda: timed(options.small, options.output),
-        "memory": lambda: memory(options.small),
+        "memory": lambda: memory(options.small, options.peer.split(",")),
         "fits": lambda: fits(options.peer, options.blocks, options.small),
     }[options.what]
     what()

@@ -181,13 +181,16 @@ def draw(
 def _add_legend(figure: Any, used: set[str]) -> None:
     from matplotlib.patches import Patch
 
+    handles = [
+        Patch(color=color, label=phase)
+        for phase, color in PHASES.items()
+        if phase in used
+    ]
+    # Nine in a row are wider than the picture.
+    rows = -(-len(handles) // 6)
     figure.legend(
-        handles=[
-            Patch(color=color, label=phase)
-            for phase, color in PHASES.items()
-            if phase in used
-        ],
+        handles=handles,
         loc="outside lower center",
-        ncols=len(PHASES),
+        ncols=-(-len(handles) // rows),
         frameon=False,
     )
