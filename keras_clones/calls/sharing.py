@@ -47,6 +47,7 @@ class Calls:
         self.jit_compile = resolve_jit_compile(model, options)
         self._graph = _graph()
         self.settle_whole()
+        exactness.check_cudnn(model, [c.device for c in options.clones])
         if len(options.clones) > 1:
             exactness.check_layers(model, self.whole.is_apart)
 

@@ -53,28 +53,3 @@ def move_variables(
             )
         _keras.set_tf_variable(variable, new)
     return [variable for variable, _ in moved]
-
-
-def pin(variables: Iterable[keras.Variable], gpu: str) -> None:
-    """Keep the values of variables in memory that a GPU copies from directly.
-
-    What a GPU sends to the host arrives in such memory, which the variable
-    then has for its own, and which updates write to. A copy from other memory
-    is made twice, and waited for: on an H200 8 GB/s, not 50.
-
-    Args:
-        variables: Iterable of `keras.Variable`s on a CPU.
-        gpu: Device string, a GPU of the same host.
-    """
-    for variable in variables:
-        value = _keras.tf_variable(variable)
-        value.assign(_through(value.read_value(), gpu, value.device))
-
-
-@tf.function(autograph=False, reduce_retracing=True)
-def _through(value: tf.Tensor, gpu: str, home: str) -> tf.Tensor:
-    """Return a tensor that went to a GPU and came home."""
-    with tf.device(gpu):
-        there = tf.identity(value)
-    with tf.device(home):
-        return tf.identity(there)

@@ -50,6 +50,7 @@ def begin(
     """
     build(model, batch, options.homes, training)
     whole.check(model, options.whole)
+    exactness.check_cudnn(model, [clone.device for clone in options.clones])
     num_clones = sharding.enough(rows, len(options.clones))
     plan = plan_step(model, options, training, num_clones)
     if len(options.clones) > 1:
