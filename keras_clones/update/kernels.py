@@ -1,0 +1,148 @@
+"""Updates by TensorFlow's own kernels, where their algebra is Keras's.
+
+Such a kernel goes over a variable and its slots once, on all threads, where
+Keras runs an operation for each sign of the formula. It is ordered among the
+reads of a variable as `assign` is, and copies what is being read.
+"""
+
+from collections.abc import Callable
+
+import keras
+import tensorflow as tf
+
+from keras_clones.update.one import Update
+
+_ops = tf.raw_ops
+
+
+def way(
+    optimizer: keras.optimizers.Optimizer,
+) -> Callable[[Update], None] | None:
+    """Return the function that updates by a kernel, `None` if none does."""
+    if isinstance(optimizer, keras.optimizers.RMSprop):
+        # The kernel keeps a momentum, also where it is zero.
+        if not optimizer.momentum > 0:
+            return None
+        return _centered_rmsprop if optimizer.centered else _rmsprop
+    return _WAYS.get(type(optimizer))
+
+
+def _adam(update: Update) -> None:
+    first, second, largest = update.slots
+    arguments = {
+        "var": update.variable.handle,
+        "m": first.handle,
+        "v": second.handle,
+        "beta1_power": update.power("beta_1"),
+        "beta2_power": update.power("beta_2"),
+        "lr": update.rate,
+        "beta1": update.number("beta_1"),
+        "beta2": update.number("beta_2"),
+        "epsilon": update.number("epsilon"),
+        "grad": update.gradient,
+    }
+    if largest is None:
+        _ops.ResourceApplyAdam(**arguments)
+    else:
+        _ops.ResourceApplyAdamWithAmsgrad(**arguments, vhat=largest.handle)
+
+
+def _sgd(update: Update) -> None:
+    (momentum,) = update.slots
+    if momentum is None:
+        _ops.ResourceApplyGradientDescent(
+            var=update.variable.handle, alpha=update.rate, delta=update.gradient
+        )
+        return
+    _ops.ResourceApplyKerasMomentum(
+        var=update.variable.handle,
+        accum=momentum.handle,
+        lr=update.rate,
+        grad=update.gradient,
+        momentum=update.cast("momentum"),
+        use_nesterov=bool(update.optimizer.nesterov),
+    )
+
+
+def _rmsprop(update: Update) -> None:
+    velocity, momentum, _ = update.slots
+    _ops.ResourceApplyRMSProp(
+        var=update.variable.handle,
+        ms=velocity.handle,
+        mom=momentum.handle,
+        lr=update.rate,
+        rho=update.number("rho"),
+        momentum=update.number("momentum"),
+        epsilon=update.number("epsilon"),
+        grad=update.gradient,
+    )
+
+
+def _centered_rmsprop(update: Update) -> None:
+    velocity, momentum, average = update.slots
+    _ops.ResourceApplyCenteredRMSProp(
+        var=update.variable.handle,
+        mg=average.handle,
+        ms=velocity.handle,
+        mom=momentum.handle,
+        lr=update.rate,
+        rho=update.number("rho"),
+        momentum=update.number("momentum"),
+        epsilon=update.number("epsilon"),
+        grad=update.gradient,
+    )
+
+
+def _adadelta(update: Update) -> None:
+    gradients, deltas = update.slots
+    _ops.ResourceApplyAdadelta(
+        var=update.variable.handle,
+        accum=gradients.handle,
+        accum_update=deltas.handle,
+        lr=update.rate,
+        rho=update.number("rho"),
+        epsilon=update.number("epsilon"),
+        grad=update.gradient,
+    )
+
+
+def _adamax(update: Update) -> None:
+    first, norm = update.slots
+    _ops.ResourceApplyAdaMax(
+        var=update.variable.handle,
+        m=first.handle,
+        v=norm.handle,
+        beta1_power=update.power("beta_1"),
+        lr=update.rate,
+        beta1=update.number("beta_1"),
+        beta2=update.number("beta_2"),
+        epsilon=update.number("epsilon"),
+        grad=update.gradient,
+    )
+
+
+def _ftrl(update: Update) -> None:
+    accumulator, linear = update.slots
+    strength = update.optimizer.l2_regularization_strength
+    beta = update.optimizer.beta
+    _ops.ResourceApplyFtrlV2(
+        var=update.variable.handle,
+        accum=accumulator.handle,
+        linear=linear.handle,
+        grad=update.gradient,
+        lr=update.rate,
+        l1=update.number("l1_regularization_strength"),
+        l2=update.once("l2", lambda: strength + beta / (2.0 * update.rate)),
+        l2_shrinkage=update.number("l2_shrinkage_regularization_strength"),
+        lr_power=update.number("learning_rate_power"),
+    )
+
+
+_WAYS = {
+    keras.optimizers.Adam: _adam,
+    keras.optimizers.AdamW: _adam,
+    keras.optimizers.SGD: _sgd,
+    keras.optimizers.Adadelta: _adadelta,
+    keras.optimizers.Adamax: _adamax,
+    keras.optimizers.Ftrl: _ftrl,
+}
