@@ -57,16 +57,16 @@ def way(
     return _WAYS.get(type(optimizer))
 
 
-def decay(variable: tf.Variable, decay: Any, learning_rate: Any) -> None:
+def decay(variable: tf.Variable, factor: Any, learning_rate: Any) -> None:
     """Let the weight decay of a step take its part off a variable."""
     dtype = variable.dtype
     # By way of float32, as Keras casts a number.
-    numbers = [tf.cast(decay, dtype), tf.cast(learning_rate, dtype)]
+    numbers = [tf.cast(factor, dtype), tf.cast(learning_rate, dtype)]
     run(_decay, [variable], numbers)
 
 
-def _decay(variable: Any, decay: Any, rate: Any) -> None:
-    variable.assign_sub(variable * decay * rate)
+def _decay(variable: Any, factor: Any, rate: Any) -> None:
+    variable.assign_sub(variable * factor * rate)
 
 
 def _rmsprop(update: Update) -> None:

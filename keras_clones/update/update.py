@@ -129,7 +129,7 @@ def way_of(
         return rows.way(optimizer) if large else None
     if not isinstance(gradient, tf.Tensor):
         return None
-    kernel = kernels.way(optimizer)
+    kernel = kernels.way(optimizer, variable.dtype)
     if kernel is None and large:
         return compiled.way(optimizer)
     return kernel
