@@ -6,6 +6,7 @@ reads of a variable as `assign` is, and copies what is being read.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import keras
 import numpy as np
@@ -39,28 +40,57 @@ def way(
     return _WAYS.get(type(optimizer))
 
 
-def _is_near(found: float, expected: float) -> bool:
+def _is_near(found: Any, expected: float) -> bool:
     return bool(abs(found - expected) <= _NEAR * abs(expected))
 
 
 def _adam(update: Update) -> None:
     first, second, largest = update.slots
+    rate, epsilon, zero = _adam_numbers(update)
     arguments = {
         "var": update.variable.handle,
         "m": first.handle,
         "v": second.handle,
-        "beta1_power": update.power("beta_1"),
-        "beta2_power": update.power("beta_2"),
-        "lr": update.rate,
+        "beta1_power": zero,
+        "beta2_power": zero,
+        "lr": rate,
         "beta1": update.number("beta_1"),
         "beta2": update.number("beta_2"),
-        "epsilon": update.number("epsilon"),
+        "epsilon": epsilon,
         "grad": update.gradient,
     }
     if largest is None:
         _ops.ResourceApplyAdam(**arguments)
     else:
         _ops.ResourceApplyAdamWithAmsgrad(**arguments, vhat=largest.handle)
+
+
+def _adam_numbers(update: Update) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Return the rate and the epsilon of a step, and powers that count not.
+
+    What the kernel's second moment lacks for taking `beta_2` from 1 in
+    float32 is the same for all weights, and known: it is taken off again.
+    """
+    exact = 1 - update.optimizer.beta_2
+    taken = float(1 - np.array(update.optimizer.beta_2, update.dtype.name))
+
+    def lacking() -> Any:
+        if taken == exact:
+            return 1.0
+        steps = update.numbers.iteration(1, tf.float64)
+        part, whole = np.log1p(-taken), np.log1p(-exact)
+        return tf.sqrt(
+            tf.math.expm1(steps * part) / tf.math.expm1(steps * whole)
+        )
+
+    def times(number: tf.Tensor) -> Any:
+        factor = update.numbers.once("lacking", tf.float64, lacking)
+        return tf.cast(number, tf.float64) * factor
+
+    rate = update.once("kernel_rate", lambda: times(update.adam_rate))
+    epsilon = update.number("epsilon")
+    epsilon = update.once("kernel_epsilon", lambda: times(epsilon))
+    return rate, epsilon, update.once("zero", lambda: 0.0)
 
 
 def _sgd(update: Update) -> None:

@@ -74,6 +74,18 @@ class Update(NamedTuple):
         """The learning rate."""
         return self.once("rate", lambda: self.learning_rate)
 
+    @property
+    def adam_rate(self) -> tf.Tensor:
+        """The learning rate of Adam, which makes up for moments from zero."""
+        return self.once(
+            "adam_rate",
+            lambda: (
+                self.rate
+                * tf.sqrt(1 - self.power("beta_2"))
+                / (1 - self.power("beta_1"))
+            ),
+        )
+
     def number(self, name: str) -> tf.Tensor:
         """Return a hyperparameter of the optimizer, by its name."""
         return self.once(name, lambda: getattr(self.optimizer, name))

@@ -77,15 +77,7 @@ def _adam(update: Update) -> None:
     # What is added before the decay must come out of it as it should be.
     _add(first, rows.ids, rows.sums * (rests[0] / betas[0]))
     _add(second, rows.ids, rows.squares * (rests[1] / betas[1]))
-    alpha = update.once(
-        "alpha",
-        lambda: (
-            update.rate
-            * tf.sqrt(1 - update.power("beta_2"))
-            / (1 - update.power("beta_1"))
-        ),
-    )
-    tensors = [alpha, *rests, update.number("epsilon")]
+    tensors = [update.adam_rate, *rests, update.number("epsilon")]
     variables = [update.variable, first, second]
     if largest is None:
         compiled.run(_adam_pass, variables, tensors)
