@@ -307,19 +307,10 @@ def test_an_update_waits_for_its_own_gradient_only():
 
 def fitted(num_clones, **options):
     model = cases.make("mlp")
-    if num_clones:
-        clone_model(model, num_clones, **options)
+    clone_model(model, num_clones, **options)
     model.compile("adam", **cases.DEFAULT_COMPILE)
-    if not num_clones:
-        cases.build_optimizer(model)
     x, y = cases.arrays(24)["mlp"]
-    model.fit(x, y, batch_size=8, epochs=2, shuffle=False, verbose=0)
-    return [*model.get_weights(), *map(np.array, model.optimizer.variables)]
-
-
-def test_one_clone_equals_plain_keras_bit_for_bit_with_its_own_update():
-    for one, other in zip(fitted(0), fitted(1, update="keras"), strict=True):
-        np.testing.assert_array_equal(one, other)
+    model.fit(x, y, batch_size=8, verbose=0)
 
 
 def test_a_model_says_how_it_updates_and_does_so(ways):
