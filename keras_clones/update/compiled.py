@@ -5,7 +5,7 @@ tenths of a second for each shape, so it is for large variables only.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -26,8 +26,8 @@ def is_large(variable: tf.Variable) -> bool:
 
 def run(
     function: Callable[..., None],
-    variables: Sequence[tf.Variable],
-    tensors: Sequence[tf.Tensor],
+    variables: list[tf.Variable],
+    tensors: list[tf.Tensor],
 ) -> None:
     """Run a function of variables and tensors, compiled by XLA.
 
@@ -35,14 +35,14 @@ def run(
     it, and other steps find it and what it was compiled to.
 
     Args:
-        function: Function of the variables, then the tensors, which assigns.
-        variables: Sequence of `tf.Variable`s.
-        tensors: Sequence of tensors of known shapes.
+        function: Function of both lists, which assigns to the variables.
+        variables: List of `tf.Variable`s.
+        tensors: List of tensors of known shapes.
     """
     specs = [tf.TensorSpec(one.shape, one.dtype) for one in tensors]
     with tf.init_scope():
-        concrete = _compiled(function).get_concrete_function(*variables, *specs)
-    concrete(*variables, *tensors)
+        concrete = _compiled(function).get_concrete_function(variables, specs)
+    concrete(variables, tensors)
 
 
 @functools.cache
@@ -65,7 +65,9 @@ def decay(variable: tf.Variable, factor: Any, learning_rate: Any) -> None:
     run(_decay, [variable], numbers)
 
 
-def _decay(variable: Any, factor: Any, rate: Any) -> None:
+def _decay(variables: Any, tensors: Any) -> None:
+    (variable,) = variables
+    factor, rate = tensors
     variable.assign_sub(variable * factor * rate)
 
 
@@ -80,29 +82,16 @@ def _rmsprop(update: Update) -> None:
         run(_centered_pass, variables, tensors)
 
 
-def _rmsprop_pass(
-    variable: Any,
-    velocity: Any,
-    gradient: Any,
-    rate: Any,
-    rho: Any,
-    rest: Any,
-    epsilon: Any,
-) -> None:
+def _rmsprop_pass(variables: Any, tensors: Any) -> None:
+    variable, velocity = variables
+    gradient, rate, rho, rest, epsilon = tensors
     velocity.assign(rho * velocity + rest * tf.square(gradient))
     variable.assign_sub(rate * gradient / tf.sqrt(velocity + epsilon))
 
 
-def _centered_pass(
-    variable: Any,
-    velocity: Any,
-    average: Any,
-    gradient: Any,
-    rate: Any,
-    rho: Any,
-    rest: Any,
-    epsilon: Any,
-) -> None:
+def _centered_pass(variables: Any, tensors: Any) -> None:
+    variable, velocity, average = variables
+    gradient, rate, rho, rest, epsilon = tensors
     velocity.assign(rho * velocity + rest * tf.square(gradient))
     average.assign(rho * average + rest * gradient)
     variance = velocity - tf.square(average) + epsilon
@@ -114,9 +103,9 @@ def _adagrad(update: Update) -> None:
     run(_adagrad_pass, [update.variable, *update.slots], tensors)
 
 
-def _adagrad_pass(
-    variable: Any, accumulator: Any, gradient: Any, rate: Any, epsilon: Any
-) -> None:
+def _adagrad_pass(variables: Any, tensors: Any) -> None:
+    variable, accumulator = variables
+    gradient, rate, epsilon = tensors
     accumulator.assign_add(tf.square(gradient))
     variable.assign_sub(rate * gradient / tf.sqrt(accumulator + epsilon))
 
@@ -133,14 +122,16 @@ def _lion(update: Update) -> None:
     run(_lion_momentum, [momentum], [update.gradient, second])
 
 
-def _lion_variable(
-    variable: Any, momentum: Any, gradient: Any, rate: Any, beta: Any
-) -> None:
+def _lion_variable(variables: Any, tensors: Any) -> None:
+    variable, momentum = variables
+    gradient, rate, beta = tensors
     signs = tf.sign(momentum * beta + gradient * (1.0 - beta))
     variable.assign_sub(rate * signs)
 
 
-def _lion_momentum(momentum: Any, gradient: Any, beta: Any) -> None:
+def _lion_momentum(variables: Any, tensors: Any) -> None:
+    (momentum,) = variables
+    gradient, beta = tensors
     momentum.assign(momentum * beta + gradient * (1.0 - beta))
 
 
@@ -170,19 +161,18 @@ def _nadam_rate(update: Update, later: int) -> tf.Tensor:
     )
 
 
-def _nadam_pass(
-    variable: Any,
-    first: Any,
-    second: Any,
-    gradient: Any,
-    rate: Any,
-    beta_1: Any,
-    beta_2: Any,
-    epsilon: Any,
-    of_momentum: Any,
-    of_gradient: Any,
-    of_square: Any,
-) -> None:
+def _nadam_pass(variables: Any, tensors: Any) -> None:
+    variable, first, second = variables
+    (
+        gradient,
+        rate,
+        beta_1,
+        beta_2,
+        epsilon,
+        of_momentum,
+        of_gradient,
+        of_square,
+    ) = tensors
     first.assign_add((gradient - first) * (1 - beta_1))
     second.assign_add((tf.square(gradient) - second) * (1 - beta_2))
     ahead = of_momentum * first + of_gradient * gradient

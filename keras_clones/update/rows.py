@@ -85,30 +85,17 @@ def _adam(update: Update) -> None:
         compiled.run(_amsgrad_pass, [*variables, largest], tensors)
 
 
-def _adam_pass(
-    variable: Any,
-    first: Any,
-    second: Any,
-    alpha: Any,
-    rest_1: Any,
-    rest_2: Any,
-    epsilon: Any,
-) -> None:
+def _adam_pass(variables: Any, tensors: Any) -> None:
+    variable, first, second = variables
+    alpha, rest_1, rest_2, epsilon = tensors
     first.assign_sub(first * rest_1)
     second.assign_sub(second * rest_2)
     variable.assign_sub(first * alpha / (tf.sqrt(second) + epsilon))
 
 
-def _amsgrad_pass(
-    variable: Any,
-    first: Any,
-    second: Any,
-    largest: Any,
-    alpha: Any,
-    rest_1: Any,
-    rest_2: Any,
-    epsilon: Any,
-) -> None:
+def _amsgrad_pass(variables: Any, tensors: Any) -> None:
+    variable, first, second, largest = variables
+    alpha, rest_1, rest_2, epsilon = tensors
     first.assign_sub(first * rest_1)
     second.assign_sub(second * rest_2)
     largest.assign(tf.maximum(largest, second))
@@ -132,16 +119,9 @@ def _adamax(update: Update) -> None:
     compiled.run(_adamax_pass, [update.variable, first, norm], tensors)
 
 
-def _adamax_pass(
-    variable: Any,
-    first: Any,
-    norm: Any,
-    rate: Any,
-    rest_1: Any,
-    beta_2: Any,
-    of_norm: Any,
-    epsilon: Any,
-) -> None:
+def _adamax_pass(variables: Any, tensors: Any) -> None:
+    variable, first, norm = variables
+    rate, rest_1, beta_2, of_norm, epsilon = tensors
     first.assign_sub(first * rest_1)
     norm.assign(beta_2 * norm)
     variable.assign_sub(rate * first / (of_norm * (norm + epsilon)))
@@ -155,7 +135,9 @@ def _momentum(update: Update) -> None:
     compiled.run(_momentum_pass, [update.variable, momentum], [decay])
 
 
-def _momentum_pass(variable: Any, momentum: Any, decay: Any) -> None:
+def _momentum_pass(variables: Any, tensors: Any) -> None:
+    variable, momentum = variables
+    (decay,) = tensors
     momentum.assign(momentum * decay)
     variable.assign_add(momentum)
 
@@ -180,16 +162,22 @@ def _rmsprop(update: Update) -> None:
     compiled.run(_rmsprop_pass, [update.variable, momentum], [decay])
 
 
-def _rmsprop_pass(variable: Any, momentum: Any, decay: Any) -> None:
+def _rmsprop_pass(variables: Any, tensors: Any) -> None:
+    variable, momentum = variables
+    (decay,) = tensors
     momentum.assign(momentum * decay)
     variable.assign_sub(momentum)
 
 
-def _decay_one(one: Any, rho: Any) -> None:
+def _decay_one(variables: Any, tensors: Any) -> None:
+    (one,) = variables
+    (rho,) = tensors
     one.assign(rho * one)
 
 
-def _decay_two(one: Any, other: Any, rho: Any) -> None:
+def _decay_two(variables: Any, tensors: Any) -> None:
+    one, other = variables
+    (rho,) = tensors
     one.assign(rho * one)
     other.assign(rho * other)
 
