@@ -110,7 +110,8 @@ def _adagrad_pass(variables: Any, tensors: Any) -> None:
     variable.assign_sub(rate * gradient / tf.sqrt(accumulator + epsilon))
 
 
-def _lion(update: Update) -> None:
+def lion(update: Update) -> None:
+    """Update by Lion."""
     (momentum,) = update.slots
     first, second = (update.cast(name) for name in ("beta_1", "beta_2"))
     # Two functions: one would keep a copy of the momentum for the variable.
@@ -182,6 +183,6 @@ def _nadam_pass(variables: Any, tensors: Any) -> None:
 _WAYS = {
     keras.optimizers.RMSprop: _rmsprop,
     keras.optimizers.Adagrad: _adagrad,
-    keras.optimizers.Lion: _lion,
+    keras.optimizers.Lion: lion,
     keras.optimizers.Nadam: _nadam,
 }

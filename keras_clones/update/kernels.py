@@ -93,7 +93,8 @@ def _adam_numbers(update: Update) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     return rate, epsilon, update.once("zero", lambda: 0.0)
 
 
-def _sgd(update: Update) -> None:
+def sgd(update: Update) -> None:
+    """Update by SGD, with momentum or without."""
     (momentum,) = update.slots
     if momentum is None:
         _ops.ResourceApplyGradientDescent(
@@ -187,7 +188,7 @@ def _ftrl(update: Update) -> None:
 _WAYS = {
     keras.optimizers.Adam: _adam,
     keras.optimizers.AdamW: _adam,
-    keras.optimizers.SGD: _sgd,
+    keras.optimizers.SGD: sgd,
     keras.optimizers.Adadelta: _adadelta,
     keras.optimizers.Adamax: _adamax,
     keras.optimizers.Ftrl: _ftrl,

@@ -2,10 +2,11 @@
 
 Keras's optimizers mean by a gradient by rows what they mean by a dense one:
 slots decay in all rows, and where a row is there more than once, they sum
-what they square. The rows are added to the slots by themselves, and one
-function that XLA compiles goes over the table as if there were no gradient.
-It gets nothing whose size is that of the batch, which it would be compiled
-for anew.
+what they square. Slots and table are gone over in place by functions that XLA
+compiles, and the rows are added to the slots by themselves. What is compiled
+gets nothing of the batch's size, for which it would be compiled anew. Slots
+and table have a function each, since one of both would copy a slot that it
+reads again.
 """
 
 from collections.abc import Callable
@@ -14,11 +15,8 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_clones.update import compiled
+from keras_clones.update import compiled, kernels
 from keras_clones.update.one import Update
-
-# What decays more than that leaves too little to divide by.
-_LEAST = 0.01
 
 
 class _Rows(NamedTuple):
@@ -39,18 +37,8 @@ def way(
 ) -> Callable[[Update], None] | None:
     """Return the function that updates by rows, `None` if none does."""
     kind = type(optimizer)
-    if kind in (keras.optimizers.Adam, keras.optimizers.AdamW):
-        least = min(optimizer.beta_1, optimizer.beta_2)
-        return _adam if least >= _LEAST else None
-    if kind is keras.optimizers.Adamax:
-        least = min(optimizer.beta_1, optimizer.beta_2)
-        return _adamax if least >= _LEAST else None
-    if kind is keras.optimizers.SGD:
-        plain = optimizer.momentum >= _LEAST and not optimizer.nesterov
-        return _momentum if plain else None
-    if kind is keras.optimizers.RMSprop:
-        bare = not optimizer.momentum > 0
-        return _rmsprop if bare or optimizer.momentum >= _LEAST else None
+    if kind is keras.optimizers.SGD and not optimizer.momentum:
+        return None
     return _WAYS.get(kind)
 
 
@@ -72,47 +60,46 @@ def _add(variable: tf.Variable, ids: tf.Tensor, values: tf.Tensor) -> None:
 def _adam(update: Update) -> None:
     first, second, largest = update.slots
     rows = _rows(update.gradient)
-    betas = [update.number("beta_1"), update.number("beta_2")]
     rests = [update.rest("beta_1"), update.rest("beta_2")]
-    # What is added before the decay must come out of it as it should be.
-    _add(first, rows.ids, rows.sums * (rests[0] / betas[0]))
-    _add(second, rows.ids, rows.squares * (rests[1] / betas[1]))
-    tensors = [update.adam_rate, *rests, update.number("epsilon")]
+    compiled.run(_shrink, [first, second], rests)
+    _add(first, rows.ids, rows.sums * rests[0])
+    _add(second, rows.ids, rows.squares * rests[1])
     variables = [update.variable, first, second]
+    tensors = [update.adam_rate, update.number("epsilon")]
     if largest is None:
         compiled.run(_adam_pass, variables, tensors)
     else:
         compiled.run(_amsgrad_pass, [*variables, largest], tensors)
 
 
+def _shrink(variables: Any, tensors: Any) -> None:
+    for variable, rest in zip(variables, tensors, strict=True):
+        variable.assign_sub(variable * rest)
+
+
 def _adam_pass(variables: Any, tensors: Any) -> None:
     variable, first, second = variables
-    alpha, rest_1, rest_2, epsilon = tensors
-    first.assign_sub(first * rest_1)
-    second.assign_sub(second * rest_2)
+    alpha, epsilon = tensors
     variable.assign_sub(first * alpha / (tf.sqrt(second) + epsilon))
 
 
 def _amsgrad_pass(variables: Any, tensors: Any) -> None:
     variable, first, second, largest = variables
-    alpha, rest_1, rest_2, epsilon = tensors
-    first.assign_sub(first * rest_1)
-    second.assign_sub(second * rest_2)
+    alpha, epsilon = tensors
     largest.assign(tf.maximum(largest, second))
     variable.assign_sub(first * alpha / (tf.sqrt(largest) + epsilon))
 
 
 def _adamax(update: Update) -> None:
     first, norm = update.slots
-    rows = _rows(update.gradient)
-    beta_1, beta_2 = update.number("beta_1"), update.number("beta_2")
-    _add(first, rows.ids, rows.sums * (update.rest("beta_1") / beta_1))
+    rows, rest = _rows(update.gradient), update.rest("beta_1")
+    compiled.run(_shrink, [first], [rest])
+    _add(first, rows.ids, rows.sums * rest)
+    compiled.run(_decay, [norm], [update.number("beta_2")])
     magnitudes = rows.add_up(tf.abs(update.gradient.values))
-    norm.scatter_max(tf.IndexedSlices(magnitudes / beta_2, rows.ids))
+    norm.scatter_max(tf.IndexedSlices(magnitudes, rows.ids))
     tensors = [
         update.rate,
-        update.rest("beta_1"),
-        beta_2,
         update.once("of_norm", lambda: 1 - update.power("beta_1")),
         update.number("epsilon"),
     ]
@@ -121,32 +108,56 @@ def _adamax(update: Update) -> None:
 
 def _adamax_pass(variables: Any, tensors: Any) -> None:
     variable, first, norm = variables
-    rate, rest_1, beta_2, of_norm, epsilon = tensors
-    first.assign_sub(first * rest_1)
-    norm.assign(beta_2 * norm)
+    rate, of_norm, epsilon = tensors
     variable.assign_sub(rate * first / (of_norm * (norm + epsilon)))
 
 
-def _momentum(update: Update) -> None:
+def _sgd(update: Update) -> None:
+    if update.optimizer.nesterov:
+        kernels.sgd(_with_all_rows(update))
+        return
     (momentum,) = update.slots
     rows = _rows(update.gradient)
-    decay = update.cast("momentum")
-    _add(momentum, rows.ids, -rows.sums * update.rate / decay)
-    compiled.run(_momentum_pass, [update.variable, momentum], [decay])
+    compiled.run(_decay, [momentum], [update.cast("momentum")])
+    _add(momentum, rows.ids, -rows.sums * update.rate)
+    compiled.run(_sum, [update.variable, momentum], [])
 
 
-def _momentum_pass(variables: Any, tensors: Any) -> None:
-    variable, momentum = variables
-    (decay,) = tensors
-    momentum.assign(momentum * decay)
-    variable.assign_add(momentum)
+def _decay(variables: Any, tensors: Any) -> None:
+    (factor,) = tensors
+    for variable in variables:
+        variable.assign(factor * variable)
+
+
+def _sum(variables: Any, _: Any) -> None:
+    variable, other = variables
+    variable.assign_add(other)
+
+
+def _difference(variables: Any, _: Any) -> None:
+    variable, other = variables
+    variable.assign_sub(other)
+
+
+def _lion(update: Update) -> None:
+    compiled.lion(_with_all_rows(update))
+
+
+def _with_all_rows(update: Update) -> Update:
+    """Return the same update by a dense gradient, where nothing is squared."""
+    ids, values = update.gradient.indices, update.gradient.values
+    number = update.variable.shape[0]
+    dense = tf.math.unsorted_segment_sum(values, ids, number)
+    return update._replace(
+        gradient=tf.ensure_shape(dense, update.variable.shape)
+    )
 
 
 def _rmsprop(update: Update) -> None:
     velocity, momentum, average = update.slots
     rows, rest = _rows(update.gradient), update.rest("rho")
-    decaying = [slot for slot in (velocity, average) if slot is not None]
-    compiled.run(_decays[len(decaying)], decaying, [update.number("rho")])
+    slots = [slot for slot in (velocity, average) if slot is not None]
+    compiled.run(_decay, slots, [update.number("rho")])
     _add(velocity, rows.ids, rest * rows.squares)
     variance = tf.gather(velocity, rows.ids)
     if average is not None:
@@ -157,32 +168,9 @@ def _rmsprop(update: Update) -> None:
     if momentum is None:
         _add(update.variable, rows.ids, -change)
         return
-    decay = update.number("momentum")
-    _add(momentum, rows.ids, change / decay)
-    compiled.run(_rmsprop_pass, [update.variable, momentum], [decay])
-
-
-def _rmsprop_pass(variables: Any, tensors: Any) -> None:
-    variable, momentum = variables
-    (decay,) = tensors
-    momentum.assign(momentum * decay)
-    variable.assign_sub(momentum)
-
-
-def _decay_one(variables: Any, tensors: Any) -> None:
-    (one,) = variables
-    (rho,) = tensors
-    one.assign(rho * one)
-
-
-def _decay_two(variables: Any, tensors: Any) -> None:
-    one, other = variables
-    (rho,) = tensors
-    one.assign(rho * one)
-    other.assign(rho * other)
-
-
-_decays: dict[int, Callable[..., None]] = {1: _decay_one, 2: _decay_two}
+    compiled.run(_decay, [momentum], [update.number("momentum")])
+    _add(momentum, rows.ids, change)
+    compiled.run(_difference, [update.variable, momentum], [])
 
 
 def _adagrad(update: Update) -> None:
@@ -198,7 +186,7 @@ def _adadelta(update: Update) -> None:
     rows, rest = _rows(update.gradient), update.rest("rho")
     epsilon = update.number("epsilon")
     before = tf.gather(deltas, rows.ids)
-    compiled.run(_decay_two, update.slots, [update.number("rho")])
+    compiled.run(_decay, update.slots, [update.number("rho")])
     _add(gradients, rows.ids, rest * rows.squares)
     now = tf.gather(gradients, rows.ids)
     factor = tf.sqrt(before + epsilon) / tf.sqrt(now + epsilon)
@@ -207,6 +195,12 @@ def _adadelta(update: Update) -> None:
 
 
 _WAYS = {
+    keras.optimizers.Adam: _adam,
+    keras.optimizers.AdamW: _adam,
+    keras.optimizers.Adamax: _adamax,
+    keras.optimizers.RMSprop: _rmsprop,
+    keras.optimizers.SGD: _sgd,
     keras.optimizers.Adagrad: _adagrad,
     keras.optimizers.Adadelta: _adadelta,
+    keras.optimizers.Lion: _lion,
 }
