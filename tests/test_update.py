@@ -8,6 +8,9 @@ import tensorflow as tf
 from keras import optimizers
 
 from keras_clones import clone_model, deployment
+from keras_clones.devices.homes import Homes
+from keras_clones.devices.naming import canonical_device
+from keras_clones.exchange.beside_data import beside_data
 from keras_clones.model_deploy import DeploymentConfig, deploy
 from keras_clones.update import compiled, update
 from keras_clones.update.update import faster
@@ -303,6 +306,33 @@ def test_an_update_waits_for_its_own_gradient_only():
     ]
     waits = [needs(operation) & set(names) for operation in updates]
     assert sorted(waits, key=str) == [{"first"}, {"second"}]
+
+
+@pytest.mark.parametrize("name", ["Adam", "Lion"])
+@pytest.mark.parametrize("by_rows", [False, True])
+def test_an_update_runs_beside_its_variable(name, by_rows, all_large):
+    here, there = "/device:CPU:0", "/device:CPU:1"
+    homes = Homes(here, [here, there])
+    optimizer = OPTIMIZERS[name]()
+    with tf.device(there):
+        variable = keras.Variable(np.ones(SHAPE), trainable=True)
+        optimizer.build([variable])
+
+    @tf.function(autograph=False)
+    def step(values, ids):
+        gradient = values
+        if by_rows:
+            gradient = tf.IndexedSlices(values, ids, tf.constant(SHAPE))
+        with faster([optimizer], "auto"), beside_data(optimizer, homes):
+            optimizer.apply([gradient], [variable])
+
+    with tf.device(here):
+        values, ids = next(gradients(by_rows, "float32"))
+        graph = step.get_concrete_function(values, ids).graph
+    kinds = ("ResourceApplyAdam", "StatefulPartitionedCall", "PartitionedCall")
+    updates = [o for o in graph.get_operations() if o.type in kinds]
+    assert updates
+    assert {canonical_device(o.device) for o in updates} == {there}
 
 
 def fitted(num_clones, **options):
