@@ -154,6 +154,102 @@ def unreduced(
     return swapped()
 
 
+# The variables that an optimizer keeps of each weight, in lists in the order
+# of the weights, empty or missing where it needs none.
+_SLOTS = {
+    keras.optimizers.Adadelta: (
+        "_accumulated_grads",
+        "_accumulated_delta_vars",
+    ),
+    keras.optimizers.Adagrad: ("_accumulators",),
+    keras.optimizers.Adam: ("_momentums", "_velocities", "_velocity_hats"),
+    keras.optimizers.AdamW: ("_momentums", "_velocities", "_velocity_hats"),
+    keras.optimizers.Adamax: ("_m", "_u"),
+    keras.optimizers.Ftrl: ("_accumulators", "_linears"),
+    keras.optimizers.Lion: ("_momentums",),
+    keras.optimizers.Nadam: ("_momentums", "_velocities"),
+    keras.optimizers.RMSprop: (
+        "_velocities",
+        "_momentums",
+        "_average_gradients",
+    ),
+    keras.optimizers.SGD: ("momentums",),
+}
+# What an update consists of. Whoever replaces one of them, of a class or of
+# an object, has an update of their own.
+_UPDATING = (
+    *("update_step", "_apply_weight_decay", "_backend_update_step"),
+    *("assign", "assign_add", "assign_sub"),
+)
+_AS_MADE = {
+    kind: [getattr(kind, name) for name in _UPDATING] for kind in _SLOTS
+}
+
+
+def updates_as_made(optimizer: keras.optimizers.Optimizer) -> bool:
+    """Say whether an optimizer is one of Keras's, with its own update."""
+    kind = type(optimizer)
+    return (
+        kind in _AS_MADE
+        and not set(_UPDATING) & vars(optimizer).keys()
+        and all(
+            getattr(kind, name) is made
+            for name, made in zip(_UPDATING, _AS_MADE[kind], strict=True)
+        )
+    )
+
+
+def slots_of(
+    optimizer: keras.optimizers.Optimizer, variable: tf.Variable
+) -> list[tf.Variable | None]:
+    """Return what an optimizer of Keras's keeps of a variable.
+
+    They are in the order of their names above, `None` where it needs none.
+    """
+    index = optimizer._get_variable_index(variable)
+    lists = [getattr(optimizer, name, []) for name in _SLOTS[type(optimizer)]]
+    return [tf_variable(kept[index]) if kept else None for kept in lists]
+
+
+def decays(
+    optimizer: keras.optimizers.Optimizer, variable: tf.Variable
+) -> bool:
+    """Say whether an optimizer's weight decay counts for a variable."""
+    return optimizer._use_weight_decay(variable)
+
+
+def momentum_product(optimizer: keras.optimizers.Nadam) -> keras.Variable:
+    """Return what Nadam keeps of its momenta: their product so far."""
+    return optimizer._u_product
+
+
+@contextlib.contextmanager
+def updating(
+    optimizer: keras.optimizers.Optimizer,
+    update_step: Callable[..., None],
+    decay: Callable[..., None],
+) -> Iterator[None]:
+    """Let functions update the variables of an optimizer.
+
+    Args:
+        optimizer: One of Keras's own optimizers.
+        update_step: Function of the optimizer's own `update_step` and what it
+            gets: gradient, variable and learning rate.
+        decay: Function of the optimizer's own weight decay and the variables.
+            Each update begins with it, also where nothing decays.
+    """
+    swapped = {"update_step": update_step, "_apply_weight_decay": decay}
+    for name, function in swapped.items():
+        own = getattr(optimizer, name)
+        # `vars` passes by the optimizer's own tracking of what it is given.
+        vars(optimizer)[name] = functools.partial(function, own)
+    try:
+        yield
+    finally:
+        for name in swapped:
+            del vars(optimizer)[name]
+
+
 def slots(
     optimizer: keras.optimizers.Optimizer,
 ) -> list[tuple[keras.Variable, keras.Variable]]:

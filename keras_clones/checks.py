@@ -1,5 +1,7 @@
 """What has to hold before anything can run on clones."""
 
+from typing import Any
+
 import keras
 import tensorflow as tf
 
@@ -31,4 +33,17 @@ def check_no_strategy() -> None:
             "`tf.distribute` scope: they take the place of a strategy. "
             f"Received: a call within the scope of {name}. Move it out of "
             "`strategy.scope()`."
+        )
+
+
+def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    """Check that an argument is one of a few.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if not any(value is choice or value == choice for choice in choices):
+        raise ValueError(
+            f"Argument `{name}` must be one of {choices}. "
+            f"Received: {name}={value!r}"
         )

@@ -129,37 +129,51 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    """Say what is left to `--full`, and what the equivalence cases came to."""
+    """Say what is left to `--full`, and what cases and updates came to."""
     if config.left_to_full:
         terminalreporter.write_line(
             f"{config.left_to_full} tests are left to `python -m pytest --full`"
         )
+    for key, title, mark in (
+        ("case", "| case |", "table"),
+        ("update", "| optimizer | gradient | updated by |", "updates"),
+    ):
+        rows = largest(terminalreporter, key)
+        if rows and config.getoption("--write-table"):
+            page = config.rootpath / "docs" / "guarantees.md"
+            write_table(page, mark, as_table(title, rows))
+        elif rows and config.getoption("verbose") > 0:
+            terminalreporter.write_line(as_table(title, rows))
+
+
+def largest(reporter, key):
+    """Return the largest differences by what tests recorded them of."""
     found = {}
-    for report in terminalreporter.getreports("passed"):
-        for key, value in getattr(report, "user_properties", []):
-            if key == "case":
-                name, precision, worst = value
-                row = found.setdefault(name, {})
+    for report in reporter.getreports("passed"):
+        for name, value in getattr(report, "user_properties", []):
+            if name == key:
+                *of, precision, worst = value
+                row = found.setdefault(tuple(of), {})
                 row[precision] = max(worst, row.get(precision, 0))
-    if not found:
-        return
-    lines = [
-        "| case | float64 | float32 |",
-        "|---|---|---|",
-    ]
-    for name in sorted(found):
+    return found
+
+
+def as_table(title, rows):
+    width = title.count("|") - 1
+    lines = [f"{title} float64 | float32 |", "|---" * (width + 2) + "|"]
+    for of in sorted(rows):
         cells = [
-            f"{found[name][p]:.1e}" if p in found[name] else ""
+            f"{rows[of][p]:.1e}" if p in rows[of] else ""
             for p in ("float64", "float32")
         ]
-        lines.append(f"| {name.replace('_', ' ')} | {' | '.join(cells)} |")
-    if config.getoption("--write-table"):
-        page = config.rootpath / "docs" / "guarantees.md"
-        before, _, rest = page.read_text().partition("<!-- table -->\n")
-        after = rest.partition("<!-- end of table -->")[2]
-        table = "\n".join(lines)
-        page.write_text(
-            f"{before}<!-- table -->\n{table}\n<!-- end of table -->{after}"
-        )
-    elif config.getoption("verbose") > 0:
-        terminalreporter.write_line("\n".join(lines))
+        names = [name.replace("_", " ") for name in of]
+        lines.append(f"| {' | '.join([*names, *cells])} |")
+    return "\n".join(lines)
+
+
+def write_table(page, mark, table):
+    before, _, rest = page.read_text().partition(f"<!-- {mark} -->\n")
+    after = rest.partition(f"<!-- end of {mark} -->")[2]
+    page.write_text(
+        f"{before}<!-- {mark} -->\n{table}\n<!-- end of {mark} -->{after}"
+    )

@@ -1964,10 +1964,13 @@ def compare(expected, received, tolerance):
             assert np.array_equal(np.isnan(value), np.isnan(other)), name
             value, other = np.nan_to_num(value), np.nan_to_num(other)
         found[name] = float(cases.difference(value, other))
+    # The kernel of Adam takes 0.999 in float32 from 1, where Keras takes it
+    # in Python, and 1.3e-5 of what the second moment takes in is lost.
+    of_moments = max(tolerance, 2e-5) if tolerance >= 1e-5 else tolerance
     beyond = {
         name: f"{worst:.1e}"
         for name, worst in found.items()
-        if not worst < tolerance
+        if not worst < (of_moments if "_velocity" in name else tolerance)
     }
     assert not beyond, beyond
     return max(found.values())

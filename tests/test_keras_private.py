@@ -148,6 +148,73 @@ def test_an_optimizer_finds_moved_variables(scaled):
     np.testing.assert_array_equal(variable.numpy(), [0.0, 1.0])
 
 
+# How many variables each of Keras's optimizers keeps of a weight at most.
+SLOTS = {
+    "Adadelta": ({}, 2),
+    "Adagrad": ({}, 1),
+    "Adam": ({"amsgrad": True}, 3),
+    "AdamW": ({"amsgrad": True}, 3),
+    "Adamax": ({}, 2),
+    "Ftrl": ({}, 2),
+    "Lion": ({}, 1),
+    "Nadam": ({}, 2),
+    "RMSprop": ({"momentum": 0.5, "centered": True}, 3),
+    "SGD": ({"momentum": 0.5}, 1),
+}
+
+
+@pytest.mark.parametrize("name", SLOTS)
+def test_what_an_optimizer_keeps_of_a_weight(name):
+    options, number = SLOTS[name]
+    kind = getattr(keras.optimizers, name)
+    weights = keras.Variable([1.0]), keras.Variable([1.0, 2.0])
+    for optimizer, there in ((kind(**options), number), (kind(), None)):
+        assert _keras.updates_as_made(optimizer)
+        optimizer.build(weights)
+        kept = {id(v.value) for v in optimizer.variables if v.shape == (2,)}
+        slots = _keras.slots_of(optimizer, weights[1].value)
+        assert len(slots) == number
+        found = {id(slot) for slot in slots if slot is not None}
+        assert found == kept and len(found) == (there or len(kept))
+
+
+def test_whose_update_an_optimizer_has(monkeypatch):
+    plain = keras.optimizers.SGD(0.1)
+    assert not _keras.updates_as_made(keras.optimizers.Lamb())
+    assert not _keras.updates_as_made(type("Own", (type(plain),), {})(0.1))
+    plain.update_step = plain.update_step
+    assert not _keras.updates_as_made(plain)
+    assert _keras.updates_as_made(keras.optimizers.SGD(0.1))
+    monkeypatch.setattr(keras.optimizers.SGD, "update_step", lambda *_: None)
+    assert not _keras.updates_as_made(keras.optimizers.SGD(0.1))
+
+
+def test_an_update_begins_with_the_decay_and_goes_by_one_step_a_weight():
+    one, other = keras.Variable([1.0]), keras.Variable([1.0])
+    optimizer = keras.optimizers.Nadam(0.1, weight_decay=0.5)
+    optimizer.exclude_from_weight_decay([other])
+    optimizer.build([one, other])
+    seen = []
+
+    def update_step(own, gradient, variable, rate):
+        assert isinstance(variable, tf.Variable)
+        seen.append(float(gradient[0]))
+        seen.append(float(_keras.momentum_product(optimizer)) < 1)
+
+    def decay(own, variables):
+        seen.append([_keras.decays(optimizer, v.value) for v in variables])
+
+    for _ in range(2):
+        with _keras.updating(optimizer, update_step, decay):
+            optimizer.apply([tf.ones(1), 2 * tf.ones(1)], [one, other])
+    assert seen == 2 * [[True, False], 1.0, True, 2.0, True]
+    assert _keras.updates_as_made(optimizer)
+    optimizer.weight_decay = None
+    with _keras.updating(optimizer, update_step, decay):
+        optimizer.apply([tf.ones(1), 2 * tf.ones(1)], [one, other])
+    assert len(seen) == 15
+
+
 def test_weights_that_do_not_decay_are_found_after_they_have_moved():
     one, other = keras.Variable([1.0, 2.0]), keras.Variable([1.0, 2.0])
     optimizer = keras.optimizers.AdamW(1.0, weight_decay=0.5)

@@ -23,6 +23,7 @@ from keras_clones.devices.homes import Homes
 from keras_clones.exchange.beside_data import beside_data
 from keras_clones.plan import at_home, build
 from keras_clones.plan.options import StepOptions
+from keras_clones.update.update import faster
 
 _METHODS = ("call", "quantized_call")
 _lock = threading.Lock()
@@ -61,6 +62,9 @@ def run(
         stack.enter_context(tf.device(device))
         stack.enter_context(_swapped(layers))
         stack.enter_context(_at_home(model, device, options.homes))
+        if training:
+            optimizers = _keras.optimizers(model)
+            stack.enter_context(faster(optimizers, options.update))
         _active.calls = made = sharing.Calls(model, options, training)
         stack.callback(setattr, _active, "calls", held)
         result = step()

@@ -4,10 +4,10 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from keras_clones.checks import check_choice
 from keras_clones.devices import placement
 from keras_clones.devices.config import check_integer
 from keras_clones.door.attach import clone_model
-from keras_clones.door.option_checks import check_choice
 
 # What stands for the default: those of them that the GPUs allow.
 NUM_CLONES = (1, 2, 4)

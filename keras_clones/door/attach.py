@@ -31,6 +31,7 @@ def clone_model(
     jit_compile: bool | str = "auto",
     shares: Sequence[float] | str | None = None,
     variables: str | None = None,
+    update: str = "auto",
 ) -> keras.Model:
     """Train, evaluate and predict a Keras model on clones of it.
 
@@ -107,6 +108,12 @@ def clone_model(
             among the parameter servers, by bytes or in turn. Defaults to
             `None`: `"greedy"` where there are parameter servers, else
             `"controller"`. On one machine they are on `CPU:0`.
+        update: String, how Keras's own optimizers update a variable.
+            `"keras"` as they do by themselves; then one clone equals plain
+            Keras bit for bit. Other optimizers always do so. Defaults to
+            `"auto"`: in one pass, by a kernel of TensorFlow's or one that XLA
+            compiles, where that is faster and comes to the same, up to
+            rounding.
 
     Returns:
         The same model.
@@ -143,6 +150,7 @@ def clone_model(
         jit_compile=jit_compile,
         shares=shares,
         variables=variables,
+        update=update,
     )
     options = option_checks.check_options(model, asked)
     chosen = (num_clones, devices, clone_on_cpu)

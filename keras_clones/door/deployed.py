@@ -48,6 +48,7 @@ class Deployment:
         jit_compile: Boolean or `"auto"`, whether XLA compiles each clone.
         shares: Tuple of the clones' shares of the rows, which add up to 1,
             `"auto"`, or `None` for even ones.
+        update: String, `"auto"` or `"keras"`, how optimizers update.
     """
 
     clones = _option("clones")
@@ -63,6 +64,7 @@ class Deployment:
     balance = _option("balance")
     towers = _option("towers")
     looks = _option("looks")
+    update = _option("update")
 
     def __init__(
         self,

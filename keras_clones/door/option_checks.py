@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import keras
 
 from keras_clones import _keras
+from keras_clones.checks import check_choice
 from keras_clones.clone.state import POLICIES
 from keras_clones.devices import balance, placement
 from keras_clones.devices.config import DeploymentConfig
@@ -14,6 +15,7 @@ from keras_clones.look import footprint
 from keras_clones.plan import exactness
 from keras_clones.plan import whole as whole_layers
 from keras_clones.plan.options import StepOptions
+from keras_clones.update.update import CHOICES
 
 _LOSSES = ("auto", "clones", "gather")
 _LAYER_LOSSES = ("mean", "sum")
@@ -33,6 +35,7 @@ class Asked(NamedTuple):
     jit_compile: Any
     shares: Any
     variables: Any = None
+    update: Any = "auto"
 
 
 def check_options(model: keras.Model, asked: Asked) -> StepOptions:
@@ -47,6 +50,7 @@ def check_options(model: keras.Model, asked: Asked) -> StepOptions:
     whole = check_whole(model, asked.whole)
     check_choice("jit_compile", asked.jit_compile, (True, False, "auto"))
     check_choice("variables", asked.variables, (None, *STRATEGIES))
+    check_choice("update", asked.update, CHOICES)
     layer_losses = asked.layer_losses
     if isinstance(layer_losses, Mapping):
         layer_losses = dict(layer_losses)
@@ -62,6 +66,7 @@ def check_options(model: keras.Model, asked: Asked) -> StepOptions:
         whole=whole,
         exact=asked.exact,
         check_rows=asked.check_rows,
+        update=asked.update,
     )
 
 
@@ -77,15 +82,6 @@ def check_shares(
             f"Received: model={model!r}"
         )
     return checked
-
-
-def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-    """Check that an argument is one of a few."""
-    if not any(value is choice or value == choice for choice in choices):
-        raise ValueError(
-            f"Argument `{name}` must be one of {choices}. "
-            f"Received: {name}={value!r}"
-        )
 
 
 def resolve_exact(asked: Asked) -> tuple[str, str]:

@@ -6,10 +6,12 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
+from keras_clones.checks import check_choice
 from keras_clones.devices.config import DeploymentConfig
 from keras_clones.model_deploy.call import Call, check_arguments
 from keras_clones.model_deploy.clones import Clone
 from keras_clones.model_deploy.runner import Runner
+from keras_clones.update.update import CHOICES
 
 
 class DeployedModel(NamedTuple):
@@ -43,6 +45,7 @@ def deploy(
     regularization_losses: Callable[[], Iterable[Any]]
     | Sequence[Any]
     | None = None,
+    update: str = "auto",
 ) -> DeployedModel:
     """Make the functions of a custom training loop on clones.
 
@@ -68,6 +71,8 @@ def deploy(
             of scalar losses to count once, such as `lambda: model.losses`, or
             `[]` if the losses of the clones have them. Defaults to `None`:
             none, with a warning if variables have regularizers.
+        update: String, `"auto"` or `"keras"`, how the optimizer updates, as
+            for `clone_model`. Defaults to `"auto"`.
 
     Returns:
         A `DeployedModel(train_fn, summary_fn, total_loss, clones)`.
@@ -109,6 +114,7 @@ def deploy(
         )
     check_arguments(config, Call(model_fn, args, kwargs))
     _check_training(optimizer, regularization_losses)
+    check_choice("update", update, CHOICES)
     runner = Runner(
         config=config,
         model_fn=model_fn,
@@ -117,6 +123,7 @@ def deploy(
         optimizer=optimizer,
         summarize_gradients=summarize_gradients,
         regularization_losses=regularization_losses,
+        update=update,
     )
     return DeployedModel(
         train_fn=None if optimizer is None else runner.train,

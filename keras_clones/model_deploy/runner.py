@@ -20,6 +20,7 @@ from keras_clones.model_deploy.call import (
 from keras_clones.model_deploy.clones import Clone, assign_merged, call_clones
 from keras_clones.model_deploy.reads import rehearse
 from keras_clones.plan import at_home
+from keras_clones.update.update import faster
 from keras_clones.warn import warn
 
 
@@ -53,7 +54,9 @@ class Runner:
         optimizer: keras.optimizers.Optimizer | None,
         summarize_gradients: bool,
         regularization_losses: Any,
+        update: str = "auto",
     ) -> None:
+        self._update = update
         self._config = config
         self._model_fn = model_fn
         self._defaults = (args or (), kwargs or {})
@@ -204,7 +207,8 @@ class Runner:
                     ]
                 )
             assign_merged(clones)
-            self._optimizer.apply_gradients(pairs)
+            with faster([self._optimizer], self._update):
+                self._optimizer.apply_gradients(pairs)
         return run
 
     def _evaluate_step(self, args: list[Any], kwargs: dict[str, Any]) -> Run:

@@ -24,7 +24,8 @@ class StepOptions(NamedTuple):
     `random` says whose draws layers get, `whole` which layers see the global
     batch, `exact` whether what could differ from one device is refused, and
     `check_rows` whether layers that mix rows are looked for. `looks` is the
-    `Looks` that does so, `None` where nothing is looked at.
+    `Looks` that does so, `None` where nothing is looked at. `update` says
+    how optimizers update.
     """
 
     clones: tuple[Clone, ...]
@@ -43,6 +44,7 @@ class StepOptions(NamedTuple):
     exact: bool = False
     check_rows: bool = True
     looks: Any = None
+    update: str = "auto"
 
     @property
     def home(self) -> str:

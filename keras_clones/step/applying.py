@@ -6,10 +6,11 @@ from typing import Any
 
 import keras
 
-from keras_clones.devices.homes import Homes
 from keras_clones.exchange.beside_data import beside_data
+from keras_clones.plan.options import StepOptions
 from keras_clones.plan.watch import Watch
 from keras_clones.step.begin import Step
+from keras_clones.update.update import faster
 
 
 def record(step: Step, losses: Callable[[Watch], Any], gradients: Any) -> None:
@@ -36,14 +37,16 @@ def apply(
     model: keras.Model,
     gradients: Any,
     variables: list[keras.Variable],
-    homes: Homes,
+    options: StepOptions,
 ) -> None:
     """Update the variables, or warn that there are none, as Keras does."""
     if variables:
-        with beside_data(model.optimizer, homes):
-            model.optimizer.apply_gradients(
-                zip(gradients, variables, strict=True)
-            )
+        optimizer = model.optimizer
+        with (
+            faster([optimizer], options.update),
+            beside_data(optimizer, options.homes),
+        ):
+            optimizer.apply_gradients(zip(gradients, variables, strict=True))
     else:
         warnings.warn(
             "The model does not have any trainable weights.", stacklevel=1

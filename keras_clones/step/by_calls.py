@@ -41,7 +41,7 @@ def _train_once(step: Step) -> dict:
         record(
             step, lambda watch: _clone_losses(watch, step, outputs), gradients
         )
-    apply(model, gradients, variables, step.options.homes)
+    apply(model, gradients, variables, step.options)
     with tf.name_scope("update_metrics"):
         return model.compute_metrics(x, y, outputs, sample_weight)
 

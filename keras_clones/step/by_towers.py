@@ -140,7 +140,7 @@ def run_by_towers(
         record(step, lambda _: result.clone_losses, result.gradients)
     bringing_home.assign(result.variables, result.assigned, result.added)
     if step.training:
-        apply(model, result.gradients, variables, step.options.homes)
+        apply(model, result.gradients, variables, step.options)
     with tf.name_scope("update_metrics"):
         return _update_metrics(step, result)
 
