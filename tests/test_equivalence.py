@@ -1925,12 +1925,12 @@ def step_uses_one_of_two_outputs():
     return step(TwoHeads, loss="mse", optimizer=optimizer)
 
 
-def train(made, num_clones, evaluated=False, jit_compile=False):
+def train(made, num_clones, evaluated=False, jit_compile=False, **more):
     """Return all that training a case comes to, by name."""
     keras.utils.set_random_seed(11)
     model = made.model()
     if num_clones:
-        clone_model(model, num_clones, **made.clone)
+        clone_model(model, num_clones, **made.clone, **more)
     options = {"optimizer": optimizers.SGD(0.1), **made.compiled}
     if jit_compile:
         options |= {"jit_compile": True}
@@ -2019,3 +2019,13 @@ def test_case_on_2_and_4_clones(name, float64, record_property):
         for num_clones in (2, 4)
     ]
     record_property("case", [name, "float64", max(worst)])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_case_in_pieces(name, float64, request):
+    """Run with `--pieces 3`: two clones that work in pieces train the same."""
+    made = CASES[name]()
+    expected = train(made, 0, evaluated=True)
+    pieces = request.config.getoption("--pieces")
+    received = train(made, 2, evaluated=True, pieces=pieces)
+    compare(expected, received, made.float64)

@@ -10,6 +10,8 @@ from keras_clones.devices import placement
 from keras_clones.devices.config import DeploymentConfig
 from keras_clones.door import option_checks, steps_on
 from keras_clones.door.deployed import Deployment
+from keras_clones.look import footprint
+from keras_clones.plan import in_pieces
 from keras_clones.plan.options import StepOptions
 
 
@@ -31,6 +33,7 @@ def clone_model(
     jit_compile: bool | str = "auto",
     shares: Sequence[float] | str | None = None,
     variables: str | None = None,
+    pieces: int | str = 1,
 ) -> keras.Model:
     """Train, evaluate and predict a Keras model on clones of it.
 
@@ -107,6 +110,12 @@ def clone_model(
             among the parameter servers, by bytes or in turn. Defaults to
             `None`: `"greedy"` where there are parameter servers, else
             `"controller"`. On one machine they are on `CPU:0`.
+        pieces: Integer, in how many pieces each clone works through its
+            shard, one after the other. Pieces are clones that take turns: they
+            add up their gradients on their device, whose memory holds what the
+            layers compute of one piece. `"auto"` starts with 1 and doubles
+            the pieces when a device runs out of memory, runs the same batch
+            again and prints what it came to. Defaults to 1.
 
     Returns:
         The same model.
@@ -143,6 +152,7 @@ def clone_model(
         jit_compile=jit_compile,
         shares=shares,
         variables=variables,
+        pieces=pieces,
     )
     options = option_checks.check_options(model, asked)
     chosen = (num_clones, devices, clone_on_cpu)
@@ -162,7 +172,10 @@ def _attach(
         shares=option_checks.check_shares(model, asked.shares, len(clones)),
         homes=placement.find_homes(config, asked.variables),
     )
-    steps_on.attach(model, Deployment(config, clones, options, model))
+    made = Deployment(config, clones, options, model)
+    if footprint.is_built(model):
+        in_pieces.check(model, made.options, training=True)
+    steps_on.attach(model, made)
 
 
 def unclone_model(model: keras.Model) -> keras.Model:

@@ -48,6 +48,8 @@ class Deployment:
         jit_compile: Boolean or `"auto"`, whether XLA compiles each clone.
         shares: Tuple of the clones' shares of the rows, which add up to 1,
             `"auto"`, or `None` for even ones.
+        pieces: Integer, in how many pieces each clone works through its
+            shard by now.
     """
 
     clones = _option("clones")
@@ -63,6 +65,7 @@ class Deployment:
     balance = _option("balance")
     towers = _option("towers")
     looks = _option("looks")
+    pieces = _option("pieces")
 
     def __init__(
         self,
@@ -75,11 +78,15 @@ class Deployment:
         home = options.home
         self.inputs_device = self.optimizer_device = home
         measured = options.shares == "auto"
+        self.pieces_grow = options.pieces == "auto"
+        pieces = 1 if self.pieces_grow else options.pieces
+        many = len(clones) * pieces > 1 or self.pieces_grow
         self.options = options._replace(
             clones=clones,
             balance=balance.start(len(clones), home) if measured else None,
             towers={},
-            looks=Looks() if options.check_rows and len(clones) > 1 else None,
+            looks=Looks() if options.check_rows and many else None,
+            pieces=pieces,
         )
         self._reported = False
         # By who watches the training: a callback whose training failed takes

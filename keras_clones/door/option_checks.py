@@ -1,5 +1,6 @@
 """What is wrong with what `clone_model` is asked for, if anything is."""
 
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -33,6 +34,7 @@ class Asked(NamedTuple):
     jit_compile: Any
     shares: Any
     variables: Any = None
+    pieces: Any = 1
 
 
 def check_options(model: keras.Model, asked: Asked) -> StepOptions:
@@ -62,6 +64,7 @@ def check_options(model: keras.Model, asked: Asked) -> StepOptions:
         whole=whole,
         exact=asked.exact,
         check_rows=asked.check_rows,
+        pieces=check_pieces(asked.pieces),
     )
 
 
@@ -116,6 +119,27 @@ def resolve_exact(asked: Asked) -> tuple[str, str]:
                 f"Received: exact=True, {name}={value!r}"
             )
     return "sync", "global"
+
+
+def check_pieces(value: Any) -> Any:
+    """Return in how many pieces to work, or say what is wrong with that.
+
+    Raises:
+        TypeError: If it is no integer, and not `"auto"`.
+        ValueError: If it is less than 1.
+    """
+    if isinstance(value, str) and value == "auto":
+        return value
+    known = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if known and value >= 1:
+        return int(value)
+    message = (
+        "Argument `pieces` must be an integer of at least 1, or 'auto'. "
+        f"Received: pieces={value!r}"
+    )
+    if known or isinstance(value, str):
+        raise ValueError(message)
+    raise TypeError(f"{message} (of type {type(value).__name__})")
 
 
 def check_layer_losses(model: keras.Model, value: Any) -> None:

@@ -8,8 +8,14 @@ import tensorflow as tf
 
 from keras_clones.clone.changes import Notes
 from keras_clones.devices import balance
-from keras_clones.exchange import bringing_home, laying_out, tracing
+from keras_clones.exchange import (
+    bringing_home,
+    in_turns,
+    laying_out,
+    tracing,
+)
 from keras_clones.plan import inexact
+from keras_clones.step import of_pieces
 from keras_clones.step.begin import Step
 from keras_clones.step.tower import TowerOutput
 from keras_clones.tensors import sharding, traced
@@ -53,13 +59,15 @@ def run(
         trace_in_graph: Function that traces the tower outside of a graph,
             too: only a graph tells how gradients by rows merge.
     """
-    results, notes = _call(tower, layout)
-    if tf.executing_eagerly() and _have_rows(results):
-        results, notes = _call(trace_in_graph(), layout)
+    results, notes = _call(step, tower, layout)
+    many = len(layout.clones) > 1
+    if many and tf.executing_eagerly() and _have_rows(results):
+        results, notes = _call(step, trace_in_graph(), layout)
     if step.training and len(layout.clones) > 1:
         inexact.tell_of_inexact_state(
             step.model, notes.assigned, step.options, notes.unknown
         )
+    layout = in_turns.by_clone(layout)
     merged = bringing_home.merge_gradients(
         layout,
         [result.gradients for result in results],
@@ -110,15 +118,15 @@ def _parts(result: TowerOutput) -> _Parts:
 
 
 def _have_rows(results: list[TowerOutput]) -> bool:
-    return len(results) > 1 and any(
-        isinstance(g, traced.RowGradient) for g in results[0].gradients
-    )
+    return any(isinstance(g, traced.RowGradient) for g in results[0].gradients)
 
 
 def _call(
-    tower: tracing.TracedTower, layout: laying_out.Layout
+    step: Step, tower: tracing.TracedTower, layout: laying_out.Layout
 ) -> tuple[list[TowerOutput], Notes]:
     """Run the tower on every clone."""
+    if layout.takes_turns:
+        return of_pieces.run_pieces(step, layout, tower)
     if tower.concrete is not None:
         results = laying_out.each(
             layout, lambda i: tower.call(layout.inputs[i]), tower.synchronized
