@@ -2024,8 +2024,7 @@ def test_case_on_2_and_4_clones(name, float64, record_property):
 @pytest.mark.parametrize("name", CASES)
 def test_case_in_pieces(name, float64, request):
     """Run with `--pieces 3`: two clones that work in pieces train the same."""
-    made = CASES[name]()
-    expected = train(made, 0, evaluated=True)
+    expected = train(CASES[name](), 0, evaluated=True)
     pieces = request.config.getoption("--pieces")
-    received = train(made, 2, evaluated=True, pieces=pieces)
-    compare(expected, received, made.float64)
+    received = train(CASES[name](), 2, evaluated=True, pieces=pieces)
+    compare(expected, received, CASES[name]().float64)

@@ -89,6 +89,7 @@ class Deployment:
             pieces=pieces,
         )
         self._reported = False
+        self._reported_pieces = 1
         # By who watches the training: a callback whose training failed takes
         # its watch along when it goes.
         self.watches: MutableMapping[Any, watch.Watch] = (
@@ -136,6 +137,20 @@ class Deployment:
         if balance.is_settled(self.balance):
             self._reported = True
             print(balance.report_line(self.balance))
+
+    def grow(self) -> None:
+        """Double the pieces that each clone works through."""
+        self.options = self.options._replace(pieces=2 * self.pieces)
+
+    def report_pieces(self) -> None:
+        """Print what `pieces="auto"` came to, once it is known to fit."""
+        if self.pieces > self._reported_pieces:
+            self._reported_pieces = self.pieces
+            print(
+                f"pieces='auto': each clone works through its shard in "
+                f"{self.pieces} pieces, since memory did not suffice for "
+                f"{self.pieces // 2}."
+            )
 
     def shard_sizes(self, batch_size: int) -> list[int]:
         """Return the rows that each clone gets of a global batch.
