@@ -216,19 +216,7 @@ def pull_again(
     can run it backward in turn.
     """
     body, given = sharded.body, sharded.body.given
-    if sharded.is_synchronized:
-        raise NotImplementedError(
-            "Gradients of gradients through a `BatchNormalization` that is "
-            "synchronized are not there. Received: layer "
-            f"{body.layer.name!r}. Use `batch_norm='mean'`."
-        )
-    if len(sharded.shards.sizes) > 1 and not body.may_meet:
-        raise NotImplementedError(
-            "Gradients of gradients keep what all pieces compute, so a call "
-            "that they go through cannot be made in pieces. Received: layer "
-            f"{body.layer.name!r}. Pass `pieces=1`, and smaller batches or "
-            "more clones where memory does not suffice."
-        )
+    _check_again(sharded)
     num = len(floating(given.leaves))
     variables = len(wanted_values(sharded))
     with tf.GradientTape(watch_accessed_variables=False) as tape:
@@ -254,6 +242,24 @@ def pull_again(
         values = join(body.layer, runs)
     pairs = zip(floating(values), upstream, strict=True)
     return _gradient(tape, [p for p in pairs if p[1] is not None], inputs)
+
+
+def _check_again(sharded: Sharded) -> None:
+    """Refuse calls that tapes cannot run backward twice."""
+    layer = sharded.body.layer
+    if sharded.is_synchronized:
+        raise NotImplementedError(
+            "Gradients of gradients through a `BatchNormalization` that is "
+            "synchronized are not there. Received: layer "
+            f"{layer.name!r}. Use `batch_norm='mean'`."
+        )
+    if len(sharded.shards.sizes) > 1 and not sharded.body.may_meet:
+        raise NotImplementedError(
+            "Gradients of gradients keep what all pieces compute, so a call "
+            "that they go through cannot be made in pieces. Received: layer "
+            f"{layer.name!r}. Pass `pieces=1`, and smaller batches or "
+            "more clones where memory does not suffice."
+        )
 
 
 def _plain_mirrors(sharded: Sharded, read: list[tf.Tensor]) -> list[list[Any]]:

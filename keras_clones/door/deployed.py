@@ -214,9 +214,16 @@ class Deployment:
     def _page(self, batch_size: int | None = None) -> page.Page:
         rows = self._rows(batch_size)
         size, why_not = self._footprint()
-        return report.deployment_page(
+        made = report.deployment_page(
             self.clones, self._homes(), rows, size, why_not
         )
+        if not (self.pieces > 1 or self.pieces_grow):
+            return made
+        grow = " until memory ends" if self.pieces_grow else ""
+        note = (
+            f"Clones work through their shards in {self.pieces} piece(s){grow}."
+        )
+        return made._replace(notes=[*made.notes, note])
 
     def _rows(self, batch_size: int | None) -> list[int] | None:
         if batch_size is None:

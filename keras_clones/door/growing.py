@@ -92,7 +92,6 @@ class Growing:
         made.report_pieces()
         return result
 
-
     def _try(
         self, again: Callable[[], Any], undo: Callable[[], None] | None
     ) -> Any:
@@ -101,10 +100,12 @@ class Growing:
         When one device runs out of memory, TensorFlow may only tell that
         others were cancelled, which wait for it.
         """
-        for _ in range(_TRIES if undo is not None else 0):
+        for _ in range(_TRIES):
             try:
                 return self._function(again())
             except tf.errors.CancelledError:
+                if undo is None:
+                    raise
                 undo()
                 # The guard took it off.
                 setattr(self._model, self._name, self)

@@ -24,7 +24,7 @@ class Part(NamedTuple):
 
     added: Any
     listed: Any
-    changes: Changes | None = None
+    changes: Any = None
 
 
 class Total(NamedTuple):
@@ -32,7 +32,7 @@ class Total(NamedTuple):
 
     added: Any
     listed: list[Any]
-    changes: Changes | None
+    changes: Any
 
 
 def take_turns(
@@ -56,17 +56,14 @@ def take_turns(
 def _take(
     layout: laying_out.Layout, own: range, function: Callable[[int], Part]
 ) -> Total:
-    total, last = None, None
-    for i in own:
+    with laying_out.on_clone(layout, own[0], None):
+        first = function(own[0])
+    total = Total(first.added, [first.listed], first.changes)
+    for i in own[1:]:
+        last = total.added, total.listed[-1], total.changes
         with laying_out.on_clone(layout, i, last):
-            part = function(i)
-            total = _begin(part) if total is None else _add(total, part)
-        last = (total.added, total.listed[-1], total.changes)
+            total = _add(total, function(i))
     return total
-
-
-def _begin(part: Part) -> Total:
-    return Total(part.added, [part.listed], part.changes)
 
 
 def _add(total: Total, part: Part) -> Total:
@@ -84,7 +81,7 @@ def _sum(one: Any, other: Any) -> Any:
     return None if one is None else one + other
 
 
-def _add_changes(one: Changes, other: Any) -> Changes:
+def _add_changes(one: Changes, other: Changes) -> Changes:
     """Merge what two pieces made of variables, in their order."""
     reduced = {
         "averaged": tf.add,

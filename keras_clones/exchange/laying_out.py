@@ -43,6 +43,11 @@ class Layout(NamedTuple):
         """Say whether any clone works through several pieces."""
         return any(len(own) > 1 for own in self.turns)
 
+    @property
+    def called(self) -> str:
+        """What gets one of the shards, in words."""
+        return "piece" if self.takes_turns else "clone"
+
 
 def read_variables(
     variables: Variables, tables: Sequence[keras.Variable]
@@ -223,5 +228,5 @@ def running(layout: Layout, i: int) -> Iterator[None]:
         yield
     except Exception as error:
         if len(layout.clones) > 1:
-            errors.add_note(error, i, layout.shards)
+            errors.add_note(error, i, layout.shards, layout.called)
         raise

@@ -60,8 +60,7 @@ def run(
             too: only a graph tells how gradients by rows merge.
     """
     results, notes = _call(step, tower, layout)
-    many = len(layout.clones) > 1
-    if many and tf.executing_eagerly() and _have_rows(results):
+    if _have_hidden_rows(layout, results):
         results, notes = _call(step, trace_in_graph(), layout)
     if step.training and len(layout.clones) > 1:
         inexact.tell_of_inexact_state(
@@ -77,10 +76,7 @@ def run(
     total = merged.parts
     if step.training and step.options.balance is not None:
         _observe(step.options.balance, layout, results)
-    outputs: Any = None
-    masks: list[Any] = []
-    if step.plan.outputs_leave:
-        outputs, masks = _join_outputs(results)
+    outputs, masks = _join_outputs(step, results)
     return StepResult(
         outputs=outputs,
         masks=masks,
@@ -117,8 +113,14 @@ def _parts(result: TowerOutput) -> _Parts:
     )
 
 
-def _have_rows(results: list[TowerOutput]) -> bool:
-    return any(isinstance(g, traced.RowGradient) for g in results[0].gradients)
+def _have_hidden_rows(
+    layout: laying_out.Layout, results: list[TowerOutput]
+) -> bool:
+    """Say whether only a graph tells how gradients by rows merge."""
+    many = tf.executing_eagerly() and len(layout.clones) > 1
+    return many and any(
+        isinstance(g, traced.RowGradient) for g in results[0].gradients
+    )
 
 
 def _call(
@@ -183,7 +185,12 @@ def _observe(
     balance.observe(measured, seconds)
 
 
-def _join_outputs(results: list[TowerOutput]) -> tuple[Any, list[Any]]:
+def _join_outputs(
+    step: Step, results: list[TowerOutput]
+) -> tuple[Any, list[Any]]:
+    """Join the outputs of the clones, if they are brought home."""
+    if not step.plan.outputs_leave:
+        return None, []
     outputs = sharding.join([result.outputs for result in results])
     masks = sharding.join([result.masks for result in results])
     return outputs, masks
