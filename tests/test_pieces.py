@@ -204,17 +204,17 @@ _BOTH = ("forward", "backward")
 def test_no_more_goes_home_than_of_one_piece():
     def sent(pieces):
         keras.backend.clear_session()
-        model = keras.Sequential([keras.Input((6,)), layers.Dense(512)])
-        clone_model(model, devices=["CPU:1", "CPU:2"], pieces=pieces)
-        model.compile("adam", "mse", metrics=["mae"])
-        data = np.ones((16, 6), "float32"), np.ones((16, 512), "float32")
-        data = iter(tf.data.Dataset.from_tensors(data).repeat())
+        # With rows of ids of each batch, and of ids that are always the same.
+        model = clone_model(texts(), devices=["CPU:1", "CPU:2"], pieces=pieces)
+        model.compile("adam", "sparse_categorical_crossentropy")
+        data = tf.data.Dataset.from_tensors(rows_of_texts(16))
+        data = iter(data.repeat())
         step = tf.function(lambda: model.train_step(next(data)))
         return traffic(count_transfers(step))["/device:CPU:1"]
 
     one, four = sent(1), sent(4)
-    assert four.bytes_sent <= one.bytes_sent + 100
-    assert four.bytes_received <= one.bytes_received + 1000
+    assert 0.9 * one.bytes_sent <= four.bytes_sent <= 1.1 * one.bytes_sent
+    assert four.bytes_received <= 1.1 * one.bytes_received
 
 
 def normalized():

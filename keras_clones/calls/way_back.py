@@ -118,14 +118,14 @@ class WayBack(NamedTuple):
             added, rows = in_turns.split_gradients(known, variables)
             return in_turns.Part(added, (rows, data, more))
 
-        pulled = []
-        for total in in_turns.take_turns(self.layout, pull):
+        def finish(total: in_turns.Total) -> Pulled:
             rows, data, more = zip(*total.listed, strict=True)
             known = in_turns.join_gradients(total.added, rows)
             columns = zip(*more, strict=True)
             rest = [merging.merge(column) for column in columns]
-            pulled.append(Pulled(known, list(data), rest))
-        return pulled
+            return Pulled(known, list(data), rest)
+
+        return in_turns.take_turns(self.layout, pull, finish)
 
     def _pull_clone(self, i: int, upstream: list[Any]) -> list[Any]:
         with tf.name_scope("backward_pass"):

@@ -173,6 +173,13 @@ def _attach(
         homes=placement.find_homes(config, asked.variables),
     )
     made = Deployment(config, clones, options, model)
+    if made.pieces_grow and not config.sync:
+        raise ValueError(
+            "Argument `pieces='auto'` runs a batch again when memory ends, "
+            "which replicas that step by themselves cannot. Pass an integer, "
+            "such as `pieces=2`. Received: pieces='auto', and a config with "
+            "sync=False"
+        )
     if footprint.is_built(model):
         in_pieces.check(model, made.options, training=True)
     steps_on.attach(model, made)

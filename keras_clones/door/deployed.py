@@ -80,7 +80,7 @@ class Deployment:
         measured = options.shares == "auto"
         self.pieces_grow = options.pieces == "auto"
         pieces = 1 if self.pieces_grow else options.pieces
-        many = len(clones) * pieces > 1 or self.pieces_grow
+        many = len(clones) * pieces > 1
         self.options = options._replace(
             clones=clones,
             balance=balance.start(len(clones), home) if measured else None,
@@ -140,7 +140,10 @@ class Deployment:
 
     def grow(self) -> None:
         """Double the pieces that each clone works through."""
-        self.options = self.options._replace(pieces=2 * self.pieces)
+        looks = self.looks or (Looks() if self.check_rows else None)
+        self.options = self.options._replace(
+            pieces=2 * self.pieces, looks=looks
+        )
 
     def report_pieces(self) -> None:
         """Print what `pieces="auto"` came to, once it is known to fit."""

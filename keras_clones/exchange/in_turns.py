@@ -36,8 +36,10 @@ class Total(NamedTuple):
 
 
 def take_turns(
-    layout: laying_out.Layout, function: Callable[[int], Part]
-) -> list[Total]:
+    layout: laying_out.Layout,
+    function: Callable[[int], Part],
+    finish: Callable[[Total], Any],
+) -> list[Any]:
     """Call a function once a piece, on each clone one after the other.
 
     A piece begins when the one before it is added up, so that a device holds
@@ -46,11 +48,17 @@ def take_turns(
     Args:
         layout: `Layout` of the rows.
         function: Function of the index of the piece.
+        finish: Function of the `Total` of a clone that makes its result.
 
     Returns:
-        A list with one `Total` a clone, on its device.
+        A list with one result a clone, on its device.
     """
-    return [_take(layout, own, function) for own in layout.turns]
+    results = []
+    for own in layout.turns:
+        total = _take(layout, own, function)
+        with laying_out.on_clone(layout, own[-1], None):
+            results.append(finish(total))
+    return results
 
 
 def _take(

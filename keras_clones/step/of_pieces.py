@@ -32,8 +32,7 @@ def run_pieces(
             result, notes[0] = result
         return _part(result, variables, step.plan.outputs_leave)
 
-    totals = in_turns.take_turns(layout, run)
-    return [_of_shard(total) for total in totals], notes[0]
+    return in_turns.take_turns(layout, run, _of_shard), notes[0]
 
 
 def _part(
