@@ -81,7 +81,7 @@ def assert_same(make, clone, **kwargs):
     return model
 
 
-@pytest.mark.full_but("1-3-auto", "2-3-auto", "2-2-gather")
+@pytest.mark.full_but("2-3-auto")
 @pytest.mark.parametrize("loss", ["auto", "gather"])
 @pytest.mark.parametrize(
     ("num_clones", "pieces"), [(1, 3), (2, 3), (3, 2), (2, 2), (2, 64)]
@@ -92,7 +92,7 @@ def test_trains_the_same_weights(num_clones, pieces, loss, float64):
     assert deployment(model).pieces == pieces
 
 
-@pytest.mark.full_but("gathered", "own step")
+@pytest.mark.full_but("own step")
 @pytest.mark.parametrize(
     ("make", "options"),
     [
@@ -130,6 +130,7 @@ def test_trains_the_same_weights_however_it_runs(make, options, eager, float64):
         assert_same(make, clone, eager=eager)
 
 
+@pytest.mark.full_but("auto")
 @pytest.mark.parametrize("loss", ["auto", "gather"])
 def test_pieces_are_clones_that_take_turns(loss, float64):
     """What draws, and what normalizes its own rows, does so in each piece."""
@@ -311,7 +312,7 @@ def limited(most, cls=keras.Model):
     return cls(inputs, outputs)
 
 
-@pytest.mark.full_but("2-towers", "1-own step")
+@pytest.mark.full_but("2-towers")
 @pytest.mark.parametrize(
     "cls",
     [
