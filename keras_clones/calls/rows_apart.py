@@ -157,6 +157,7 @@ def _for_a_look(layer: keras.Layer, options: StepOptions) -> StepOptions:
         shares=None,
         balance=None,
         watch=None,
+        pieces=1,
     )
 
 

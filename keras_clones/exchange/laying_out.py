@@ -24,7 +24,10 @@ class Layout(NamedTuple):
     """Rows laid out over the clones, one input a clone.
 
     `stay` has the positions of the variables that are not sent. `started` is
-    when the rows were laid out, in seconds, if that is measured.
+    when the rows were laid out, in seconds, if that is measured. Where clones
+    work through their shards in pieces, `clones`, `shards` and `inputs` are
+    those of all pieces, and `turns` says which of them each clone works on,
+    one after the other.
     """
 
     home: str
@@ -33,6 +36,17 @@ class Layout(NamedTuple):
     inputs: list[TowerInput]
     stay: Sequence[int]
     started: tf.Tensor | None = None
+    turns: Sequence[range] = ()
+
+    @property
+    def takes_turns(self) -> bool:
+        """Say whether any clone works through several pieces."""
+        return any(len(own) > 1 for own in self.turns)
+
+    @property
+    def called(self) -> str:
+        """What gets one of the shards, in words."""
+        return "piece" if self.takes_turns else "clone"
 
 
 def read_variables(
@@ -94,6 +108,8 @@ class Group(NamedTuple):
         clock: Variable that keeps when the rows were laid out, or `None`:
             that is not measured.
         loss_scale: Scalar tensor, what the optimizer multiplies the loss by.
+        turns: Sequence of ranges, which of the `clones` are pieces that one
+            works through. Empty: each has one.
     """
 
     clones: Sequence[Clone]
@@ -101,6 +117,7 @@ class Group(NamedTuple):
     random: str = "clones"
     clock: tf.Variable | None = None
     loss_scale: Any = 1.0
+    turns: Sequence[range] = ()
 
 
 def lay_out(
@@ -143,7 +160,8 @@ def lay_out(
     started = None
     if group.clock is not None:
         started = seconds_now(group.clock, data)
-    return Layout(group.home, clones, shards, inputs, stay, started)
+    turns = group.turns or [range(i, i + 1) for i in range(len(clones))]
+    return Layout(group.home, clones, shards, inputs, stay, started, turns)
 
 
 def _opaque(value: tf.Tensor) -> tf.Tensor:
@@ -174,12 +192,33 @@ def each(
             live = [inputs.numbers[0] for inputs in layout.inputs]
         with over_clones(synchronized, live):
             return run_side_by_side(layout.clones, function)
-    results = []
-    for i, clone in enumerate(layout.clones):
-        scope = tf.name_scope(clone.scope or "clone")
-        with tf.device(clone.device), scope, running(layout, i):
+    results: list[Any] = []
+    firsts = {own[0] for own in layout.turns}
+    for i in range(len(layout.clones)):
+        with on_clone(layout, i, None if i in firsts else results[-1]):
             results.append(function(i))
     return results
+
+
+@contextlib.contextmanager
+def on_clone(layout: Layout, i: int, after: Any) -> Iterator[None]:
+    """Run what a clone runs: in its scope, on its device.
+
+    Args:
+        layout: `Layout` of the rows.
+        i: Integer, the index of the clone, or of the piece.
+        after: Nest with what has to be there before anything runs, or `None`.
+    """
+    clone = layout.clones[i]
+    leaves = tf.nest.flatten(after, expand_composites=True)
+    before = [leaf for leaf in leaves if isinstance(leaf, tf.Tensor)]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(tf.device(clone.device))
+        stack.enter_context(tf.name_scope(clone.scope or "clone"))
+        if before:
+            stack.enter_context(tf.control_dependencies(before))
+        stack.enter_context(running(layout, i))
+        yield
 
 
 @contextlib.contextmanager
@@ -189,5 +228,5 @@ def running(layout: Layout, i: int) -> Iterator[None]:
         yield
     except Exception as error:
         if len(layout.clones) > 1:
-            errors.add_note(error, i, layout.shards)
+            errors.add_note(error, i, layout.shards, layout.called)
         raise
