@@ -15,7 +15,12 @@ from keras_clones.calls.body import Body
 from keras_clones.clone import layer_losses, state
 from keras_clones.clone.tables import large_tables, looked_up_at_home
 from keras_clones.devices import balance
-from keras_clones.exchange import bringing_home, laying_out, tracing
+from keras_clones.exchange import (
+    arrivals,
+    bringing_home,
+    laying_out,
+    tracing,
+)
 from keras_clones.exchange.batch_norm import synchronized_layers
 from keras_clones.plan import inexact
 from keras_clones.plan.build import build_by_call
@@ -195,12 +200,7 @@ def _assign_changes(
 
 def _observe(calls: sharing.Calls, joined: forward.Joined) -> None:
     """Measure what each clone took until its outputs were there."""
-    measured, layout = calls.options.balance, joined.layout
-    if layout.started is None or len(layout.clones) == 1 or measured is None:
-        return
-    seconds = []
-    for clock, run in zip(measured.clocks[1:], joined.runs, strict=True):
-        value = tf.nest.flatten(run.output.values, expand_composites=True)[0]
-        arrived = tf.identity(tf.reshape(value, [-1])[:1])
-        seconds.append(balance.seconds_now(clock, arrived) - layout.started)
-    balance.observe(measured, seconds)
+    values = [run.output.values for run in joined.runs]
+    seconds = arrivals.seconds_until_there(joined.layout, values)
+    if seconds is not None and calls.options.balance is not None:
+        balance.observe(calls.options.balance, seconds)

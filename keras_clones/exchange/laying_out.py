@@ -11,7 +11,7 @@ from keras_clones import _keras
 from keras_clones.clone import state
 from keras_clones.clone.inputs import TowerInput
 from keras_clones.clone.state import Variables
-from keras_clones.devices.balance import seconds_now
+from keras_clones.devices.clocks import Clocks, seconds_now
 from keras_clones.devices.moving import device_of
 from keras_clones.devices.placement import Clone
 from keras_clones.exchange import errors
@@ -19,12 +19,15 @@ from keras_clones.exchange.batch_norm import over_clones
 from keras_clones.exchange.meeting import run_side_by_side
 from keras_clones.tensors import sharding, transfer
 
+# Name scope of what measures when clones start and when they are done.
+ARRIVALS = "clone_arrivals"
+
 
 class Layout(NamedTuple):
     """Rows laid out over the clones, one input a clone.
 
     `stay` has the positions of the variables that are not sent. `started` is
-    when the rows were laid out, in seconds, if that is measured.
+    when the rows were laid out, in seconds, if `clocks` measure that.
     """
 
     home: str
@@ -32,6 +35,7 @@ class Layout(NamedTuple):
     shards: sharding.Shards
     inputs: list[TowerInput]
     stay: Sequence[int]
+    clocks: Clocks | None = None
     started: tf.Tensor | None = None
 
 
@@ -91,15 +95,14 @@ class Group(NamedTuple):
         home: Device string, where the variables are.
         random: String, `"global"` lets clones draw what one device draws for
             their rows, `"clones"` lets each draw numbers of its own.
-        clock: Variable that keeps when the rows were laid out, or `None`:
-            that is not measured.
+        clocks: `Clocks` that measure what the clones take, or `None`.
         loss_scale: Scalar tensor, what the optimizer multiplies the loss by.
     """
 
     clones: Sequence[Clone]
     home: str
     random: str = "clones"
-    clock: tf.Variable | None = None
+    clocks: Clocks | None = None
     loss_scale: Any = 1.0
 
 
@@ -141,9 +144,12 @@ def lay_out(
     ]
     stay = [i for i, mirror in enumerate(mirrors[0]) if mirror is None]
     started = None
-    if group.clock is not None:
-        started = seconds_now(group.clock, data)
-    return Layout(group.home, clones, shards, inputs, stay, started)
+    if group.clocks is not None:
+        with tf.name_scope(f"{ARRIVALS}/start/"):
+            started = seconds_now(group.clocks.start, data)
+    return Layout(
+        group.home, clones, shards, inputs, stay, group.clocks, started
+    )
 
 
 def _opaque(value: tf.Tensor) -> tf.Tensor:

@@ -12,6 +12,7 @@ PHASES = {
     "forward": "#1f77b4",
     "backward": "#7fb8e6",
     "forward and backward": "#4f97cd",
+    "on another host": "#c9b79c",
     "gradient transfer": "#d65fb0",
     "update": "#d62728",
     "metrics": "#2ca02c",
@@ -188,6 +189,7 @@ def _add_legend(figure: Any, used: set[str]) -> None:
             if phase in used
         ],
         loc="outside lower center",
-        ncols=len(PHASES),
+        # A row has room for eight, and more are in two of five.
+        ncols=5 if len(used) > 8 else 8,
         frameon=False,
     )

@@ -188,7 +188,12 @@ def make_replicas(
 
     def step_of(clones: tuple[Any, ...]) -> Callable[[Any], Any]:
         own = options._replace(
-            clones=clones, towers={}, looks=None, balance=None, watch=None
+            clones=clones,
+            towers={},
+            looks=None,
+            balance=None,
+            clocks=None,
+            watch=None,
         )
         return lambda data: steps.train_step(model, own, data)
 

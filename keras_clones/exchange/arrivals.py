@@ -1,0 +1,52 @@
+"""When what the clones of a step come to is there."""
+
+from typing import Any
+
+import tensorflow as tf
+
+from keras_clones.devices import clocks
+from keras_clones.exchange.laying_out import ARRIVALS, Layout
+
+
+def seconds_until_there(
+    layout: Layout, results: list[Any]
+) -> list[tf.Tensor] | None:
+    """Measure what each clone took, from its rows being laid out.
+
+    Of what a clone comes to, one number goes home, once all of it is there: a
+    GPU is not done when its kernels are queued, and home does not see what
+    clones on other hosts do.
+
+    Args:
+        layout: `Layout` of the rows.
+        results: List with one nest a clone.
+
+    Returns:
+        A list of scalar float64 tensors, one a clone, or `None` if nothing is
+        measured: there is no one to measure for, or there is one clone, or
+        there were too few rows for all clones.
+    """
+    measured = layout.clocks
+    if measured is None or layout.started is None:
+        return None
+    if len(layout.clones) == 1 or len(layout.clones) < len(measured.ends):
+        return None
+    seconds = []
+    for i, (clock, result) in enumerate(
+        zip(measured.ends, results, strict=True)
+    ):
+        with tf.name_scope(f"{ARRIVALS}/of_{i}/"):
+            number = _when_there(result, layout.clones[i].device)
+            with tf.device(layout.home):
+                end = clocks.seconds_now(clock, tf.identity(number))
+        seconds.append(end - layout.started)
+    return seconds
+
+
+def _when_there(nest: Any, device: str) -> tf.Tensor:
+    """Return a number from a device that is there when all of a nest is."""
+    leaves = tf.nest.flatten(nest, expand_composites=True)
+    tensors = [leaf for leaf in leaves if tf.is_tensor(leaf)]
+    with tf.device(device), tf.control_dependencies(tensors):
+        first = tensors[0] if tensors else tf.zeros([1])
+        return tf.identity(tf.reshape(first, [-1])[:1])
