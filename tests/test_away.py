@@ -33,7 +33,12 @@ def step(begin):
         ("worker 1", HOME, 12),
     ]
     return [
-        Event(lane, phase, begin + second, begin + second)
+        Event(
+            lane,
+            phase if phase == HOME else f"{phase} forth",
+            begin + second,
+            begin + second,
+        )
         for lane, phase, second in marks
     ]
 
@@ -68,6 +73,23 @@ def test_the_slowest_clone_of_each_replica_counts(per_window):
     assert seconds == {"worker 0": 2, "worker 1": 9, "worker 2": 5}
 
 
+def test_the_way_back_counts_by_itself():
+    marks = [
+        ("", "started forth", 1),
+        (HERE, "there forth", 2),
+        # The number of a clone may be behind what it is of.
+        ("", "started back", 6),
+        (ONE, "there forth", 7),
+        (ONE, "there back", 8),
+        (HERE, "there back", 9),
+    ]
+    events = [Event(lane, phase, at, at) for lane, phase, at in marks]
+    seconds = away.seconds_by_host(events, [Window(0, 1, 0, 20)], HOSTS)
+    assert seconds == {"worker 0": 1 + 3, "worker 1": 6 + 2}
+    shown = [event[:4] for event in away.show(events, HOSTS)]
+    assert shown == [(ONE, AWAY, 1, 7), (ONE, AWAY, 6, 8)]
+
+
 def test_the_verdict_names_the_replica_that_others_wait_for():
     seconds = {"worker 0": 0.002, "worker 1": 0.009, "worker 2": 0.005}
     hosts = HOSTS._replace(seconds=seconds)
@@ -94,12 +116,11 @@ def test_the_verdict_names_the_replica_that_others_wait_for():
 
 def test_names_tell_of_hosts():
     lanes = [*HOSTS.of_lanes]
-    path = (
-        "while/clone_arrivals/of_2/StatefulPartitionedCall/A:AssignVariableOp"
-    )
-    assert away.mark_of(path, lanes) == (TWO, THERE)
-    path = "clone_arrivals/start/PartitionedCall/A:AssignVariableOp"
-    assert away.mark_of(path, lanes) == ("", STARTED)
+    path = "while/clone_arrivals/{}/PartitionedCall/A:AssignVariableOp"
+    found = away.mark_of(path.format("back/of_2"), lanes)
+    assert found == (TWO, f"{THERE} back")
+    found = away.mark_of(path.format("forth/start"), lanes)
+    assert found == ("", f"{STARTED} forth")
     assert away.mark_of("clone_2/dense/MatMul:MatMul", lanes) is None
     names = {
         "bring_home/on_CPU_0_of_worker_1/AddN_2/_40": "worker 1",
@@ -131,7 +152,8 @@ def test_replicas_that_step_by_themselves_are_refused(tmp_path):
 def test_a_slow_replica_is_named_and_gets_fewer_rows(tmp_path):
     found = run("slow.py", "FOUND", tmp_path, ps=0)
     # Five times the work, on cores that other processes may use, too.
-    assert found["hosts"]["worker 1"] > 1.5 * found["hosts"]["worker 0"]
+    for seconds in (found["hosts"], found["own"]):
+        assert seconds["worker 1"] > 1.5 * seconds["worker 0"]
     assert "All wait for worker 1 (clone_1)" in found["verdict"]
     lane = "clone_1 on /job:worker/task:1/CPU:0"
     assert found["phases"][lane]["on another host"] > 0

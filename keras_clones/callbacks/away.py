@@ -16,7 +16,9 @@ from keras_clones.look.timeline import Event, Window
 STARTED, THERE, HOME = "started", "there", "home"
 # The phase of a clone that computes out of sight.
 AWAY = "on another host"
-_ARRIVAL = re.compile(ARRIVALS + r"(?:_\d+)?/(?:of_(\d+)|start)/.*:Assign")
+_ARRIVAL = re.compile(
+    ARRIVALS + r"(?:_\d+)?/(forth|back)/(?:of_(\d+)|start)/.*:Assign"
+)
 _HOST = re.compile(
     r"bring_home(?:_\d+)?/on_[A-Z]+_\d+_of_([A-Za-z]\w*?)_(\d+)(?:_\d+)?/"
 )
@@ -62,8 +64,10 @@ def mark_of(path: str, lanes: Sequence[str]) -> tuple[str, str] | None:
     found = _ARRIVAL.search(path)
     if found is None:
         return None
-    number = found.group(1)
-    return ("", STARTED) if number is None else (lanes[int(number)], THERE)
+    way, number = found.groups()
+    if number is None:
+        return "", f"{STARTED} {way}"
+    return lanes[int(number)], f"{THERE} {way}"
 
 
 def host_sending(name: str) -> str | None:
@@ -83,18 +87,21 @@ def show(events: Iterable[Event], hosts: Hosts) -> list[Event]:
         hosts: `Hosts` of the clones.
     """
     events = sorted(events, key=lambda e: e.start)
-    shown, marks = [], (STARTED, THERE, HOME)
-    started: float | None = None
+    shown: list[Event] = []
+    started: dict[str, float] = {}
     there: dict[str, float] = {}
     for event in events:
-        if event.phase == STARTED:
-            started, there = event.end, {}
-        elif event.phase == THERE and event.lane in hosts.away:
-            since = there.get(event.lane, started)
-            if since is not None:
-                shown.append(Event(event.lane, AWAY, since, event.start))
-            there[event.lane] = event.start
-        elif event.phase == HOME:
+        mark, _, way = event.phase.partition(" ")
+        if mark == STARTED:
+            started[way], there = event.end, {}
+        elif mark == THERE:
+            if event.lane in hosts.away and way in started:
+                since, until = started[way], event.start
+                shown.append(Event(event.lane, AWAY, since, until))
+                there[event.lane] = until
+        elif mark != HOME:
+            shown.append(event)
+        else:
             lanes = [x for x in hosts.away if hosts.of_lanes[x] == event.lane]
             if lanes and there.keys() >= set(lanes):
                 # Their sum leaves once the last of them is there.
@@ -103,8 +110,6 @@ def show(events: Iterable[Event], hosts: Hosts) -> list[Event]:
                     Event(lane, "gradient transfer", since, event.end)
                     for lane in lanes
                 ]
-        if event.phase not in marks:
-            shown.append(event)
     return shown
 
 
@@ -124,18 +129,20 @@ def seconds_by_host(
     total: dict[str, float] = {}
     ordered = sorted(events, key=lambda e: e.start)
     for window in windows:
-        latest: dict[str, float] = {}
-        started: float | None = None
+        latest: dict[str, dict[str, float]] = {"forth": {}, "back": {}}
+        started: dict[str, float] = {}
         for event in ordered:
             if not window.start <= event.start <= window.end:
                 continue
-            if event.phase == STARTED:
-                _add(total, latest)
-                started, latest = event.end, {}
-            elif event.phase == THERE and started is not None:
+            mark, _, way = event.phase.partition(" ")
+            if mark == STARTED:
+                _add(total, latest[way])
+                started[way], latest[way] = event.end, {}
+            elif mark == THERE and way in started:
                 host = hosts.of_lanes[event.lane]
-                latest[host] = event.start - started
-        _add(total, latest)
+                latest[way][host] = event.start - started[way]
+        for one in latest.values():
+            _add(total, one)
     return {host: seconds / steps for host, seconds in total.items()}
 
 

@@ -11,7 +11,12 @@ from keras_clones.calls.call_tower import CallTower
 from keras_clones.calls.forward import Run, Sharded, join, run_each
 from keras_clones.calls.traced_backward import floating, run_backward, wanted
 from keras_clones.clone.changes import by_rows
-from keras_clones.exchange import bringing_home, laying_out, tracing
+from keras_clones.exchange import (
+    arrivals,
+    bringing_home,
+    laying_out,
+    tracing,
+)
 from keras_clones.tensors import merging, traced
 
 
@@ -66,6 +71,7 @@ class WayBack(NamedTuple):
             [pair for pair in pairs if pair[1] is not None],
             [floating(run.output.values) for run in self.runs],
         )
+        laying_out.start_clock(self.layout.clocks, by_clone, "back")
         pulled = laying_out.each(
             self.layout,
             lambda i: self._pull_clone(i, by_clone[i]),
@@ -73,6 +79,7 @@ class WayBack(NamedTuple):
         )
         if self._has_hidden_rows(pulled):
             pulled = self._pull_in_graph(by_clone)
+        arrivals.tell(self.layout, pulled, "back")
         return self._merge(pulled, split)
 
     def _pull_clone(self, i: int, upstream: list[Any]) -> list[Any]:

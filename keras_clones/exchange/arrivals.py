@@ -13,34 +13,52 @@ def seconds_until_there(
 ) -> list[tf.Tensor] | None:
     """Measure what each clone took, from its rows being laid out.
 
-    Of what a clone comes to, one number goes home, once all of it is there: a
-    GPU is not done when its kernels are queued, and home does not see what
-    clones on other hosts do.
-
     Args:
         layout: `Layout` of the rows.
         results: List with one nest a clone.
 
     Returns:
         A list of scalar float64 tensors, one a clone, or `None` if nothing is
-        measured: there is no one to measure for, or there is one clone, or
-        there were too few rows for all clones.
+        measured.
+    """
+    ends = tell(layout, results)
+    if ends is None or layout.started is None:
+        return None
+    return [end - layout.started for end in ends]
+
+
+def tell(
+    layout: Layout, results: list[Any], way: str = "forth"
+) -> list[tf.Tensor] | None:
+    """Let each clone tell home when what it comes to is there.
+
+    Of that, one number goes home, once all of it is there: a GPU is not done
+    when its kernels are queued, and home does not see what clones on other
+    hosts do.
+
+    Args:
+        layout: `Layout` of the rows.
+        results: List with one nest a clone.
+        way: String, `"back"` if they run backward by themselves.
+
+    Returns:
+        A list of scalar float64 tensors, one a clone: seconds. `None` if
+        there is no one to tell, or one clone, or too few rows for all clones.
     """
     measured = layout.clocks
-    if measured is None or layout.started is None:
+    if measured is None:
         return None
     if len(layout.clones) == 1 or len(layout.clones) < len(measured.ends):
         return None
-    seconds = []
+    ends = []
     for i, (clock, result) in enumerate(
         zip(measured.ends, results, strict=True)
     ):
-        with tf.name_scope(f"{ARRIVALS}/of_{i}/"):
+        with tf.name_scope(f"{ARRIVALS}/{way}/of_{i}/"):
             number = _when_there(result, layout.clones[i].device)
             with tf.device(layout.home):
-                end = clocks.seconds_now(clock, tf.identity(number))
-        seconds.append(end - layout.started)
-    return seconds
+                ends.append(clocks.seconds_now(clock, tf.identity(number)))
+    return ends
 
 
 def _when_there(nest: Any, device: str) -> tf.Tensor:

@@ -143,13 +143,26 @@ def lay_out(
         for i in range(len(clones))
     ]
     stay = [i for i, mirror in enumerate(mirrors[0]) if mirror is None]
-    started = None
-    if group.clocks is not None:
-        with tf.name_scope(f"{ARRIVALS}/start/"):
-            started = seconds_now(group.clocks.start, data)
+    started = start_clock(group.clocks, data)
     return Layout(
         group.home, clones, shards, inputs, stay, group.clocks, started
     )
+
+
+def start_clock(
+    clocks: Clocks | None, after: Any, way: str = "forth"
+) -> tf.Tensor | None:
+    """Return when clones can start, in seconds, if that is measured.
+
+    Args:
+        clocks: `Clocks` of the clones, or `None`.
+        after: Nest of tensors that they start with.
+        way: String, `"back"` if they run backward by themselves.
+    """
+    if clocks is None:
+        return None
+    with tf.name_scope(f"{ARRIVALS}/{way}/start/"):
+        return seconds_now(clocks.start, after)
 
 
 def _opaque(value: tf.Tensor) -> tf.Tensor:

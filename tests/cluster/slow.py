@@ -54,10 +54,23 @@ class Slow(keras.layers.Layer):
         return x + tf.cast(nothing, x.dtype)
 
 
-def train(slow=True, callbacks=(), **options):
+@keras.saving.register_keras_serializable("cluster")
+class Own(keras.Sequential):
+    """A model with a step of its own."""
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(x, y, self(x, training=True))
+        variables = self.trainable_variables
+        self.optimizer.apply(tape.gradient(loss, variables), variables)
+        return {"loss": loss}
+
+
+def train(slow=True, callbacks=(), kind=keras.Sequential, **options):
     keras.utils.set_random_seed(1)
     layers = [Slow()] if slow else []
-    model = keras.Sequential(
+    model = kind(
         [
             keras.Input((6,)),
             *layers,
@@ -99,11 +112,14 @@ def main():
     plain = train(slow=False)
     profiler = CloneProfiler((6, 16), pathlib.Path(sys.argv[1], "step"))
     even = train(config=config, callbacks=[profiler])
+    own = CloneProfiler((6, 16), pathlib.Path(sys.argv[1], "own"))
+    train(config=config, callbacks=[own], kind=Own)
     shared = train(config=config, shares="auto")
     report = profiler.report
     found = {
         "verdict": report.verdict,
         "hosts": report.hosts,
+        "own": own.report.hosts,
         "phases": report.phases,
         "bounds": report.bounds,
         "sizes": deployment(shared).shard_sizes(BATCH),
