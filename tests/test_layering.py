@@ -26,6 +26,7 @@ LATE = {
         "look/timeline",
     },
     "IPython": {"look/page"},
+    "jax": {"benchmark/jax_cell"},
 }
 # What the commands need besides, as no module of the library does.
 COMMAND = {

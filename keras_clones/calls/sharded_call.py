@@ -16,6 +16,7 @@ from keras_clones.clone import layer_losses, state
 from keras_clones.clone.tables import large_tables, looked_up_at_home
 from keras_clones.devices import balance
 from keras_clones.exchange import (
+    arrivals,
     bringing_home,
     in_turns,
     laying_out,
@@ -208,13 +209,7 @@ def _assign_changes(
 
 def _observe(calls: sharing.Calls, joined: forward.Joined) -> None:
     """Measure what each clone took until its outputs were there."""
-    measured, layout = calls.options.balance, joined.layout
-    if layout.started is None or len(layout.turns) == 1 or measured is None:
-        return
-    seconds = []
-    for clock, own in zip(measured.clocks[1:], layout.turns, strict=True):
-        last = joined.runs[own[-1]].output.values
-        value = tf.nest.flatten(last, expand_composites=True)[0]
-        arrived = tf.identity(tf.reshape(value, [-1])[:1])
-        seconds.append(balance.seconds_now(clock, arrived) - layout.started)
-    balance.observe(measured, seconds)
+    values = [run.output.values for run in joined.runs]
+    seconds = arrivals.seconds_until_there(joined.layout, values)
+    if seconds is not None and calls.options.balance is not None:
+        balance.observe(calls.options.balance, seconds)

@@ -13,6 +13,7 @@ from keras_clones.calls.forward import Run, Sharded, join, run_each
 from keras_clones.calls.traced_backward import floating, run_backward, wanted
 from keras_clones.clone.changes import by_rows
 from keras_clones.exchange import (
+    arrivals,
     bringing_home,
     in_turns,
     laying_out,
@@ -80,9 +81,11 @@ class WayBack(NamedTuple):
             [pair for pair in pairs if pair[1] is not None],
             [floating(run.output.values) for run in self.runs],
         )
+        laying_out.start_clock(self.layout.clocks, by_clone, "back")
         pulled = self._pull_all(by_clone)
         if self._has_hidden_rows(pulled):
             pulled = self._pull_in_graph(by_clone)
+        arrivals.tell(self.layout, pulled, "back")
         return self._merge(pulled, split)
 
     def _pull_all(self, upstream: list[Any]) -> list["Pulled"]:

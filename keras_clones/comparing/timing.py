@@ -199,10 +199,8 @@ class _Held:
                 gpu: _memory(gpu)["peak"] - held
                 for gpu, held in self._gpus.items()
             }
-        now = resident.peak()
-        if self._process is None or now is None:
-            return None
-        return {"process": now - self._process}
+        grown = resident.grown(self._process)
+        return None if grown is None else {"process": grown}
 
 
 def _memory(gpu: str, reset: bool = False) -> dict[str, int]:

@@ -2,13 +2,13 @@
 
 import os
 import weakref
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, MutableSet
 from typing import Any
 
 import keras
 
 from keras_clones.calls.looks import Looks
-from keras_clones.devices import balance
+from keras_clones.devices import balance, clocks
 from keras_clones.devices.config import DeploymentConfig, check_integer
 from keras_clones.devices.placement import Clone, short_name, short_names
 from keras_clones.look import footprint, page, picture, report
@@ -97,6 +97,9 @@ class Deployment:
         self.watches: MutableMapping[Any, watch.Watch] = (
             weakref.WeakKeyDictionary()
         )
+        # Those who want to know when what the clones come to is there.
+        self.timed_by: MutableSet[Any] = weakref.WeakSet()
+        self._clocks: clocks.Clocks | None = None
         # The model holds this, which must not keep the model alive.
         self._model = None if model is None else weakref.ref(model)
 
@@ -106,6 +109,8 @@ class Deployment:
         kept: dict[str, Any] = {
             "options": options,
             "watches": {},
+            "timed_by": set(),
+            "_clocks": None,
             "_model": None,
         }
         return {**vars(self), **kept}
@@ -118,8 +123,13 @@ class Deployment:
 
     def step_options(self) -> StepOptions:
         """Return what the model's steps go by."""
+        timed = self.balance is not None or bool(self.timed_by)
+        if timed and self._clocks is None:
+            self._clocks = clocks.make(len(self.clones), self.options.home)
         return self.options._replace(
-            shares=self.fractions, watch=watch.join(self.watches.values())
+            shares=self.fractions,
+            watch=watch.join(self.watches.values()),
+            clocks=self._clocks if timed else None,
         )
 
     @property

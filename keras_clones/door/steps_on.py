@@ -174,6 +174,20 @@ def watch_training(
     model.train_function = None
 
 
+def time_clones(model: keras.Model, watcher: Any, wanted: bool) -> None:
+    """Let the training steps of a cloned model time what its clones take.
+
+    Args:
+        model: A cloned `keras.Model`.
+        watcher: The callback that wants to know.
+        wanted: Boolean, `False` if it does not any more.
+    """
+    timed_by = vars(model)[_KEY].timed_by
+    (timed_by.add if wanted else timed_by.discard)(watcher)
+    _put_steps(model, vars(model)[_KEY], ("train_step",))
+    model.train_function = None
+
+
 def move_home(model: keras.Model, homes: Homes) -> None:
     """Move every variable there is so far to its home.
 

@@ -11,7 +11,7 @@ from keras_clones import _keras
 from keras_clones.clone import state
 from keras_clones.clone.inputs import TowerInput
 from keras_clones.clone.state import Variables
-from keras_clones.devices.balance import seconds_now
+from keras_clones.devices.clocks import Clocks, seconds_now
 from keras_clones.devices.moving import device_of
 from keras_clones.devices.placement import Clone
 from keras_clones.exchange import errors
@@ -19,15 +19,18 @@ from keras_clones.exchange.batch_norm import over_clones
 from keras_clones.exchange.meeting import run_side_by_side
 from keras_clones.tensors import sharding, transfer
 
+# Name scope of what measures when clones start and when they are done.
+ARRIVALS = "clone_arrivals"
+
 
 class Layout(NamedTuple):
     """Rows laid out over the clones, one input a clone.
 
     `stay` has the positions of the variables that are not sent. `started` is
-    when the rows were laid out, in seconds, if that is measured. Where clones
-    work through their shards in pieces, `clones`, `shards` and `inputs` are
-    those of all pieces, and `turns` says which of them each clone works on,
-    one after the other.
+    when the rows were laid out, in seconds, if `clocks` measure that. Where
+    clones work through their shards in pieces, `clones`, `shards` and `inputs`
+    are those of all pieces, and `turns` says which of them each clone works
+    on, one after the other.
     """
 
     home: str
@@ -35,6 +38,7 @@ class Layout(NamedTuple):
     shards: sharding.Shards
     inputs: list[TowerInput]
     stay: Sequence[int]
+    clocks: Clocks | None = None
     started: tf.Tensor | None = None
     turns: Sequence[range] = ()
 
@@ -105,8 +109,7 @@ class Group(NamedTuple):
         home: Device string, where the variables are.
         random: String, `"global"` lets clones draw what one device draws for
             their rows, `"clones"` lets each draw numbers of its own.
-        clock: Variable that keeps when the rows were laid out, or `None`:
-            that is not measured.
+        clocks: `Clocks` that measure what the clones take, or `None`.
         loss_scale: Scalar tensor, what the optimizer multiplies the loss by.
         turns: Sequence of ranges, which of the `clones` are pieces that one
             works through. Empty: each has one.
@@ -115,7 +118,7 @@ class Group(NamedTuple):
     clones: Sequence[Clone]
     home: str
     random: str = "clones"
-    clock: tf.Variable | None = None
+    clocks: Clocks | None = None
     loss_scale: Any = 1.0
     turns: Sequence[range] = ()
 
@@ -157,11 +160,34 @@ def lay_out(
         for i in range(len(clones))
     ]
     stay = [i for i, mirror in enumerate(mirrors[0]) if mirror is None]
-    started = None
-    if group.clock is not None:
-        started = seconds_now(group.clock, data)
+    started = start_clock(group.clocks, data)
     turns = group.turns or [range(i, i + 1) for i in range(len(clones))]
-    return Layout(group.home, clones, shards, inputs, stay, started, turns)
+    return Layout(
+        group.home,
+        clones,
+        shards,
+        inputs,
+        stay,
+        group.clocks,
+        started,
+        turns,
+    )
+
+
+def start_clock(
+    clocks: Clocks | None, after: Any, way: str = "forth"
+) -> tf.Tensor | None:
+    """Return when clones can start, in seconds, if that is measured.
+
+    Args:
+        clocks: `Clocks` of the clones, or `None`.
+        after: Nest of tensors that they start with.
+        way: String, `"back"` if they run backward by themselves.
+    """
+    if clocks is None:
+        return None
+    with tf.name_scope(f"{ARRIVALS}/{way}/start/"):
+        return seconds_now(clocks.start, after)
 
 
 def _opaque(value: tf.Tensor) -> tf.Tensor:

@@ -24,6 +24,12 @@ def peak() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+def grown(before: int | None) -> int | None:
+    """Return the bytes by which the peak has grown, if both are known."""
+    now = peak()
+    return None if before is None or now is None else now - before
+
+
 def reset_peak() -> bool:
     """Let the peak be what the process holds now; say if that was possible."""
     try:

@@ -12,6 +12,7 @@ PHASES = {
     "forward": "#1f77b4",
     "backward": "#7fb8e6",
     "forward and backward": "#4f97cd",
+    "on another host": "#c9b79c",
     "gradient transfer": "#d65fb0",
     "update": "#d62728",
     "metrics": "#2ca02c",

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from keras_clones.clone.layer_losses import Kinds
 from keras_clones.clone.state import Policies
 from keras_clones.devices.balance import Balance
+from keras_clones.devices.clocks import Clocks
 from keras_clones.devices.homes import Homes
 from keras_clones.devices.placement import Clone
 from keras_clones.exchange.laying_out import Group
@@ -21,9 +22,10 @@ class StepOptions(NamedTuple):
     `homes` says where each variable is at home.
     `state` maps patterns of variables' paths to how their values merge.
     `shares` are the fractions of the rows that the clones get, `None` for
-    even ones. `balance` measures them while the model trains. `watch` gets
-    what training steps come to, if anything wants to know. `towers` keeps
-    the traced towers of calls while a step function is traced again.
+    even ones. `balance` moves them while the model trains, by what `clocks`
+    measure. `watch` gets what training steps come to, if anything wants to
+    know. `towers` keeps the traced towers of calls while a step function is
+    traced again.
     `random` says whose draws layers get, `whole` which layers see the global
     batch, `exact` whether what could differ from one device is refused, and
     `check_rows` whether layers that mix rows are looked for. `looks` is the
@@ -42,6 +44,7 @@ class StepOptions(NamedTuple):
     state: tuple[tuple[str, str], ...] = ()
     shares: Any = None
     balance: Balance | None = None
+    clocks: Clocks | None = None
     watch: Watch | None = None
     towers: dict[Any, Any] = {}  # noqa: RUF012
     random: str = "clones"
@@ -110,6 +113,5 @@ class StepOptions(NamedTuple):
         turns: Sequence[range] = (),
     ) -> Group:
         """Return what rows are laid out over: some of the clones."""
-        measured = self.balance if training else None
-        clock = measured.clocks[0] if measured else None
-        return Group(clones, self.home, self.random, clock, loss_scale, turns)
+        clocks = self.clocks if training else None
+        return Group(clones, self.home, self.random, clocks, loss_scale, turns)

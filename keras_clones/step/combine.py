@@ -9,6 +9,7 @@ import tensorflow as tf
 from keras_clones.clone.changes import Notes
 from keras_clones.devices import balance
 from keras_clones.exchange import (
+    arrivals,
     bringing_home,
     in_turns,
     laying_out,
@@ -74,8 +75,8 @@ def run(
         [_parts(result) for result in results],
     )
     total = merged.parts
-    if step.training and step.options.balance is not None:
-        _observe(step.options.balance, layout, results)
+    if step.training:
+        _observe(step, layout, results)
     outputs, masks = _join_outputs(step, results)
     return StepResult(
         outputs=outputs,
@@ -166,23 +167,13 @@ def _clone_losses(
 
 
 def _observe(
-    measured: balance.Balance,
-    layout: laying_out.Layout,
-    results: list[TowerOutput],
+    step: Step, layout: laying_out.Layout, results: list[TowerOutput]
 ) -> None:
-    """Measure what each clone took until its gradients were home."""
-    if layout.started is None or len(results) == 1:
-        return
-    seconds = []
-    for clock, result in zip(measured.clocks[1:], results, strict=True):
-        gradient = next(g for g in result.gradients if g is not None)
-        if isinstance(gradient, traced.RowGradient):
-            gradient = tf.nest.flatten(gradient, expand_composites=True)[0]
-        # A value at home, since a GPU is not done when its kernels are queued.
-        arrived = tf.identity(tf.reshape(gradient, [-1])[:1])
-        end = balance.seconds_now(clock, arrived)
-        seconds.append(end - layout.started)
-    balance.observe(measured, seconds)
+    """Measure what each clone took until its gradients were there."""
+    gradients = [result.gradients for result in results]
+    seconds = arrivals.seconds_until_there(layout, gradients)
+    if seconds is not None and step.options.balance is not None:
+        balance.observe(step.options.balance, seconds)
 
 
 def _join_outputs(

@@ -186,7 +186,7 @@ class _Transfer:
     def add(self, packed: Sequence[_Packed], device: str) -> _Packed:
         """Add up what several devices have, on one; small ones as packed."""
         columns = zip(*(one.tensors for one in packed), strict=True)
-        with tf.device(device):
+        with tf.device(device), _scope_of(device):
             buffers = [
                 tf.add_n(column)
                 for column in zip(*(one.buffers for one in packed), strict=True)
@@ -227,7 +227,10 @@ def _kept(tensor: tf.Tensor) -> tf.Tensor:
 def _scope_of(device: str) -> Any:
     """Return a name scope that shows the device in a profile."""
     spec = tf.DeviceSpec.from_string(device)
-    return tf.name_scope(f"on_{spec.device_type}_{spec.device_index}")
+    name = f"on_{spec.device_type}_{spec.device_index}"
+    if spec.job in (None, "localhost"):
+        return tf.name_scope(name)
+    return tf.name_scope(f"{name}_of_{spec.job}_{spec.task}")
 
 
 def _tensors(values: Any) -> list[tf.Tensor]:
