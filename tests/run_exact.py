@@ -4,11 +4,14 @@ As it is and with dropout before each `Dense`, in float64 and float32, on 1 to
 4 clones, and compare all that it comes to with plain Keras. It takes an hour
 on two cores, so that `test_exact.py` runs three clones in float64 only.
 
-    python tests/run_exact.py [part of a name ...]
+    python tests/run_exact.py [--floatx float64] [--no-dropout] [name ...]
+
+where a name is a part of a case's.
 """
 
+import argparse
 import collections
-import sys
+import gc
 
 import conftest  # noqa: F401
 import keras
@@ -32,6 +35,7 @@ def run(name, floatx, drops):
             return {}
         for num_clones in NUM_CLONES:
             keras.backend.clear_session()
+            gc.collect()
             try:
                 received = test_exact.exactly(name, num_clones)
                 worst = equivalence.compare(expected, received, tolerance)
@@ -42,15 +46,20 @@ def run(name, floatx, drops):
 
 
 def main():
-    wanted = sys.argv[1:]
+    parser = argparse.ArgumentParser()
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--floatx", action="append")
+    parser.add_argument("--dropout", action=argparse.BooleanOptionalAction)
+    options = parser.parse_args()
     names = [
         name
         for name in equivalence.CASES
-        if not wanted or any(part in name for part in wanted)
+        if not options.names or any(part in name for part in options.names)
     ]
+    ways = [False, True] if options.dropout is None else [options.dropout]
     counts = collections.Counter()
-    for floatx in ("float32", "float64"):
-        for drops in (False, True):
+    for floatx in options.floatx or ["float64", "float32"]:
+        for drops in ways:
             for name in names:
                 found = run(name, floatx, drops)
                 right = [worst[:1].isdigit() for worst in found.values()]
