@@ -408,6 +408,27 @@ def compiled_losses(model: keras.Model) -> list[keras.losses.Loss]:
     ]
 
 
+@contextlib.contextmanager
+def wrapping_losses(
+    model: keras.Model, wrap: Callable[[int, keras.losses.Loss], Any]
+) -> Iterator[None]:
+    """Let others be called in place of the compiled losses.
+
+    Args:
+        model: A compiled `keras.Model` whose losses are built.
+        wrap: Function of a loss and its index to what is called in its place.
+    """
+    compiled = vars(model._compile_loss)
+    held = compiled["_flat_losses"]
+    compiled["_flat_losses"] = [
+        entry._replace(loss=wrap(i, entry.loss)) for i, entry in enumerate(held)
+    ]
+    try:
+        yield
+    finally:
+        compiled["_flat_losses"] = held
+
+
 def loss_function(loss: keras.losses.Loss) -> tuple[Any, dict[str, Any]] | None:
     """Return the function behind a built-in loss, and its arguments."""
     plain = _LossFunctionWrapper

@@ -35,6 +35,7 @@ class TowerInput(NamedTuple):
     numbers: tf.Tensor
     place: tf.Tensor | None = None
     total: tf.Tensor | None = None
+    counts: list[tf.Tensor | None] | None = None
 
 
 class Weights:

@@ -208,7 +208,9 @@ def _plan(model: keras.Model, options: StepOptions) -> Plan:
         return plan
     masks = [_keras.get_mask(output) for output in outputs]
     types = [tf.TensorSpec(output.shape, output.dtype) for output in outputs]
-    return plan.knowing(exactness.why_not_on((), types, masks))
+    return plan.knowing(
+        exactness.why_not_on((), types, masks, options.watch is None)
+    )
 
 
 def num_bytes(variables: Any) -> int:

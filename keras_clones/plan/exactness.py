@@ -59,7 +59,7 @@ ADDITIVE = {
     keras.metrics.TrueNegatives,
     keras.metrics.TruePositives,
 }
-_MEANS = ("sum_over_batch_size", "mean")
+MEANS = ("sum_over_batch_size", "mean")
 
 
 def overrides(model: keras.Model, method: str) -> bool:
@@ -188,27 +188,29 @@ def why_not_by_clone(model: keras.Model) -> str | None:
         # A function may be any object with `__call__`, also one with no hash.
         if function is None or all(function[0] is not one for one in _BY_ROW):
             return f"loss {loss.name!r} may look at the whole batch"
-        if loss.reduction not in _MEANS:
+        if loss.reduction not in (*MEANS, "mean_with_sample_weight"):
             return f"loss {loss.name!r} has reduction={loss.reduction!r}"
         if function[1].get("axis", -1) != -1:
             return f"loss {loss.name!r} has axis={function[1]['axis']}"
-        if function[1].get("ignore_class") is not None:
-            return f"loss {loss.name!r} has an `ignore_class`"
     return None
 
 
-def why_not_on(y: Any, y_pred: Any, masks: list[Any]) -> str | None:
+def why_not_on(
+    y: Any, y_pred: Any, masks: list[Any], counted: bool
+) -> str | None:
     """Say why the losses of shards do not average, going by the outputs.
 
     Args:
         y: A nest of targets.
         y_pred: A nest of outputs.
         masks: List with the mask of each output, or `None`.
+        counted: Boolean, whether losses count by the entries that masks let
+            through.
 
     Returns:
         A string with the reason, or `None` if they do.
     """
-    if any(mask is not None for mask in masks):
+    if not counted and any(mask is not None for mask in masks):
         return "an output has a mask, whose valid entries differ by shard"
     leaves = keras.tree.flatten((y, y_pred))
     if any(sharding.is_composite(leaf) for leaf in leaves):

@@ -16,7 +16,7 @@ from keras_clones.exchange import (
     laying_out,
     tracing,
 )
-from keras_clones.plan import exactness
+from keras_clones.plan import counting, exactness
 from keras_clones.step import combine
 from keras_clones.step.applying import apply, record
 from keras_clones.step.begin import Step, unpack
@@ -38,12 +38,21 @@ def trace_towers(
     unseen = tf.executing_eagerly() and plan.may_change
     if unseen or not plan.loss_in_clones:
         return None
+    counts = _count(step)
+    if counts is None and (reason := counting.reason(step.model)):
+        plan = plan.knowing(reason)
+        if not plan.loss_in_clones:
+            return None
+    counted = any(one is not None for one in counts or ())
     layout = _lay_out(step)
+    if counted:
+        inputs = [one._replace(counts=counts) for one in layout.inputs]
+        layout = layout._replace(inputs=inputs)
     with looked_up_at_home(plan.tables):
         towers = _towers(step, layout)
         tower = tracing.trace(towers, layout, plan.synchronized)
     if tower.returns is not None:
-        plan = plan.knowing(_why_not(step, tower))
+        plan = plan.knowing(_why_not(step, tower, counted))
     if not plan.loss_in_clones:
         return None
     if plan.reason:
@@ -57,13 +66,28 @@ def trace_towers(
     return layout, tower
 
 
-def _why_not(step: Step, tower: tracing.TracedTower) -> str | None:
+def _count(step: Step) -> list[Any] | None:
+    """Return what losses divide by on the global batch, if that is known.
+
+    Losses of a clone's rows by themselves are for a watch to want, and what
+    hosts have read is not here.
+    """
+    if not counting.may_count(step.model):
+        return []
+    if step.options.watch is not None or step.hosts is not None:
+        return None
+    return counting.find(step.model, step.batch, step.training)
+
+
+def _why_not(
+    step: Step, tower: tracing.TracedTower, counted: bool
+) -> str | None:
     """Say why losses of shards do not average, going by a traced tower."""
     own_metrics = exactness.overrides(step.model, "compute_metrics")
     if tower.notes.keeps and own_metrics:
         return "layers keep tensors for `compute_metrics`"
     return exactness.why_not_on(
-        step.batch[1], tower.returns.outputs, tower.returns.masks
+        step.batch[1], tower.returns.outputs, tower.returns.masks, counted
     )
 
 

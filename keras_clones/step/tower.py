@@ -1,5 +1,6 @@
 """The tower function: the pure function that a clone runs on its shard."""
 
+import contextlib
 from typing import Any, NamedTuple
 
 import keras
@@ -20,6 +21,7 @@ from keras_clones.clone.inputs import (
 from keras_clones.clone.leftovers import kept_tensors
 from keras_clones.clone.scopes import CloneScope
 from keras_clones.clone.state import Changes, Variables
+from keras_clones.plan import counting
 from keras_clones.plan.options import StepOptions
 from keras_clones.tensors import sharding
 
@@ -135,7 +137,10 @@ class Tower:
             local = layer_losses.local(
                 model, marks, options.scalar_losses, weights, options.exact
             )
-            with _keras.overriding_losses(model, local):
+            with (
+                _keras.overriding_losses(model, local),
+                self._counting(inputs),
+            ):
                 loss = _keras.compute_loss(
                     model, x, y, outputs, sample_weight, training
                 )
@@ -145,6 +150,15 @@ class Tower:
                         model, y, outputs, sample_weight
                     )
         return _Forward(outputs, loss, tape)
+
+    def _counting(
+        self, inputs: TowerInput
+    ) -> contextlib.AbstractContextManager[None]:
+        """Let losses count by their entries, where these are counted."""
+        if inputs.counts is None:
+            return contextlib.nullcontext()
+        counts = counting.Counts(inputs.counts, inputs.numbers[0])
+        return _keras.wrapping_losses(self._model, counts.wrap)
 
     def _run_backward(self, inputs: TowerInput, forward: _Forward) -> list[Any]:
         loss, tape = forward.loss, forward.tape
