@@ -4,6 +4,10 @@ Run it with `python examples/language_model.py`; it needs no GPU and no
 download. It predicts the next byte, prints the perplexity of text it has not
 seen, writes a few lines of its own, and shows what stays off the devices.
 
+`--pieces 4` lets each clone work through its rows in four pieces, one after the
+other, to the same perplexity with less memory; `--pieces auto` in as many as
+it takes.
+
 With GPUs, `--device-memory MIB` gives each clone a GPU of that much memory,
 split off the first one. Without, it is only compared with what is needed.
 """
@@ -180,6 +184,7 @@ def train(
     blocks=2,
     heads=4,
     device_memory=None,
+    pieces=1,
     verbose=0,
 ):
     """Train; return the perplexity of text not seen, and what was written."""
@@ -188,7 +193,9 @@ def train(
     x, y = windows(codes[:split], steps * batch_size, context, seed=1)
     validation = windows(codes[split:], 8 * batch_size, context, seed=2)
     model = clone_model(
-        make_model(context, width, blocks, heads), num_clones=num_clones
+        make_model(context, width, blocks, heads),
+        num_clones=num_clones,
+        pieces=pieces,
     )
     model.compile(
         keras.optimizers.AdamW(2e-3),
@@ -234,6 +241,12 @@ def arguments():
         "--text", help="a file to train on (default: Python's library)"
     )
     parser.add_argument(
+        "--pieces",
+        type=lambda text: text if text == "auto" else positive(text),
+        default=1,
+        help="of a clone's rows, one after the other (default: 1), or 'auto'",
+    )
+    parser.add_argument(
         "--device-memory", type=positive, metavar="MIB", help="of each clone"
     )
     return parser
@@ -267,6 +280,7 @@ def main():
         blocks=args.blocks,
         heads=args.heads,
         device_memory=args.device_memory,
+        pieces=args.pieces,
     )
 
 

@@ -61,6 +61,12 @@ def pytest_addoption(parser):
         help="also run the equivalence cases with clones compiled by XLA",
     )
     parser.addoption(
+        "--pieces",
+        type=int,
+        default=0,
+        help="also run the equivalence cases with clones that work in pieces",
+    )
+    parser.addoption(
         "--full",
         action="store_true",
         help="also run the tests marked `full`: long ones, and more of a kind",
@@ -115,6 +121,8 @@ def pytest_collection_modifyitems(config, items):
         return
     if not config.getoption("--xla"):
         items[:] = [item for item in items if "by_xla" not in item.name]
+    if not config.getoption("--pieces"):
+        items[:] = [item for item in items if "in_pieces" not in item.name]
     mark_full(items)
     options = ("--full", "--write-table", "-m")
     asked = any(config.getoption(option) for option in options)

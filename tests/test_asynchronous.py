@@ -1,9 +1,11 @@
 """Replicas that step by themselves: no row is left out, none waits."""
 
+import itertools
 import json
 import re
 import threading
 import time
+import types
 
 import keras
 import numpy as np
@@ -13,7 +15,8 @@ from test_cluster import HERE, run
 from test_watch import free_addresses, run_tasks
 
 from keras_clones import DeploymentConfig, _keras, clone_model
-from keras_clones.cluster import watch
+from keras_clones.cluster import host_datasets, watch
+from keras_clones.cluster.host_datasets import OneByOne
 from keras_clones.step import asynchronous
 
 
@@ -34,7 +37,7 @@ class Slow:
                 raise tf.errors.UnavailableError(None, None, "gone")
             STALENESS.append(len(APPLIED) - began)
             APPLIED.append(data)
-            return {"loss": float(data)}
+            return {"loss": float(np.ravel(data)[0])}
 
         return step
 
@@ -136,7 +139,9 @@ def test_after_an_error_of_a_trace_steps_go_on():
 def test_data_that_a_host_has_read_go_to_its_replica(monkeypatch):
     replicas = [Slow(name) for name in ("a", "b")]
     monkeypatch.setattr(
-        asynchronous.from_hosts, "apart", lambda data: [("b", data)]
+        asynchronous.from_hosts,
+        "read_apart",
+        lambda iterator, n: (("b", x) for x in itertools.islice(iterator, n)),
     )
     function = asynchronous.Replicas(replicas, 0, 1)
     iterator = iter(range(6))
@@ -144,6 +149,83 @@ def test_data_that_a_host_has_read_go_to_its_replica(monkeypatch):
         function(iterator)
     function.drain()
     assert replicas[1].seen == list(range(6)) and not replicas[0].seen
+
+
+@pytest.fixture
+def two_hosts(monkeypatch):
+    """Let two CPUs be those of hosts that read; return what is lost."""
+    lost = set()
+
+    def host_of(device):
+        return f"host {device[-1]}"
+
+    monkeypatch.setattr(host_datasets, "host_of", host_of)
+    seen = types.SimpleNamespace(host_of=host_of)
+    monkeypatch.setattr(asynchronous.from_hosts, "hosts", seen)
+    monkeypatch.setattr(host_datasets._tf, "forget_task", lambda *task: None)
+    monkeypatch.setattr(watch, "is_lost", lambda prefix: prefix in lost)
+    explain = watch.explain
+    monkeypatch.setattr(
+        watch,
+        "explain",
+        lambda error: (
+            ConnectionError("x")
+            if isinstance(error, tf.errors.UnavailableError)
+            else explain(error)
+        ),
+    )
+    next_of = OneByOne.next_of
+
+    def next_if_there(iterator, i):
+        if host_of(iterator.devices[i]) in lost and i not in iterator._ended:
+            raise tf.errors.UnavailableError(None, None, "gone")
+        return next_of(iterator, i)
+
+    monkeypatch.setattr(OneByOne, "next_of", next_if_there)
+    return lost
+
+
+@pytest.mark.parametrize("when", ["step", "read", "end"])
+def test_rows_of_a_host_that_is_lost_are_read_by_another(two_hosts, when):
+    devices = [
+        f"/job:localhost/replica:0/task:0/device:CPU:{i}" for i in range(2)
+    ]
+    made = []
+
+    def make(i, device):
+        made.append((i, device))
+        with tf.device(device):
+            return tf.data.Dataset.range(20).shard(2, i).batch(1)
+
+    datasets = [make(i, device) for i, device in enumerate(devices)]
+    spec = datasets[0].element_spec
+    data = host_datasets.HostsDataset(spec, devices, datasets, make)
+    replicas = [Slow(f"host {i}", 0.005) for i in range(2)]
+    function = asynchronous.Replicas(replicas, None, 1)
+    iterator = iter(data)
+    with pytest.warns(UserWarning, match="host 1 is lost, and the others"):
+        # As many calls as Keras makes, who has counted the batches.
+        for call in range(int(data.cardinality())):
+            if call == 5 and when != "end":
+                if when == "read":
+                    function.drain()
+                two_hosts.add("host 1")
+                replicas[1].lost = True
+            if call == 9 and when == "end":
+                function.wait()
+                replicas[1].seconds = 0.3
+            function(iterator)
+        if when == "end":
+            two_hosts.add("host 1")
+            replicas[1].lost = True
+        function.drain()
+    applied = [int(one[0]) for one in APPLIED]
+    assert set(applied) == set(range(20))
+    # What the host had read since all was done with is given twice.
+    assert len(applied) <= 20 + {"step": 5, "read": 0, "end": 10}[when]
+    assert made[2:] == [(1, devices[0])] and replicas[1].forgotten == 1
+    # The next epoch begins without it.
+    assert [*iter(data).devices] == [devices[0]] * 2
 
 
 def test_the_last_replica_that_is_lost_ends_it(monkeypatch):
@@ -193,6 +275,7 @@ def test_config_of_replicas_that_step_by_themselves():
 def check(found):
     assert found["accuracy"] > 0.97
     assert np.all(np.array(found["rows"]) >= 1400)
+    assert np.all(np.array(found["least"]) >= 1)
 
 
 @pytest.mark.full
@@ -219,13 +302,17 @@ def test_replicas_that_read_their_own_rows_count_every_one():
 
 
 @pytest.mark.full
-def test_a_training_goes_on_without_a_replica_that_dies(tmp_path):
+@pytest.mark.parametrize("reader", ["controller", "hosts"])
+def test_a_training_goes_on_without_a_replica_that_dies(tmp_path, reader):
     *workers, ps = free_addresses(4)
     cluster = {"worker": workers, "ps": [ps]}
-    script = HERE / "asynchronous.py"
-    _, printed = run_tasks(cluster, tmp_path, script, seconds=240)
+    own = ["none", "hosts"] if reader == "hosts" else []
+    command = [HERE / "asynchronous.py", *own]
+    _, printed = run_tasks(cluster, tmp_path, *command, seconds=240)
     found = json.loads(re.search(r"^FOUND (.*)$", printed, re.M)[1])
     check(found)
-    # The step that was lost ran again, after some of its rows were counted.
-    assert sum(found["rows"]) <= 1400 * len(found["rows"]) + 32
+    # The step that was lost ran again, after some of its rows were counted,
+    # or all that its host had read in the epoch.
+    twice = 32 if reader == "controller" else 467
+    assert sum(found["rows"]) <= 1400 * len(found["rows"]) + twice
     assert "worker 1 is lost" in found["told"][0]

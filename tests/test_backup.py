@@ -317,6 +317,7 @@ def test_goes_on_as_if_never_interrupted(name, tmp_path, float64):
         assert len(set(one[0].history.history["learning_rate"])) > 1
 
 
+@pytest.mark.full
 def test_the_training_is_that_without_it(tmp_path, float64):
     data = functools.partial(arrays, shuffle=False, validation_split=0.2)
     model, _ = train(str(tmp_path), dropping, data)
@@ -464,6 +465,7 @@ def test_values_of_small_floats_come_back():
     assert backup_variables._raw(np.ones(2)).dtype == np.float64
 
 
+@pytest.mark.full
 @pytest.mark.full
 def test_a_finished_training_can_be_prolonged(tmp_path, float64):
     def fit(epochs, folder):

@@ -111,6 +111,14 @@ def test_auto_measures_settles_and_says_so(capsys, float64):
     assert difference(weights(plain), weights(cloned)[:2]) <= 1e-12
 
 
+def test_auto_measures_no_batch_with_fewer_rows_than_clones(float64):
+    x, y = arrays(8)["mlp"]
+    batches = tf.data.Dataset.from_tensor_slices((x, y))
+    model = clone_model(compiled("mlp"), 3, shares="auto")
+    model.fit(batches.batch(2, drop_remainder=True), verbose=0)
+    assert int(deployment(model).balance.steps.numpy()) == 0
+
+
 def test_shares_settle_where_the_clones_take_as_long():
     fractions = tf.constant([0.5, 0.5], tf.float64)
     for _ in range(balance.MEASURED_STEPS):

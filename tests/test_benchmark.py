@@ -10,9 +10,15 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from keras_clones.__main__ import main
-from keras_clones.benchmark import cell, processes
+from keras_clones.benchmark import (
+    cell,
+    cells,
+    jax_cell,
+    processes,
+    timed_fit,
+)
 from keras_clones.benchmark import results as table
-from keras_clones.benchmark.cell import Cell
+from keras_clones.benchmark.timed_fit import Cell
 
 PLAIN = Cell("mlp", "plain")
 CLONES = Cell("mlp", "clones", 2)
@@ -341,6 +347,49 @@ def test_memory_is_that_of_the_process_and_not_of_its_parent():
     assert 45 < grown < 60
 
 
+def test_without_jax_a_line_says_so(fake_cells, monkeypatch, capsys):
+    monkeypatch.setattr(cells.importlib.util, "find_spec", lambda name: None)
+    run("--clones", "1,2", "--against", "plain,jax", "--repeat", "1")
+    printed = capsys.readouterr()
+    assert (
+        "jax is not installed (`pip install 'keras_clones[jax]'`): its cells "
+        "are left out." in printed.err
+    )
+    assert "jax" not in printed.out
+
+
+def test_cells_of_jax(fake_cells, monkeypatch, capsys):
+    monkeypatch.setattr(cells.importlib.util, "find_spec", lambda name: name)
+    models = "--models", "mlp,own,minibatch", "--repeat", "1"
+    main(["benchmark", *models, "--clones", "1,2,4", "--against", "jax"])
+    printed = capsys.readouterr()
+    assert "steps of own, minibatch are written for TensorFlow" in printed.err
+    lines = printed.out.splitlines()
+    assert [line.split()[:3] for line in lines if " jax" in line] == [
+        ["mlp", "jax", "2.00"],
+        ["mlp", "jax", "2"],
+        ["mlp", "jax", "4"],
+    ]
+    settings = jax_cell.settings(
+        Cell("mlp", "jax", 4, threads=(2, 1)), {"XLA_FLAGS": "--of=mine"}
+    )
+    assert settings == {
+        "KERAS_BACKEND": "jax",
+        "XLA_FLAGS": "--of=mine --xla_force_host_platform_device_count=4",
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "NPROC": "2",
+    }
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("devices", [1, 2])
+def test_jax_runs_in_a_process_of_its_own(devices):
+    pytest.importorskip("jax")
+    found = processes.run_cell(Cell("mlp", "jax", devices, steps=5))
+    assert "error" not in found, found
+    assert 0 < found["ms"] < 1000 * found["first"]
+
+
 @pytest.mark.full
 def test_mirrored_strategy_runs_in_a_process_of_its_own():
     mirrored = processes.run_cell(COPY._replace(steps=2))
@@ -408,12 +457,12 @@ def test_a_pair_runs_alone_and_then_two_that_start_together(
 
 def test_the_stopwatch_waits_after_the_warm_up(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO("go\nrest"))
-    stopwatch = cell.Stopwatch(wait=True)
-    for batch in range(cell.WARM_UP + 3):
-        assert sys.stdin.tell() == (3 if batch > cell.WARM_UP else 0)
+    stopwatch = timed_fit.Stopwatch(wait=True)
+    for batch in range(timed_fit.WARM_UP + 3):
+        assert sys.stdin.tell() == (3 if batch > timed_fit.WARM_UP else 0)
         stopwatch.on_train_batch_end(batch)
     assert capsys.readouterr().out == "ready\n"
-    assert len(stopwatch.ends) == cell.WARM_UP + 3
+    assert len(stopwatch.ends) == timed_fit.WARM_UP + 3
     assert stopwatch.ends == sorted(stopwatch.ends)
 
 

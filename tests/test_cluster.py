@@ -62,31 +62,33 @@ def test_clones_of_two_hosts_train_as_one_device():
     found = launch(
         "train.py",
         *("--cases", "batch_norm,own_step"),
-        *("--variables", "spread,greedy"),
+        *("--variables", "spread,greedy", "--each", "1"),
     )
-    check(found, 2 * 2)
+    check(found, 2)
 
 
-# Replicas, clones of each, parameter servers, and homes of the weights.
+# Replicas, clones of each, parameter servers, and homes of the weights, of
+# which the cases take two, or one, in turn.
 TOPOLOGIES = {
-    "2x2": (2, 2, 2, "controller,spread,greedy,round_robin", "float64"),
-    "2x2-float32": (2, 2, 1, "spread,greedy", "float32"),
-    "4x1": (4, 1, 1, "spread,greedy", "float64"),
-    "1x4": (1, 4, 1, "greedy", "float64"),
+    "2x2": (2, 2, 2, 2, "controller,spread,greedy,round_robin", "float64"),
+    "2x2-float32": (2, 2, 1, 1, "spread,greedy", "float32"),
+    "4x1": (4, 1, 1, 1, "spread,greedy", "float64"),
+    "1x4": (1, 4, 1, 1, "greedy", "float64"),
 }
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", TOPOLOGIES)
 def test_all_cases_train_as_one_device(name):
-    replicas, clones, ps, homes, floatx = TOPOLOGIES[name]
+    replicas, clones, ps, each, homes, floatx = TOPOLOGIES[name]
     found = launch(
         "train.py",
-        *("--clones", str(clones), "--floatx", floatx, "--variables", homes),
+        *("--clones", str(clones), "--floatx", floatx),
+        *("--variables", homes, "--each", str(each)),
         replicas=replicas,
         ps=ps,
     )
-    check(found, 8 * len(homes.split(",")), floatx)
+    check(found, 8 * each, floatx)
 
 
 @pytest.mark.full

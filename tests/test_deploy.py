@@ -393,7 +393,7 @@ def homes(model):
     return {tf.DeviceSpec.from_string(v.value.device) for v in variables}
 
 
-@pytest.mark.full_but("lazily", "trained")
+@pytest.mark.full_but("trained")
 @pytest.mark.parametrize("when", ["before", "after", "lazily", "trained"])
 def test_every_variable_lives_on_the_cpu(when):
     x, y = cases.arrays(9)["subclassed"]
@@ -432,6 +432,7 @@ def test_every_variable_lives_on_the_cpu(when):
     assert not held or cases.difference(held, cases.weights(model)) > 0
 
 
+@pytest.mark.full
 def test_moved_variables_keep_their_values_and_train_on(float64):
     x, y = cases.arrays(24)["mlp"]
     trained = []
@@ -534,6 +535,7 @@ def test_saved_files_are_what_plain_keras_writes(tmp_path, float64):
     assert all((arrays[k] == clone_arrays[k]).all() for k in arrays)
 
 
+@pytest.mark.full
 def test_saved_files_load_without_this_package(tmp_path):
     x, y = cases.arrays(16)["mlp"]
     model = clone_model(cases.compiled("mlp"), 4)

@@ -248,6 +248,7 @@ def test_uneven_shares(float64):
     compare(lambda: of_rows(*kinds), X, shares=shares)
 
 
+@pytest.mark.full
 def test_times(float64):
     compare(of_times, TIMES)
 
@@ -285,7 +286,7 @@ def test_own_step(steps, kinds, float64):
     compare(lambda: of_rows(*kinds, model=PenaltyModel), X, steps=steps)
 
 
-@pytest.mark.full_but("clones-2")
+@pytest.mark.full
 @pytest.mark.parametrize("steps", [None, 2])
 @pytest.mark.parametrize("loss", ["auto", "clones"])
 def test_synchronized(loss, steps, float64):
@@ -326,6 +327,7 @@ def test_predictions_and_losses(float64):
     np.testing.assert_allclose(found[0][1], found[1][1], rtol=1e-10)
 
 
+@pytest.mark.full
 def test_fewer_rows_than_clones(float64):
     found = []
     for num_clones in (0, 4):
@@ -421,7 +423,7 @@ class Doubled(Drawing):
         return both[: ops.shape(x)[0]]
 
 
-@pytest.mark.full_but("Stateful-SeedGenerator", "Doubled-batch axis first")
+@pytest.mark.full_but("Doubled-batch axis first")
 @pytest.mark.parametrize(
     ("kind", "remedy"),
     [

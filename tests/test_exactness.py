@@ -117,3 +117,20 @@ class _Peak(keras.metrics.MeanSquaredError):
 )
 def test_what_is_not_known_to_add_up_sees_the_whole_batch(metric):
     assert not exactness.adds_up(metric)
+
+
+def test_float64_by_cudnn_is_refused_on_gpus():
+    def model(dtype, **options):
+        return keras.Sequential(
+            [
+                keras.Input((3, 2), dtype=dtype),
+                keras.layers.LSTM(4, dtype=dtype, name="memory", **options),
+            ]
+        )
+
+    gpus = ["/device:GPU:0", "/device:GPU:1"]
+    with pytest.raises(ValueError, match=r"'memory'.*use_cudnn=False"):
+        exactness.check_cudnn(model("float64"), gpus)
+    exactness.check_cudnn(model("float32"), gpus)
+    exactness.check_cudnn(model("float64", use_cudnn=False), gpus)
+    exactness.check_cudnn(model("float64"), ["/device:CPU:0"])

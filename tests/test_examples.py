@@ -114,6 +114,8 @@ def test_language_model(capsys):
     assert re.search(r"clone_1 on CPU:1 holds 0\.\d\d MiB of mirrors", out)
     assert "stay on CPU:0\n" in out
     assert "(arithmetic: nothing limits the memory" in out
+    in_pieces, _ = small_language_model(language_model, pieces=3)
+    assert in_pieces == pytest.approx(perplexity, rel=1e-4)
 
 
 def test_language_model_counts_bytes(capsys):

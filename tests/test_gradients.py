@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_clones.tensors import merging, transfer
+from keras_clones.tensors import merging, packing, transfer
 from keras_clones.tensors.traced import RowGradient
 
 
@@ -68,10 +68,10 @@ def tensors():
 
 
 def test_unpack_undoes_pack():
-    spec = transfer.pack_spec(tensors())
+    spec = packing.pack_spec(tensors())
     assert spec.groups == [[0, 3, 5], [1, 4]]  # the large tensor is in none
     small = [tensors()[p] for group in spec.groups for p in group]
-    unpacked = transfer.unpack(transfer.pack(small, spec), spec)
+    unpacked = packing.unpack(packing.pack(small, spec), spec)
     for one, other in zip(small, unpacked, strict=True):
         assert one.shape == other.shape and one.dtype == other.dtype
         np.testing.assert_array_equal(one, other)
@@ -110,5 +110,5 @@ def test_send_brings_a_nest_as_it_was(in_graph):
 @pytest.mark.parametrize("num_small", [2, 40])
 def test_transfers_do_not_grow_with_the_small_tensors(num_small):
     small = [tf.ones(i + 1) for i in range(num_small)]
-    spec = transfer.pack_spec([*small, tf.zeros((300, 300))])
-    assert len(transfer.pack(small, spec)) == 1
+    spec = packing.pack_spec([*small, tf.zeros((300, 300))])
+    assert len(packing.pack(small, spec)) == 1

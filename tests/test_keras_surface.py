@@ -214,6 +214,7 @@ def test_what_cannot_be_exact_is_named_when_it_is_used(layer, message):
         model.train_on_batch(x, y)
 
 
+@pytest.mark.full
 def test_many_layers_are_counted_and_three_of_them_named():
     x, y = cases.arrays(8)["mlp"]
     norms = [keras.layers.BatchNormalization(name=f"n{i}") for i in range(5)]

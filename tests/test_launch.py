@@ -190,6 +190,7 @@ def test_restarts_come_to_an_end(script):
     assert launch(bounded(script(ME + "sys.exit(4)"), 1, restarts=1)) == 4
 
 
+@pytest.mark.full
 def test_the_time_of_a_run_is_bounded(script, capfd):
     # Who does not end when asked to is killed.
     text = ME + (
@@ -212,7 +213,7 @@ sys.exit(launch(Run((sys.executable, *sys.argv[1:]), 2, ps=1)))
     ("number", "code"),
     [
         (signal.SIGTERM, 143),
-        (signal.SIGKILL, -9),
+        pytest.param(signal.SIGKILL, -9, marks=pytest.mark.full),
         pytest.param(signal.SIGINT, 130, marks=pytest.mark.full),
         pytest.param(signal.SIGHUP, 129, marks=pytest.mark.full),
     ],
@@ -314,6 +315,7 @@ def two_tasks():
     ]
 
 
+@pytest.mark.full
 def test_a_task_serves_until_the_controller_is_done_or_gone(start):
     first, second = two_tasks(), two_tasks()
     configs = json.dumps([first[1], second[1]])

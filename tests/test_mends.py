@@ -92,7 +92,7 @@ def encoder_and_autoencoder(nested):
     return encoder, keras.Model(x, outputs)
 
 
-@pytest.mark.full_but("True")
+@pytest.mark.full
 @pytest.mark.parametrize("nested", [True, False])
 def test_models_that_share_moved_layers_see_them_train(nested, float64):
     x = cases.arrays(12)["mlp"][0]
@@ -148,7 +148,7 @@ class InBranch(Pos):
         return x * 2
 
 
-@pytest.mark.full_but("Pos-Model", "InBranch-OwnStep")
+@pytest.mark.full_but("InBranch-OwnStep")
 @BOTH_STEPS
 @pytest.mark.parametrize("layer", [Pos, InBranch])
 def test_a_raw_variable_that_a_layer_assigns_is_named(layer, kind, float64):
@@ -169,7 +169,7 @@ class Writing(keras.layers.Layer):
         return x * 2
 
 
-@pytest.mark.full_but("Model", "OwnStep")
+@pytest.mark.full_but("Model")
 @BOTH_STEPS
 def test_a_summary_is_written_once(kind, float64, tmp_path):
     pytest.importorskip("tensorboard")
@@ -219,7 +219,7 @@ def test_a_count_of_rows_that_adds_up(kind, float64, strictly):
     assert_same(lambda: model_of(Counter("rows", "sum"), kind))
 
 
-@pytest.mark.full_but("fit-Model", "train_on_batch-OwnStep")
+@pytest.mark.full_but("fit-Model")
 @BOTH_STEPS
 @pytest.mark.parametrize("how", ["fit", "train_on_batch", "drop_remainder"])
 def test_a_count_of_rows_is_warned_of(kind, how, float64):
@@ -295,7 +295,7 @@ def regularized(kind):
     return make
 
 
-@pytest.mark.full_but("sum-OwnStep")
+@pytest.mark.full
 @BOTH_STEPS
 @pytest.mark.parametrize("how", ["sum", {"total": "sum"}])
 def test_losses_that_are_sums_beside_activity_regularizers(
@@ -371,6 +371,7 @@ KEEPERS = {
 }
 
 
+@pytest.mark.full_but("OwnStep")
 @BOTH_STEPS
 def test_states_merge_as_they_are_said_to(kind, float64, strictly):
     def make():
@@ -525,6 +526,7 @@ def test_an_error_of_a_running_clone_says_so(kind, eagerly):
     assert (OF_ROWS.format(1) if eagerly else AT_RUN) in found
 
 
+@pytest.mark.full
 def test_an_error_of_a_clone_with_operations_of_its_own_names_it():
     layers = [Refusing(), keras.layers.BatchNormalization()]
     y = np.ones((12, 6))

@@ -112,7 +112,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.full_but("sgd-False", "adam-True", "scaled-False")
+@pytest.mark.full_but("adam-True", "scaled-False")
 @pytest.mark.parametrize("built", [False, True])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_training_equals_one_device(float64, optimizer, built):
@@ -192,7 +192,7 @@ def sentences():
     )
 
 
-@pytest.mark.full_but("True-3-adam")
+@pytest.mark.full
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize("num_clones", [1, 2, 3])
 @pytest.mark.parametrize("deployed", [False, True])
@@ -416,6 +416,7 @@ def test_a_large_table_stays_home():
         assert needed <= clone.bytes_sent <= needed + 2_000
 
 
+@pytest.mark.full
 def test_deploy_sends_what_it_saw_read():
     def count(num_clones):
         deployed = deploy(
@@ -461,6 +462,7 @@ def test_a_variable_that_was_not_foreseen(float64):
     assert difference(x.sum(axis=0)[:, None] / 2, gradient) < 1e-10
 
 
+@pytest.mark.full
 def test_losses_count_alike_without_shards_and_by_weights(float64):
     model, config = mlp(), config_of(2)
     (x, y), (x2, y2) = data(3), data(5, seed=1)
@@ -999,6 +1001,7 @@ def test_deploy_trains_evaluates_and_writes(float64, tmp_path):
         assert found == pytest.approx(norm, rel=1e-6)
 
 
+@pytest.mark.full
 def test_norms_of_rows_that_repeat():
     model = words()
     deployed = deploy(

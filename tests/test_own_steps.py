@@ -167,7 +167,7 @@ STEPS = {
 }
 
 
-@pytest.mark.full_but("super-3", "synchronized-3")
+@pytest.mark.full_but("synchronized-3")
 @pytest.mark.parametrize(
     ("name", "num_clones"), [("super", 1), *((name, 3) for name in STEPS)]
 )
@@ -594,6 +594,7 @@ class Sloped(keras.Model):
         return {"loss": loss}
 
 
+@pytest.mark.full
 def test_a_call_that_is_made_again_knows_of_training(float64):
     assert_alike(Sloped, rows_of(reals(22, 6)))
 

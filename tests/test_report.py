@@ -22,6 +22,7 @@ from keras_clones import clone_model, deployment
 from keras_clones.__main__ import main
 from keras_clones.benchmark.transfers import count_transfers, traffic
 from keras_clones.devices import placement
+from keras_clones.devices.placement import Clone
 from keras_clones.look import machine, picture
 from keras_clones.look.labels import label
 from keras_clones.look.page import Page, Table, readable
@@ -325,20 +326,11 @@ def test_a_notebook_shows_html(monkeypatch, capsys):
     assert "clone_1  CPU:1" in capsys.readouterr().out
 
 
-@pytest.mark.full_but("1", "8")
-@pytest.mark.parametrize("num_clones", [1, 2, 4, 8])
-def test_pictures_are_legible(num_clones, tmp_path):
-    model = clone_model(words(), devices=CPUS[8 - num_clones :])
-    model.compile("adam", "sparse_categorical_crossentropy")
-    made = deployment(model)
-    made.plot(tmp_path / "clones.png", 256)
-    pixels = matplotlib.image.imread(tmp_path / "clones.png")
-    size, _ = made._footprint()
-    rows = made.shard_sizes(256)
-    labels = label(made.clones, made._homes(), rows, size, "")
+def check_legible(labels):
+    """Check that all texts of a picture are apart; return its size and them."""
     figure = picture.draw(labels)
     [axes] = figure.axes
-    assert pixels.shape[1] == round(figure.get_figwidth() * 110)
+    width, height = figure.get_size_inches() * 110
     renderer = FigureCanvasAgg(figure).get_renderer()
     texts = [t for t in axes.texts if t.get_text()]
     boxes = [t.get_window_extent(renderer) for t in texts]
@@ -346,7 +338,7 @@ def test_pictures_are_legible(num_clones, tmp_path):
         assert not one.overlaps(other)
     for box in boxes:
         assert box.x0 > 0 and box.y0 > 0
-        assert box.x1 < pixels.shape[1] and box.y1 < pixels.shape[0]
+        assert box.x1 < width and box.y1 < height
     # Every text of a box lies inside of one.
     patches = [p.get_window_extent(renderer) for p in axes.patches]
     inside = [
@@ -359,12 +351,39 @@ def test_pictures_are_legible(num_clones, tmp_path):
     ]
     wanted = [labels.batch, *labels.towers, *labels.shards, *labels.stages]
     assert sorted(inside) == sorted([*wanted, labels.home])
-    shown = " ".join(t.get_text() for t in texts)
+    return width, " ".join(t.get_text() for t in texts)
+
+
+@pytest.mark.full_but("1", "8")
+@pytest.mark.parametrize("num_clones", [1, 2, 4, 8])
+def test_pictures_are_legible(num_clones, tmp_path):
+    model = clone_model(words(), devices=CPUS[8 - num_clones :])
+    model.compile("adam", "sparse_categorical_crossentropy")
+    made = deployment(model)
+    made.plot(tmp_path / "clones.png", 256)
+    pixels = matplotlib.image.imread(tmp_path / "clones.png")
+    size, _ = made._footprint()
+    rows = made.shard_sizes(256)
+    labels = label(made.clones, made._homes(), rows, size, "")
+    width, shown = check_legible(labels)
+    assert pixels.shape[1] == round(width)
     away = CPUS[8 - num_clones :][-1] != "CPU:0"
     assert f"{256 // num_clones} rows" in shown
     if away:
         sent = size.sent.of(256 // num_clones)
         assert f"gradients: about {readable(sent)}" in labels.gradients[-1]
+
+
+def test_a_picture_of_a_cluster_is_legible():
+    devices = [
+        f"/job:worker/replica:0/task:{i}/device:CPU:0" for i in range(10, 12)
+    ]
+    clones = [Clone(f"clone_{i}", one) for i, one in enumerate(devices)]
+    model = clone_model(words(), 2)
+    size, _ = deployment(model)._footprint()
+    homes = {"variables": tuple(devices), "inputs": (devices[0],)}
+    _, shown = check_legible(label(clones, homes, [32, 32], size, ""))
+    assert "spread over 2 devices" in shown
 
 
 def test_a_picture_of_a_model_that_is_not_built(tmp_path):

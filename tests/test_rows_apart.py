@@ -257,11 +257,7 @@ def test_names_it_outside_of_a_graph(name):
     assert message.startswith(f"Layers {names} mix the rows")
 
 
-@pytest.mark.full_but(
-    "residual-float32",
-    "time_major-float32",
-    "mean-bfloat16",
-)
+@pytest.mark.full_but("residual-float32")
 @pytest.mark.parametrize("policy", ["float32", "mixed_float16", "bfloat16"])
 @pytest.mark.parametrize("name", APART)
 def test_says_nothing_of_rows_that_are_apart(name, policy):
@@ -314,6 +310,7 @@ def test_one_row_tells_nothing():
         model.fit(*data(10), verbose=0)
 
 
+@pytest.mark.full
 def test_losses_that_are_sums():
     _, (message,) = fit(lambda: functional(Sum(name="s")), layer_losses="mean")
     assert message.startswith("Layers ['s'] pass losses to `add_loss` that")
@@ -356,6 +353,7 @@ def test_exact_refuses_and_changes_nothing(make, start, compiled):
         )
 
 
+@pytest.mark.full
 def test_exact_trains_what_is_apart():
     apart = L.Lambda(lambda x: x - ops.mean(x, axis=-1, keepdims=True))
     _, found = fit(lambda: functional(apart), exact=True)
@@ -387,6 +385,7 @@ def test_several_steps_at_once():
     assert message.startswith("Layers ['s'] mix")
 
 
+@pytest.mark.full
 def test_other_loops_of_the_user():
     make, _ = MIXING["spread"]
     model = clone_model(make(), 3)

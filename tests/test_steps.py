@@ -41,12 +41,7 @@ def plain(name, floatx):
     return train(name, eagerly=floatx == "float32")
 
 
-@pytest.mark.full_but(
-    "float64-convnet-2",
-    "float64-two_by_two-3",
-    "float64-subclassed-4",
-    "float32-mlp-8",
-)
+@pytest.mark.full_but("float64-two_by_two-3", "float32-convnet-4")
 @pytest.mark.parametrize("num_clones", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("name", cases.MODELS)
 def test_clones_train_the_same_model(name, num_clones, floatx):
@@ -360,6 +355,7 @@ def test_losses_of_layers(loss, float64):
     assert_same(results)
 
 
+@pytest.mark.full
 def test_a_model_that_trained_goes_on_on_clones(float64):
     x, y = cases.arrays(30)["mlp"]
     trained = []

@@ -115,6 +115,7 @@ def test_losses_and_gradients_are_those_of_one_device(
     assert len(of_clones(log)) == 3 + 1 + 2 * len(model.trainable_variables)
 
 
+@pytest.mark.full
 def test_gathered_losses_of_several_outputs(tmp_path):
     x, y = cases.arrays(20)["two_by_two"]
     data = tf.data.Dataset.from_tensor_slices((x, y)).batch(10, True)
@@ -182,6 +183,7 @@ def test_masks_and_sparse_gradients(tmp_path):
     assert buckets[-1, 1] == pytest.approx(gradients[0].max(), rel=1e-5)
 
 
+@pytest.mark.full
 def test_clones_without_rows_write_no_loss(tmp_path):
     x, y = cases.arrays(6)["mlp"]
     model = clone_model(cases.compiled("mlp"), 4)
@@ -266,7 +268,7 @@ class Sums(CloneSummaries):
         self.seen.append([*watch.losses.numpy(), *watch.norms.numpy()])
 
 
-@pytest.mark.full_but("gather")
+@pytest.mark.full
 @pytest.mark.parametrize("loss", ["clones", "gather"])
 def test_several_summaries_at_once(loss, float64, tmp_path):
     make = functools.partial(clone_model, num_clones=2, loss=loss)
@@ -279,6 +281,7 @@ def test_several_summaries_at_once(loss, float64, tmp_path):
     assert first.seen == second.seen == alone.seen
 
 
+@pytest.mark.full
 def test_each_summaries_ends_by_itself(tmp_path):
     model = clone_model(cases.compiled("mlp"), 2)
     model.optimizer.build(model.trainable_variables)

@@ -73,8 +73,6 @@ plain = functools.cache(train)
 
 @pytest.mark.full_but(
     "False-pooled-clones-3",
-    "False-sparse-gather-2",
-    "False-Tied-clones-2",
     "False-Tied-gather-3",
     "True-pooled-gather-2",
     "True-sparse-clones-3",

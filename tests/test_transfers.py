@@ -12,6 +12,8 @@ from keras_clones.benchmark.transfers import (
     count_transfers,
     traffic,
 )
+from keras_clones.devices.naming import canonical_device
+from keras_clones.tensors import transfer
 
 HERE, THERE = "/device:CPU:0", "/device:CPU:1"
 
@@ -183,3 +185,29 @@ def test_a_graph_that_was_counted_before_is_an_error():
     assert count_transfers(function) == []
     with pytest.raises(ValueError, match="for the first time"):
         count_transfers(function)
+
+
+def test_gpus_take_what_they_get_from_a_copy_that_is_made_once():
+    """There is no GPU here, but a graph may have operations for one."""
+    gpus = ["/device:GPU:0", "/device:GPU:1"]
+
+    def snapshots(targets):
+        with tf.Graph().as_default() as graph, tf.device(HERE):
+            large = [tf.ones((200, 200)), tf.ones((300, 300), tf.float64)]
+            small = [tf.ones((3,)), tf.ones((4,))]
+            sent = transfer.send_to_all([*large, *small], HERE, targets)
+            for target, nest in zip(targets, sent, strict=True):
+                for value in nest[: len(large)]:
+                    with tf.device(target):
+                        tf.identity(value)
+        used = [op for op in graph.get_operations() if op.type == "Snapshot"]
+        assert {canonical_device(op.device) for op in used} <= {HERE}
+        for one in used:
+            users = {op.device for op in one.outputs[0].consumers()}
+            assert {canonical_device(user) for user in users} <= {*targets}
+        return used
+
+    # Two large ones, and the small ones in one buffer.
+    assert len(snapshots(gpus)) == 3
+    assert len(snapshots([HERE, *gpus])) == 3
+    assert snapshots([HERE, THERE]) == []

@@ -211,7 +211,7 @@ def gap(ones, others):
     )
 
 
-@pytest.mark.full_but("counted", "nested", "model", "operation")
+@pytest.mark.full_but("nested", "operation")
 @pytest.mark.parametrize("name", MODELS)
 def test_trains_as_plain_keras(name, float64):
     make, whole = MODELS[name]
@@ -304,7 +304,7 @@ class LateStep(Late):
         return super().train_step(data)
 
 
-@pytest.mark.full_but("LateStep")
+@pytest.mark.full
 @pytest.mark.parametrize("make", [Late, LateStep])
 def test_a_layer_that_is_made_late(make, float64):
     plain, cloned = train(make, False), train(make, True, ["late"])

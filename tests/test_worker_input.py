@@ -205,7 +205,7 @@ CASES = {
 }
 
 
-@pytest.mark.full_but("shares", "home metrics", "draws")
+@pytest.mark.full_but("home metrics")
 @pytest.mark.parametrize("case", CASES)
 def test_rows_of_hosts_train_as_one_device(case, two_hosts, float64):
     make, arrays_of, clones, options = CASES[case]

@@ -16,17 +16,15 @@ import tensorflow as tf
 
 from keras_clones.benchmark import processes
 from keras_clones.benchmark import results as table
-from keras_clones.benchmark.cell import Cell
-from keras_clones.benchmark.models import TASKS
-
-PEERS = ("plain", "mirrored", "central")
-REDUCTIONS = (
-    "ReductionToOneDevice",
-    "HierarchicalCopyAllReduce",
-    "NcclAllReduce",
+from keras_clones.benchmark.cells import (
+    CONTROLS,
+    PEERS,
+    leave_out_jax,
+    make_cells,
 )
-# The models whose clones are compared with two independent processes.
-CONTROLS = ("cnn", "transformer", "mobilenet")
+from keras_clones.benchmark.models import TASKS
+from keras_clones.benchmark.timed_fit import Cell
+
 _LEGEND = """\
 Each figure is the best of the repeats. A step is the median of a fit's steps,
 with the logs read after each. Memory is that of the fullest GPU, or what the
@@ -38,9 +36,9 @@ def add_command(commands: Any) -> None:
     """Add `benchmark` to the commands of a parser."""
     parser = commands.add_parser(
         "benchmark",
-        help="time clones against plain Keras and tf.distribute",
-        description="Time a step of clones, plain Keras and tf.distribute, "
-        "each in a process of its own.",
+        help="time clones against plain Keras, tf.distribute and JAX",
+        description="Time a step of clones, plain Keras, tf.distribute and "
+        "Keras on JAX, each in a process of its own.",
     )
     _add_cells(parser)
     _add_runs(parser)
@@ -172,6 +170,7 @@ def run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
         processes.say(
             "There is no GPU: NcclAllReduce, which needs them, is left out."
         )
+    leave_out_jax(options)
     cells = make_cells(options, gpus)
     results: dict[Cell, list[dict]] = {}
     code = 0
@@ -233,35 +232,6 @@ def _try_to_write(path: pathlib.Path) -> None:
     path.open("a").close()
     if not there:
         path.unlink()
-
-
-def make_cells(options: argparse.Namespace, gpus: int) -> list[Cell]:
-    """Return the cells of a run, in the order of the table."""
-    reductions = [name for name in REDUCTIONS if gpus or "Nccl" not in name]
-    cells = []
-    for model in options.models:
-        plain = Cell(
-            model,
-            "plain",
-            steps=options.steps,
-            threads=options.threads,
-            logical=options.logical,
-        )
-        if "plain" in options.against:
-            cells.append(plain)
-        for clones in options.clones:
-            cell = plain._replace(peer="clones", clones=clones)
-            cells.append(cell)
-            if "mirrored" in options.against:
-                cells += [
-                    cell._replace(peer="mirrored", reduction=name)
-                    for name in reductions
-                ]
-            if "central" in options.against:
-                cells.append(cell._replace(peer="central"))
-        if options.control and model in CONTROLS:
-            cells.append(plain._replace(peer="control"))
-    return cells
 
 
 def make_report(

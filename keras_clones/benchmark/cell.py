@@ -1,71 +1,27 @@
 """One cell of the benchmark: one model, one peer, in a process of its own."""
 
 import json
-import pathlib
-import statistics
 import subprocess
 import sys
-import time
 import warnings
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
-from keras_clones.benchmark.models import CLASSES, TASKS, Gan, Task
+from keras_clones.benchmark import jax_cell
+from keras_clones.benchmark.models import TASKS, Task
+from keras_clones.benchmark.timed_fit import (
+    Cell,
+    compiled,
+    make_data,
+    time_fit,
+)
 from keras_clones.benchmark.transfers import count_transfers, traffic
 from keras_clones.devices.placement import logical_devices
 from keras_clones.devices.virtual import use_virtual_devices
 from keras_clones.door.attach import clone_model
-
-# Steps between the first, which traces, and the first that is timed.
-WARM_UP = 3
-# Batches in memory, so that a step does not find its data in the cache.
-_BATCHES = 4
-
-
-class Cell(NamedTuple):
-    """What a cell's process is told.
-
-    `peer` is `"plain"`, `"clones"`, `"mirrored"` or `"central"`, `clones` how
-    many clones or replicas there are, and `reduction` the name of a
-    cross-device reduction of `tf.distribute`. `threads` are those within an
-    operation and those between operations. `logical` is how many logical
-    GPUs the first GPU is split into. `transfers` asks for what a step sends.
-    `wait` makes the cell wait after its warm-up for a line on its standard
-    input.
-    """
-
-    model: str
-    peer: str
-    clones: int = 1
-    reduction: str | None = None
-    steps: int | None = None
-    threads: tuple[int, int] | None = None
-    logical: int | None = None
-    transfers: bool = False
-    wait: bool = False
-
-
-class Stopwatch(keras.callbacks.Callback):
-    """A callback that notes when each step ends.
-
-    As with every callback of a batch's end that is not asynchronous, `fit`
-    reads the logs first, and so waits for the device.
-    """
-
-    def __init__(self, wait: bool = False) -> None:
-        super().__init__()
-        self.wait = wait
-        self.ends: list[float] = []
-
-    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
-        """Note the time."""
-        if batch == WARM_UP and self.wait:
-            print("ready", flush=True)
-            sys.stdin.readline()
-        self.ends.append(time.perf_counter())
+from keras_clones.look import resident
 
 
 def measure(cell: Cell) -> dict[str, Any]:
@@ -82,24 +38,12 @@ def measure(cell: Cell) -> dict[str, Any]:
         tf.config.threading.set_inter_op_parallelism_threads(cell.threads[1])
     _make_devices(cell)
     task = TASKS[cell.model]
-    data = _data(task)
+    data = make_data(task)
     steps = cell.steps or task.steps
-    before = _peak_resident()
+    before = resident.peak()
     model = _model(cell, task)
-    stopwatch = Stopwatch(cell.wait)
-    start = time.perf_counter()
-    model.fit(
-        data,
-        steps_per_epoch=1 + WARM_UP + steps,
-        verbose=0,
-        callbacks=[stopwatch],
-    )
-    timed = np.diff(stopwatch.ends[WARM_UP:])
-    result = {
-        "ms": 1000 * statistics.median(timed),
-        "first": stopwatch.ends[0] - start,
-        "memory": _peak_memory(before),
-    }
+    result = time_fit(model, data, cell, steps)
+    result["memory"] = _peak_memory(before)
     return {**result, **_count(model, data)} if cell.transfers else result
 
 
@@ -120,25 +64,13 @@ def _gpu_memory() -> int:
     return int(output.split()[0]) * 9 // 10
 
 
-def _data(task: Task) -> tf.data.Dataset:
-    rng = np.random.default_rng(0)
-    shape = (_BATCHES * task.batch, *task.shape)
-    x: Any = rng.random(shape, "float32")
-    if task.ids is not None:
-        x = rng.integers(0, task.ids, shape, "int32")
-    y = rng.integers(0, CLASSES, len(x), "int32")
-    data = tf.data.Dataset.from_tensor_slices((x, y))
-    data = data.batch(task.batch, drop_remainder=True).cache()
-    return data.repeat().prefetch(2)
-
-
 def _model(cell: Cell, task: Task) -> keras.Model:
     keras.utils.set_random_seed(0)
     if cell.peer in ("plain", "clones"):
         model = task.make()
         if cell.peer == "clones":
             clone_model(model, num_clones=cell.clones, **task.options)
-        return _compiled(model)
+        return compiled(model)
     devices = (logical_devices("GPU") or logical_devices("CPU"))[: cell.clones]
     if cell.peer == "mirrored":
         strategy = tf.distribute.MirroredStrategy(
@@ -147,36 +79,10 @@ def _model(cell: Cell, task: Task) -> keras.Model:
     else:
         strategy = tf.distribute.experimental.CentralStorageStrategy(devices)
     with strategy.scope():
-        return _compiled(task.make())
+        return compiled(task.make())
 
 
-def _compiled(model: keras.Model) -> keras.Model:
-    judged = not isinstance(model, Gan)
-    model.compile(
-        "adam",
-        "sparse_categorical_crossentropy",
-        metrics=["accuracy"] if judged else None,
-    )
-    return model
-
-
-def _peak_resident() -> float | None:
-    """Return the most memory that this process held so far, in MiB."""
-    status = pathlib.Path("/proc/self/status")
-    if status.exists():
-        # `getrusage` counts what the parent held when it started this one.
-        lines = status.read_text().splitlines()
-        peak = next(line for line in lines if line.startswith("VmHWM:"))
-        return int(peak.split()[1]) / (1 << 10)
-    try:
-        import resource
-    except ImportError:  # There is none on Windows.
-        return None
-    # In bytes on macOS, which is what has `resource` and no `/proc`.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
-
-
-def _peak_memory(before: float | None) -> float | None:
+def _peak_memory(before: int | None) -> float | None:
     """Return the MiB of the fullest GPU, else what the process grew by."""
     gpus = logical_devices("GPU")
     if gpus:
@@ -185,8 +91,8 @@ def _peak_memory(before: float | None) -> float | None:
             info(gpu.removeprefix("/device:"))["peak"] / (1 << 20)
             for gpu in gpus
         )
-    after = _peak_resident()
-    return None if before is None or after is None else after - before
+    grown = resident.grown(before)
+    return None if grown is None else grown / (1 << 20)
 
 
 def _count(model: keras.Model, data: tf.data.Dataset) -> dict[str, Any]:
@@ -213,7 +119,9 @@ def main(spec: str) -> None:
     """Run the cell of a JSON spec, and print its result as a line of JSON."""
     warnings.simplefilter("ignore")
     try:
-        result = measure(Cell(**json.loads(spec)))
+        cell = Cell(**json.loads(spec))
+        run = jax_cell.measure if cell.peer == "jax" else measure
+        result = run(cell)
     except Exception as error:
         text = str(error).strip().splitlines() or [""]
         result = {"error": f"{type(error).__name__}: {text[-1].strip()}"}

@@ -15,6 +15,8 @@ class Task(NamedTuple):
     `shape` is that of an input, `batch` the rows of the global batch and
     `steps` how many are timed. Inputs are whole numbers below `ids`, or
     `None` for numbers between 0 and 1. `options` are those of `clone_model`.
+    `own_step` says whether it has a train step of its own, which is written
+    for TensorFlow.
     """
 
     make: Callable[[], keras.Model]
@@ -23,6 +25,7 @@ class Task(NamedTuple):
     steps: int
     ids: int | None = None
     options: Mapping[str, Any] = {}
+    own_step: bool = False
 
 
 def mlp() -> keras.Model:
@@ -193,15 +196,27 @@ _EXACT = {
     "dropout-global": Task(
         lambda: transformer(0.1), (64,), 32, 40, 1000, {"random": "global"}
     ),
-    "minibatch": Task(Gan, (32, 32, 3), 64, 30, options={"check_rows": False}),
+    "minibatch": Task(
+        Gan,
+        (32, 32, 3),
+        64,
+        30,
+        options={"check_rows": False},
+        own_step=True,
+    ),
     "minibatch-whole": Task(
-        Gan, (32, 32, 3), 64, 30, options={"whole": ["minibatch_std"]}
+        Gan,
+        (32, 32, 3),
+        64,
+        30,
+        options={"whole": ["minibatch_std"]},
+        own_step=True,
     ),
 }
 TASKS = {
     "mlp": Task(mlp, (784,), 256, 200),
     "cnn": Task(cnn, (32, 32, 3), 64, 40),
-    "own": Task(own, (32, 32, 3), 64, 40),
+    "own": Task(own, (32, 32, 3), 64, 40, own_step=True),
     "transformer": Task(transformer, (64,), 32, 40, 1000),
     "wide": Task(wide, (784,), 64, 30),
     "embedding": Task(embedding, (16,), 256, 20, 200_000),

@@ -10,8 +10,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from keras_clones.benchmark import jax_cell
 from keras_clones.benchmark import results as table
-from keras_clones.benchmark.cell import Cell
+from keras_clones.benchmark.timed_fit import Cell
 
 # A peer that hangs must not stop the run.
 _MOST_SECONDS = 1200
@@ -91,6 +92,9 @@ def _started(cell: Cell) -> Iterator[Any]:
     """Start the process of a cell, and end it if it has not ended by then."""
     package = pathlib.Path(__file__).parents[1]
     paths = [str(package), os.environ.get("PYTHONPATH", "")]
+    settings = {"KERAS_BACKEND": "tensorflow"}
+    if cell.peer == "jax":
+        settings = jax_cell.settings(cell, os.environ)
     process = subprocess.Popen(
         [
             *(sys.executable, "-m", "keras_clones.benchmark.cell"),
@@ -103,7 +107,7 @@ def _started(cell: Cell) -> Iterator[Any]:
         env={
             "TF_CPP_MIN_LOG_LEVEL": "3",
             **os.environ,
-            "KERAS_BACKEND": "tensorflow",
+            **settings,
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         },
     )

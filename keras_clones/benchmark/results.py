@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from keras_clones.benchmark.cell import Cell
+from keras_clones.benchmark.timed_fit import Cell
 
 Results = Mapping[Cell, Sequence[Mapping[str, Any]]]
 
@@ -20,6 +20,7 @@ _PEERS = {
     "clones": ("clones", "C0"),
     "mirrored": ("MirroredStrategy, its fastest reduction", "C1"),
     "central": ("CentralStorageStrategy", "C2"),
+    "jax": ("Keras on JAX, with DataParallel", "C3"),
 }
 
 
@@ -54,6 +55,8 @@ def label(cell: Cell) -> str:
         return "plain Keras"
     if cell.peer == "control":
         return "two processes"
+    if cell.peer == "jax" and cell.clones == 1:
+        return "jax"
     reduction = f" ({cell.reduction})" if cell.reduction else ""
     return f"{cell.peer} {cell.clones}{reduction}"
 

@@ -2,13 +2,16 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import keras
 
 from keras_clones import _keras
+from keras_clones.callbacks.away import Hosts
+from keras_clones.devices import hosts
 from keras_clones.devices.placement import logical_devices, short_name
 from keras_clones.door.attach import deployment
+from keras_clones.exchange.laying_out import ARRIVALS
 from keras_clones.look.timeline import PIPELINE
 
 WAITING = "waiting for input"
@@ -19,7 +22,12 @@ SCOPES = {
     "bring_home": "gradient transfer",
     "merge_gradients": "gradient transfer",
     "update_metrics": "metrics",
+    ARRIVALS: "other",
 }
+# What name scopes of transfers say of the device: kind, index, job, task.
+_DEVICE = re.compile(
+    r"/on_([A-Z]+)_(\d+)(?:_of_([A-Za-z]\w*?)_(\d+)(?=/|_\d+/))?"
+)
 # Name scopes of a backward pass: TensorFlow's two, and that of the tower.
 BACKWARD = {"gradient_tape", "gradients", "backward_pass"}
 # What a GPU calls the copies between it and other devices.
@@ -39,6 +47,7 @@ class Places(NamedTuple):
         devices: Dict of lanes by devices such as `"CPU:1"`.
         optimizers: Set of the names of the model's optimizers.
         forward: Set of the name scopes of a forward pass outside of clones.
+        hosts: `Hosts` of the clones' lanes.
     """
 
     home: str
@@ -46,6 +55,7 @@ class Places(NamedTuple):
     devices: Mapping[str, str]
     optimizers: frozenset[str]
     forward: frozenset[str]
+    hosts: Hosts = Hosts()
 
     def lanes(self) -> list[str]:
         """Return the names of the lanes in their order from the top."""
@@ -71,7 +81,20 @@ def find_places(model: keras.Model) -> Places:
     devices = {home_device: home}
     for device, lane in zip(short, clones.values(), strict=True):
         devices.setdefault(device, lane)
-    return Places(home, clones, devices, optimizers, forward)
+    return Places(
+        home, clones, devices, optimizers, forward, _find_hosts(made, clones)
+    )
+
+
+def _find_hosts(made: Any, lanes: Mapping[str, str]) -> Hosts:
+    """Return which hosts the lanes of clones are of, in a cluster."""
+    cluster = hosts.cluster()
+    if cluster is None:
+        return Hosts()
+    names = [hosts.host_name(hosts.host_of(c.device)) for c in made.clones]
+    of_lanes = dict(zip(lanes.values(), names, strict=True))
+    shared = made.balance is not None
+    return Hosts(of_lanes, cluster.controller.name, shared=shared)
 
 
 def classify(path: str, places: Places) -> tuple[str, str]:
@@ -88,8 +111,7 @@ def classify(path: str, places: Places) -> tuple[str, str]:
     clone = known(name, places.clones)
     lane = places.clones.get(clone, places.home)
     if scope := known(name, SCOPES):
-        where = re.search(r"/on_([A-Z]+)_(\d+)", name)
-        device = ":".join(where.groups()) if where else ""
+        device = _device(name)
         return places.devices.get(device, lane), SCOPES[scope]
     if known(name, places.optimizers):
         return places.home, "update"
@@ -101,6 +123,16 @@ def classify(path: str, places: Places) -> tuple[str, str]:
         return lane, "forward"
     # Keras gives metrics no scope of their own.
     return lane, "other" if places.clones else "metrics"
+
+
+def _device(name: str) -> str:
+    """Return the device that a transfer's name tells of, as it is printed."""
+    where = _DEVICE.search(name)
+    if where is None:
+        return ""
+    kind, index, job, task = where.groups()
+    prefix = f"/job:{job}/task:{task}/" if job else ""
+    return f"{prefix}{kind}:{index}"
 
 
 def known(name: str, scopes: Iterable[str]) -> str:

@@ -1,6 +1,5 @@
 """A callback that shows what training steps spend their time on."""
 
-import importlib.util
 import json
 import os
 import tempfile
@@ -12,14 +11,18 @@ import keras
 import tensorflow as tf
 
 from keras_clones import checks
-from keras_clones.callbacks import trace
+from keras_clones.callbacks import away, trace
 from keras_clones.callbacks.lanes import find_places
 from keras_clones.callbacks.profiler_checks import (
     NAME,
+    check_can_draw,
     checked_path,
     checked_steps,
 )
 from keras_clones.callbacks.verdict import Report, find_machine, make_report
+from keras_clones.devices import hosts
+from keras_clones.door.attach import deployment
+from keras_clones.door.steps_on import time_clones
 from keras_clones.look import timeline
 from keras_clones.look.timeline import Event, Window
 from keras_clones.warn import warn
@@ -44,6 +47,13 @@ class CloneProfiler(keras.callbacks.Callback):
     one more, as far as there is a device for it or, on the CPU, a core that
     neither has a clone nor was kept busy; the rest is taken to stay.
 
+    In a cluster only the controller's process is traced. The lane of a clone
+    on another host shows how long it is away, from the rows being laid out
+    until its gradients are there. The verdict names the replica that all
+    others wait for. For that each clone sends one number a step, and the step
+    is traced anew when the training begins. Updates of weights that are at
+    home on other hosts count as overhead.
+
     It also works on a plain model: one lane, where what has no name scope
     counts for the metrics. A clone that XLA compiles on the CPU has its
     forward and backward pass in one phase. The profiler makes short
@@ -65,8 +75,8 @@ class CloneProfiler(keras.callbacks.Callback):
         report: `None` until a profile is done, then a named tuple with
             `seconds` (of a step), `phases` (seconds a step by lane and
             phase), `bounds` (seconds of a step by what they went to),
-            `bound_by`, `with_another_clone` (seconds), `advice` and
-            `verdict`.
+            `bound_by`, `with_another_clone` (seconds), `advice`, `verdict`
+            and `hosts` (seconds until each replica has its gradients).
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -120,6 +130,7 @@ class CloneProfiler(keras.callbacks.Callback):
         self._done = self._gave_up = False
         self._calls: dict[int, tuple[int, int]] = {}
         self._busy = self._wall = 0.0
+        self._time_clones(True)
 
     def on_epoch_begin(
         self, epoch: int, logs: dict[str, Any] | None = None
@@ -162,6 +173,7 @@ class CloneProfiler(keras.callbacks.Callback):
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Write the timeline, and print the verdict."""
         self._stop()
+        self._time_clones(False)
         if self._gave_up:
             return
         if not self._done:
@@ -185,7 +197,15 @@ class CloneProfiler(keras.callbacks.Callback):
                 "its graph, and there is none. Received: a model that runs "
                 "eagerly. Compile it with `run_eagerly=False`."
             )
-        self._check_can_draw()
+        made = deployment(self.model)
+        if made is not None and not made.config.sync:
+            raise ValueError(
+                "`CloneProfiler` shows steps that all clones take together. "
+                "Received: a model whose replicas step by themselves "
+                "(sync=False in its `DeploymentConfig`). Profile it with "
+                "`sync=True`."
+            )
+        check_can_draw()
         per_epoch, epochs = self.params.get("steps"), self.params.get("epochs")
         if per_epoch and epochs and self.steps[1] > per_epoch * epochs:
             raise ValueError(
@@ -194,12 +214,12 @@ class CloneProfiler(keras.callbacks.Callback):
                 f"epochs of {per_epoch}). Received: steps={self.steps}"
             )
 
-    def _check_can_draw(self) -> None:
-        if importlib.util.find_spec("matplotlib") is None:
-            raise ImportError(
-                "`CloneProfiler` draws its timeline with matplotlib: "
-                "`pip install matplotlib`."
-            )
+    def _time_clones(self, wanted: bool) -> None:
+        """Let steps tell when clones on other hosts are done, or no more."""
+        if hosts.cluster() is not None and deployment(self.model) is not None:
+            time_clones(self.model, self, wanted)
+            if wanted:
+                self.model.make_train_function()
 
     def _start(self) -> None:
         self._folder = tempfile.TemporaryDirectory()
@@ -242,11 +262,16 @@ class CloneProfiler(keras.callbacks.Callback):
             self._give_up("TensorFlow's profile has none of the steps")
             return None
         events = trace.place(spans, places)
+        replicas = places.hosts
+        if replicas.away:
+            seconds = away.seconds_by_host(events, windows, replicas)
+            replicas = replicas._replace(seconds=seconds)
+        events = away.show(events, replicas)
         lanes = places.lanes()
         lanes += sorted({event.lane for event in events} - set(lanes))
         busy = self._busy / self._wall
         self.report = make_report(
-            events, lanes, windows, find_machine(self.model, busy)
+            events, lanes, windows, find_machine(self.model, busy), replicas
         )
         return events, lanes, windows
 

@@ -1,5 +1,6 @@
 """What is wrong with what `CloneProfiler` is asked for, if anything is."""
 
+import importlib.util
 import operator
 import os
 from typing import Any
@@ -25,6 +26,15 @@ def checked_steps(steps: Any) -> tuple[int, int]:
             f"least 0. Received: steps={steps!r}"
         )
     return begin, end
+
+
+def check_can_draw() -> None:
+    """Ask for what draws the timeline."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError(
+            "`CloneProfiler` draws its timeline with matplotlib: "
+            "`pip install matplotlib`."
+        )
 
 
 def checked_path(path: Any) -> str:

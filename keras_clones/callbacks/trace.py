@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from keras_clones.callbacks import away
 from keras_clones.callbacks.lanes import (
     COPIES,
     WAITING,
@@ -18,7 +19,10 @@ from keras_clones.look.timeline import PIPELINE, Event, Window
 # The name of the span around each call of the step function.
 STEP = "keras_clones/step"
 _OPERATION = re.compile(r"[^\s:]+:\w+")
-_STATS = ("name", "id", "step_id", "step_num", "kernel_type", "tf_op")
+_STATS = (
+    *("name", "id", "step_id", "step_num", "kernel_type", "tf_op"),
+    "memcpy_details",
+)
 
 
 class Span(NamedTuple):
@@ -153,6 +157,7 @@ class _Nested(NamedTuple):
 
 
 _START = "ExecutorState::ProcessAsync::Start"
+_DONE = "ExecutorState::ProcessAsync::Done"
 
 
 def _nest(spans: Iterable[Span]) -> list[_Nested]:
@@ -222,8 +227,23 @@ def _host_events(
             process = nested.nearest("ExecutorState::Process")
             run = -1 if process is None else process.stats["id"]
             if run in paths:
-                lane, phase = classify(paths[run] + span.name, places)
+                path = paths[run] + span.name
+                lane, phase = away.mark_of(
+                    path, [*places.clones.values()]
+                ) or classify(path, places)
                 yield Event(lane, phase, span.start, span.end, span.name)
+        elif span.name == _DONE and (host := _sent_by(span.stats, places)):
+            yield Event(host, away.HOME, span.start, span.end)
+
+
+def _sent_by(stats: Mapping[str, Any], places: Places) -> str | None:
+    """Return the host whose results have arrived here, if any have."""
+    received = stats.get("kernel_type", "").endswith("Recv")
+    if not places.hosts.away or not received:
+        return None
+    name = stats["name"]
+    lane = places.clones.get(known(name, places.clones), "")
+    return away.host_sending(name) or places.hosts.of_lanes.get(lane)
 
 
 def _stream_events(

@@ -1,11 +1,14 @@
 """From a timeline of training steps to figures, and a verdict in words."""
 
+import math
 import os
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import keras
 
+from keras_clones.callbacks import away
+from keras_clones.devices import hosts
 from keras_clones.devices.placement import logical_devices
 from keras_clones.door.attach import deployment
 from keras_clones.look.timeline import (
@@ -23,6 +26,7 @@ KINDS = {
     "update": ("update",),
     "transfer": ("mirror", "gradient transfer"),
     "metrics": ("metrics",),
+    "other hosts": (away.AWAY,),
     "input": ("input",),
 }
 OVERHEAD = "overhead"
@@ -32,7 +36,8 @@ class Machine(NamedTuple):
     """How many clones there are, and room for how many times as many.
 
     `room` is the number of devices over those that clones run on or, on the
-    CPU, of cores over those that have a clone or were busy.
+    CPU, of cores over those that have a clone or were busy. A cluster can
+    have one host more.
     """
 
     num_clones: int
@@ -47,13 +52,16 @@ class Report(NamedTuple):
         phases: Dict of dicts, the seconds a step that each lane spends in
             each phase. Lanes and phases go on side by side.
         bounds: Dict, the seconds of a step by what they went to: compute,
-            update, transfer, metrics, input or overhead. They add up to
-            `seconds`.
+            update, transfer, metrics, other hosts, input or overhead. They
+            add up to `seconds`.
         bound_by: String, the largest of `bounds`.
         with_another_clone: Float, the estimated seconds a step with one
             clone more.
         advice: Tuple of strings, what to change.
         verdict: String, all of this in words.
+        hosts: Dict, in a cluster the seconds that the slowest clone of each
+            replica takes, from the rows being laid out until its gradients
+            are there, by names such as `"worker 1"`.
     """
 
     seconds: float
@@ -63,6 +71,7 @@ class Report(NamedTuple):
     with_another_clone: float
     advice: tuple[str, ...]
     verdict: str
+    hosts: dict[str, float] = {}  # noqa: RUF012
 
 
 def find_machine(model: keras.Model, busy: float) -> Machine:
@@ -76,6 +85,8 @@ def find_machine(model: keras.Model, busy: float) -> Machine:
     gpus = logical_devices("GPU")
     used = {clone.device for clone in made.clones} if made else set(gpus[:1])
     num_clones = len(made.clones) if made else 1
+    if hosts.cluster() is not None:
+        return Machine(num_clones, math.inf)
     if used and used <= set(gpus):
         return Machine(num_clones, len(gpus) / len(used))
     cores = _num_cores()
@@ -94,6 +105,7 @@ def make_report(
     lanes: Sequence[str],
     windows: Sequence[Window],
     machine: Machine,
+    replicas: away.Hosts | None = None,
 ) -> Report:
     """Return the figures of the mean step, and the verdict on them.
 
@@ -102,8 +114,36 @@ def make_report(
         lanes: Sequence of the lanes' names.
         windows: Sequence of `Window`s, in which each step is one step more.
         machine: `Machine` that the steps ran on.
+        replicas: `away.Hosts` of the clones. Defaults to `None`: no cluster.
     """
     events = join(events)
+    phases, bounds = _sums(events, lanes, windows)
+    total = sum(bounds.values())
+    bound_by = max(bounds, key=lambda kind: bounds[kind])
+    another = with_another_clone(bounds, machine)
+    used = {phase for figures in phases.values() for phase in figures}
+    advice = advise(
+        bound_by,
+        machine.num_clones,
+        saved=1 - another / total,
+        compiled="forward and backward" in used,
+        several_steps=any(window.steps > 1 for window in windows),
+    )
+    by_host: dict[str, float] = {}
+    words = ""
+    if replicas is not None and replicas.away:
+        by_host, words = dict(replicas.seconds), f"\n{away.describe(replicas)}"
+        advice = (*away.advise(replicas), *advice)
+    verdict = describe(total, bounds, bound_by, another, advice) + words
+    return Report(
+        total, phases, bounds, bound_by, another, advice, verdict, by_host
+    )
+
+
+def _sums(
+    events: Sequence[Event], lanes: Sequence[str], windows: Sequence[Window]
+) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+    """Return the `phases` and the `bounds` of a `Report`."""
     steps = sum(window.steps for window in windows)
     phases: dict[str, dict[str, float]] = {lane: {} for lane in lanes}
     bounds = dict.fromkeys((*KINDS, OVERHEAD), 0.0)
@@ -116,27 +156,16 @@ def make_report(
             figures[phase] = figures.get(phase, 0.0) + seconds
         for kind, seconds in attribute(inside, window).items():
             bounds[kind] += seconds / steps
-    total = sum(bounds.values())
-    bound_by = max(bounds, key=lambda kind: bounds[kind])
-    another = with_another_clone(bounds, machine)
-    used = {phase for figures in phases.values() for phase in figures}
-    advice = advise(
-        bound_by,
-        machine.num_clones,
-        saved=1 - another / total,
-        compiled="forward and backward" in used,
-        several_steps=any(window.steps > 1 for window in windows),
-    )
-    verdict = describe(total, bounds, bound_by, another, advice)
-    return Report(total, phases, bounds, bound_by, another, advice, verdict)
+    return phases, bounds
 
 
 def attribute(events: Iterable[Event], window: Window) -> dict[str, float]:
     """Give each moment of a window to one kind of work.
 
     Several lanes work at once, so a moment counts for the first of compute,
-    update, transfer, metrics and input that is going on, and for overhead if
-    none is: what hides behind a clone's compute does not bound the step.
+    update, transfer, metrics, other hosts and input that is going on, and for
+    overhead if none is: what hides behind a clone's compute does not bound
+    the step.
     """
     kinds = {phase: kind for kind, own in KINDS.items() for phase in own}
     edges = [(window.start, "", 0), (window.end, "", 0)]
@@ -200,6 +229,10 @@ def advise(
         "update": (larger_batch + ": it has fewer updates for as many rows",),
         "transfer": (larger_batch, *fewer_clones),
         "metrics": ("fewer or simpler metrics in `compile`",),
+        "other hosts": (
+            "what else these hosts compute, and their network",
+            larger_batch,
+        ),
         "input": (
             "`dataset.prefetch(tf.data.AUTOTUNE)` as the last step of the "
             "input pipeline",

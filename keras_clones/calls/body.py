@@ -87,6 +87,7 @@ class Body:
         self.variables = variables
         self.watched_others = watched_others
         self.exact = options.exact
+        self.may_meet = options.may_meet
         self._options = options
         self._may_be_idle = may_be_idle
 
@@ -150,7 +151,7 @@ class Body:
             weights,
             is_alike,
         )
-        many = len(options.clones) > 1
+        many = options.num_turns > 1
         joining = Joining(layer, inputs, weights, many, is_alike)
         finish, ends = _join(joining, outputs, before, losses)
         return CallOutput(joining.values, changes), CallNotes(

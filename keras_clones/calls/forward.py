@@ -12,6 +12,7 @@ from keras_clones.calls import joining
 from keras_clones.calls.body import Body, CallOutput
 from keras_clones.calls.call_tower import CallTower
 from keras_clones.calls.traced_backward import floating, wanted
+from keras_clones.clone.inputs import TowerInput
 from keras_clones.exchange import laying_out
 from keras_clones.tensors import sharding
 
@@ -57,30 +58,50 @@ def run_each(
     made: CallTower, body: Body, layout: laying_out.Layout, watched: bool
 ) -> list[Run]:
     """Run a call on every clone."""
-    tower = made.tower
 
-    def by_function(i: int) -> Run:
-        output, residuals = tower.call(layout.inputs[i])
-        return Run(output, tower.notes, residuals)
+    def run(i: int) -> Run:
+        return run_one(made, body, layout.inputs[i], watched)
 
-    def by_python(i: int) -> Run:
-        inputs = layout.inputs[i]
-        with tf.GradientTape(persistent=True) as tape:
-            known = wanted(body, inputs)
-            if watched:
-                tape.watch([*floating(inputs.data), *known])
-            output, notes = tower.call(inputs)
-        extra = [
-            v
-            for v in tape.watched_variables()
-            if not any(v is one for one in known)
-        ]
-        return Run(output, notes, (), tape, tuple(extra))
-
-    if tower.concrete is None:
-        return laying_out.each(layout, by_python, tower.synchronized)
+    if made.tower.concrete is None:
+        return laying_out.each(layout, run, made.tower.synchronized)
     with _tf.stop_recording():
-        return laying_out.each(layout, by_function)
+        return laying_out.each(layout, run)
+
+
+def run_one(
+    made: CallTower, body: Body, inputs: TowerInput, watched: bool
+) -> Run:
+    """Run a call as one clone does, within its scope and on its device."""
+    tower = made.tower
+    if tower.concrete is not None:
+        output, residuals = tower.call(inputs)
+        return Run(output, tower.notes, residuals)
+    with tf.GradientTape(persistent=True) as tape:
+        known = wanted(body, inputs)
+        if watched:
+            tape.watch([*floating(inputs.data), *known])
+        output, notes = tower.call(inputs)
+    extra = [
+        v
+        for v in tape.watched_variables()
+        if not any(v is one for one in known)
+    ]
+    return Run(output, notes, (), tape, tuple(extra))
+
+
+def run_without_residuals(
+    sharded: Sharded, layout: laying_out.Layout
+) -> list[Run]:
+    """Run a call piece by piece, and keep nothing but what it gives back."""
+    made = sharded.trace(layout, False, False)
+
+    def run(i: int) -> Run:
+        found = run_one(made, sharded.body, layout.inputs[i], False)
+        # A tape holds what the layers of its piece have computed.
+        return found._replace(tape=None)
+
+    with _tf.stop_recording():
+        return laying_out.each(layout, run)
 
 
 def join(layer: keras.Layer, runs: Sequence[Run]) -> list[Any]:

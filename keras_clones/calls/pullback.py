@@ -6,8 +6,16 @@ from typing import Any
 import tensorflow as tf
 
 from keras_clones import _tf
+from keras_clones.calls import run_again
 from keras_clones.calls.call_tower import CallTower
-from keras_clones.calls.forward import Joined, Run, Sharded, join, run_each
+from keras_clones.calls.forward import (
+    Joined,
+    Run,
+    Sharded,
+    join,
+    run_each,
+    run_without_residuals,
+)
 from keras_clones.calls.traced_backward import floating
 from keras_clones.calls.way_back import (
     Split,
@@ -45,7 +53,11 @@ def run(sharded: Sharded, watched: bool) -> Joined:
         data = given.split(sharded.shards)
     layout = sharded.lay_out(data, sharded.mirrors)
     made = sharded.trace(layout, True, False)
-    runs = run_each(made, sharded.body, layout, True)
+    if layout.takes_turns:
+        run_again.check(sharded, made, layout)
+        runs = run_without_residuals(sharded, layout)
+    else:
+        runs = run_each(made, sharded.body, layout, True)
     with _own_tape() as last:
         last.watch([floating(run.output.values) for run in runs])
         joined = join(sharded.body.layer, runs)

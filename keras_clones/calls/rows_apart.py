@@ -156,7 +156,9 @@ def _for_a_look(layer: keras.Layer, options: StepOptions) -> StepOptions:
         random="global",
         shares=None,
         balance=None,
+        clocks=None,
         watch=None,
+        pieces=1,
     )
 
 

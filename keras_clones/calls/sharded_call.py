@@ -15,9 +15,15 @@ from keras_clones.calls.body import Body
 from keras_clones.clone import layer_losses, state
 from keras_clones.clone.tables import large_tables, looked_up_at_home
 from keras_clones.devices import balance
-from keras_clones.exchange import bringing_home, laying_out, tracing
+from keras_clones.exchange import (
+    arrivals,
+    bringing_home,
+    in_turns,
+    laying_out,
+    tracing,
+)
 from keras_clones.exchange.batch_norm import synchronized_layers
-from keras_clones.plan import inexact
+from keras_clones.plan import in_pieces, inexact
 from keras_clones.plan.build import build_by_call
 from keras_clones.tensors import sharding
 
@@ -76,28 +82,30 @@ def _shard(calls: sharing.Calls, one: LayerCall) -> forward.Sharded:
     shards = sharding.divide(
         rows, len(clones), options.shares if many else None
     )
+    pieces, turns = options.divide(shards, clones)
     variables = state.model_variables(layer)
     tables = [] if calls.jit_compile else large_tables(layer)
     read = sharing.read(calls, layer, variables, tables, clones)
     # Read once: a call that a tape runs again draws the same again.
     seeds = laying_out.read_seeds(variables)
-    group = options.group(clones, calls.training)
+    group = options.group(turns, calls.training, turns=pieces.turns)
     others = read.values[len(variables.trainable) :]
     watched_others = [
         i for i, value in enumerate(others) if _is_watched([value])
     ]
+    divided = pieces.shards
     body = Body(
-        one, variables, options, shards.may_be_idle, tuple(watched_others)
+        one, variables, options, divided.may_be_idle, tuple(watched_others)
     )
     return forward.Sharded(
         body=body,
-        shards=shards,
+        shards=divided,
         values=read.values,
-        mirrors=read.mirrors,
-        lay_out=functools.partial(laying_out.lay_out, shards, group, seeds),
+        mirrors=pieces.spread(read.mirrors),
+        lay_out=functools.partial(laying_out.lay_out, divided, group, seeds),
         trace=functools.partial(_trace, calls, body, tables),
         busy=_busy(calls),
-        is_synchronized=bool(_synchronized(calls, layer, clones)),
+        is_synchronized=bool(_synchronized(calls, layer, turns)),
     )
 
 
@@ -148,7 +156,8 @@ def _trace(
             call_tower.Tracing(
                 watched,
                 calls.jit_compile,
-                tracing.inlines(devices, len(body.variables.trainable)),
+                not layout.takes_turns
+                and tracing.inlines(devices, len(body.variables.trainable)),
                 synchronized,
                 in_graph,
             ),
@@ -166,7 +175,10 @@ def _synchronized(
     training = dict(_keras.call_context()).get("training")
     if len(clones) == 1 or not training:
         return []
-    return synchronized_layers(layer, calls.options.batch_norm)
+    layers = synchronized_layers(layer, calls.options.batch_norm)
+    if not calls.options.may_meet:
+        in_pieces.refuse_synchronized(layers, calls.options)
+    return layers
 
 
 def _is_watched(tensors: Sequence[tf.Tensor | None]) -> bool:
@@ -186,6 +198,8 @@ def _assign_changes(
         )
     changes = [run.output.changes for run in joined.runs]
     with _tf.stop_recording(), tf.device(calls.options.home):
+        changes = in_turns.merge_changes(layout, changes)
+        layout = in_turns.by_clone(layout)
         total = bringing_home.add_up(
             layout, [(c.averaged, c.added) for c in changes]
         )
@@ -195,12 +209,7 @@ def _assign_changes(
 
 def _observe(calls: sharing.Calls, joined: forward.Joined) -> None:
     """Measure what each clone took until its outputs were there."""
-    measured, layout = calls.options.balance, joined.layout
-    if layout.started is None or len(layout.clones) == 1 or measured is None:
-        return
-    seconds = []
-    for clock, run in zip(measured.clocks[1:], joined.runs, strict=True):
-        value = tf.nest.flatten(run.output.values, expand_composites=True)[0]
-        arrived = tf.identity(tf.reshape(value, [-1])[:1])
-        seconds.append(balance.seconds_now(clock, arrived) - layout.started)
-    balance.observe(measured, seconds)
+    values = [run.output.values for run in joined.runs]
+    seconds = arrivals.seconds_until_there(joined.layout, values)
+    if seconds is not None and calls.options.balance is not None:
+        balance.observe(calls.options.balance, seconds)

@@ -11,7 +11,7 @@ from keras_clones import _keras, _tf
 from keras_clones.clone import state
 from keras_clones.devices import placement
 from keras_clones.exchange import laying_out
-from keras_clones.plan import exactness, whole
+from keras_clones.plan import exactness, in_pieces, whole
 from keras_clones.plan.build import resolve_jit_compile
 from keras_clones.plan.options import StepOptions
 
@@ -46,14 +46,16 @@ class Calls:
         self.mirrors: dict[Any, Mirrors] = {}
         self.jit_compile = resolve_jit_compile(model, options)
         self._graph = _graph()
+        in_pieces.check(model, options, training)
         self.settle_whole()
-        if len(options.clones) > 1:
+        exactness.check_cudnn(model, [c.device for c in options.clones])
+        if options.num_turns > 1:
             exactness.check_layers(model, self.whole.is_apart)
 
     def settle_whole(self) -> None:
         """Look for whole layers, some of which may not be made yet."""
         named = self.options.whole
-        self.whole = whole.find(self.model, named, len(self.options.clones))
+        self.whole = whole.find(self.model, named, self.options.num_turns)
         self.has_all_whole = not whole.missing(self.model, named)
 
     def looks(self) -> bool:

@@ -6,12 +6,19 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
+from keras_clones.calls import run_again
 from keras_clones.calls.body import Body
 from keras_clones.calls.call_tower import CallTower
 from keras_clones.calls.forward import Run, Sharded, join, run_each
 from keras_clones.calls.traced_backward import floating, run_backward, wanted
 from keras_clones.clone.changes import by_rows
-from keras_clones.exchange import bringing_home, laying_out, tracing
+from keras_clones.exchange import (
+    arrivals,
+    bringing_home,
+    in_turns,
+    laying_out,
+    tracing,
+)
 from keras_clones.tensors import merging, traced
 
 
@@ -43,6 +50,14 @@ class Split(NamedTuple):
     tape: tf.GradientTape
 
 
+class Pulled(NamedTuple):
+    """The gradients of a clone: `data` has a list for each of its pieces."""
+
+    variables: list[Any]
+    data: list[list[Any]]
+    extra: list[Any]
+
+
 class WayBack(NamedTuple):
     """What it takes to run the clones of a call backward."""
 
@@ -66,14 +81,54 @@ class WayBack(NamedTuple):
             [pair for pair in pairs if pair[1] is not None],
             [floating(run.output.values) for run in self.runs],
         )
-        pulled = laying_out.each(
-            self.layout,
-            lambda i: self._pull_clone(i, by_clone[i]),
-            self.made.tower.synchronized,
-        )
+        laying_out.start_clock(self.layout.clocks, by_clone, "back")
+        pulled = self._pull_all(by_clone)
         if self._has_hidden_rows(pulled):
             pulled = self._pull_in_graph(by_clone)
+        arrivals.tell(self.layout, pulled, "back")
         return self._merge(pulled, split)
+
+    def _pull_all(self, upstream: list[Any]) -> list["Pulled"]:
+        """Run all clones backward."""
+        if self.layout.takes_turns:
+            return self._pull_in_turns(upstream)
+        pulled = laying_out.each(
+            self.layout,
+            lambda i: self._pull_clone(i, upstream[i]),
+            self.made.tower.synchronized,
+        )
+        parts = [self._apart(one) for one in pulled]
+        return [Pulled(known, [data], more) for known, data, more in parts]
+
+    def _apart(self, pulled: list[Any]) -> tuple[list[Any], ...]:
+        """Return gradients of variables, of data and of the rest."""
+        num = len(_wanted_variables(self.sharded.body))
+        end = len(pulled) - len(self.extra)
+        return pulled[:num], pulled[num:end], pulled[end:]
+
+    def _pull_in_turns(self, upstream: list[Any]) -> list["Pulled"]:
+        """Run each piece once more, and backward, one after the other."""
+        variables = _wanted_variables(self.sharded.body)
+
+        def pull(i: int) -> in_turns.Part:
+            run = run_again.run(
+                self.sharded, self.made, self.layout.inputs[i], upstream[i]
+            )
+            back = self._replace(
+                runs=[*self.runs[:i], run, *self.runs[i + 1 :]]
+            )
+            known, data, more = self._apart(back._pull_clone(i, upstream[i]))
+            added, rows = in_turns.split_gradients(known, variables)
+            return in_turns.Part(added, (rows, data, more))
+
+        def finish(total: in_turns.Total) -> Pulled:
+            rows, data, more = zip(*total.listed, strict=True)
+            known = in_turns.join_gradients(total.added, rows)
+            columns = zip(*more, strict=True)
+            rest = [merging.merge(column) for column in columns]
+            return Pulled(known, list(data), rest)
+
+        return in_turns.take_turns(self.layout, pull, finish)
 
     def _pull_clone(self, i: int, upstream: list[Any]) -> list[Any]:
         with tf.name_scope("backward_pass"):
@@ -97,37 +152,41 @@ class WayBack(NamedTuple):
         )
         return by_rows(found, self.sharded.body.alike_in_all(inputs))
 
-    def _has_hidden_rows(self, pulled: list[list[Any]]) -> bool:
+    def _has_hidden_rows(self, pulled: list["Pulled"]) -> bool:
         """Say whether only a graph tells how gradients by rows merge."""
         return (
             tf.executing_eagerly()
-            and len(pulled) > 1
-            and any(isinstance(g, traced.RowGradient) for g in pulled[0])
+            and len(self.layout.clones) > 1
+            and any(
+                isinstance(g, traced.RowGradient) for g in pulled[0].variables
+            )
         )
 
-    def _pull_in_graph(self, by_clone: list[list[Any]]) -> list[list[Any]]:
+    def _pull_in_graph(self, by_clone: list[list[Any]]) -> list["Pulled"]:
         with self.sharded.busy():
             made = self.sharded.trace(self.layout, True, True)
-        runs = run_each(made, self.sharded.body, self.layout, True)
-        other = self._replace(made=made, runs=runs)
-        return laying_out.each(
-            self.layout, lambda i: other._pull_clone(i, by_clone[i])
-        )
+        other = self._replace(made=made)
+        if not self.layout.takes_turns:
+            runs = run_each(made, self.sharded.body, self.layout, True)
+            other = other._replace(runs=runs)
+        return other._pull_all(by_clone)
 
-    def _merge(self, pulled: list[list[Any]], split: Split) -> list[Any]:
+    def _merge(self, pulled: list["Pulled"], split: Split) -> list[Any]:
         variables = _wanted_variables(self.sharded.body)
-        num, end = len(variables), len(pulled[0]) - len(self.extra)
         merged = bringing_home.merge_gradients(
-            self.layout, [p[:num] for p in pulled], variables
+            in_turns.by_clone(self.layout),
+            [p.variables for p in pulled],
+            variables,
         ).gradients
+        by_shard = [data for p in pulled for data in p.data]
         pairs = [
             (t, g)
-            for shard, p in zip(split.shards, pulled, strict=True)
-            for t, g in zip(floating(shard), p[num:end], strict=True)
+            for shard, data in zip(split.shards, by_shard, strict=True)
+            for t, g in zip(floating(shard), data, strict=True)
             if g is not None
         ]
         to_data = _gradient(split.tape, pairs, floating(split.leaves))
-        columns = zip(*(p[end:] for p in pulled), strict=True)
+        columns = zip(*(p.extra for p in pulled), strict=True)
         to_extra = [merging.merge(column) for column in columns]
         return [*to_data, *merged, *to_extra]
 
@@ -160,12 +219,7 @@ def pull_again(
     can run it backward in turn.
     """
     body, given = sharded.body, sharded.body.given
-    if sharded.is_synchronized:
-        raise NotImplementedError(
-            "Gradients of gradients through a `BatchNormalization` that is "
-            "synchronized are not there. Received: layer "
-            f"{body.layer.name!r}. Use `batch_norm='mean'`."
-        )
+    _check_again(sharded)
     num = len(floating(given.leaves))
     variables = len(wanted_values(sharded))
     with tf.GradientTape(watch_accessed_variables=False) as tape:
@@ -191,6 +245,24 @@ def pull_again(
         values = join(body.layer, runs)
     pairs = zip(floating(values), upstream, strict=True)
     return _gradient(tape, [p for p in pairs if p[1] is not None], inputs)
+
+
+def _check_again(sharded: Sharded) -> None:
+    """Refuse calls that tapes cannot run backward twice."""
+    layer = sharded.body.layer
+    if sharded.is_synchronized:
+        raise NotImplementedError(
+            "Gradients of gradients through a `BatchNormalization` that is "
+            "synchronized are not there. Received: layer "
+            f"{layer.name!r}. Use `batch_norm='mean'`."
+        )
+    if len(sharded.shards.sizes) > 1 and not sharded.body.may_meet:
+        raise NotImplementedError(
+            "Gradients of gradients keep what all pieces compute, so a call "
+            "that they go through cannot be made in pieces. Received: layer "
+            f"{layer.name!r}. Pass `pieces=1`, and smaller batches or "
+            "more clones where memory does not suffice."
+        )
 
 
 def _plain_mirrors(sharded: Sharded, read: list[tf.Tensor]) -> list[list[Any]]:

@@ -1,11 +1,9 @@
 """Iterators that live on several hosts, read as one."""
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
 
-from keras_clones import _tf
 from keras_clones.tensors import by_host, sharding
 from keras_clones.tensors.by_host import ByHostSpec, HostBatch, OfHosts
 
@@ -151,60 +149,3 @@ def _after(first: tf.Tensor, batch: HostBatch) -> HostBatch:
             )
     parts = tuple(zip(*kept, strict=True))
     return HostBatch(batch.element, batch.devices, parts)
-
-
-class HostsDataset(tf.data.Dataset):
-    """The datasets of all hosts, whose elements are `HostBatch`es.
-
-    Args:
-        element: As for `OfHosts`.
-        devices: As for `OfHosts`.
-        datasets: Sequence of the `tf.data.Dataset` of each host.
-    """
-
-    def __init__(
-        self, element: Any, devices: Any, datasets: Sequence[tf.data.Dataset]
-    ) -> None:
-        self._element = element
-        self._devices = devices
-        self._datasets = datasets
-        super().__init__(_tf.dataset_handle(tf.data.Dataset.range(0)))
-
-    def _inputs(self) -> list[tf.data.Dataset]:
-        return []
-
-    @property
-    def _variant_tensor(self) -> tf.Tensor:
-        raise TypeError(
-            "Expected the dataset of `worker_dataset` to be passed to `fit`, "
-            "`evaluate` or `predict` of a cloned model as it is. Transform "
-            "the dataset of each host inside of `fn`. `class_weight` is such "
-            "a transformation, too: let `fn` return sample weights."
-        )
-
-    @property
-    def element_spec(self) -> Any:
-        """The type of the rows of all hosts, joined."""
-        return self._element
-
-    def cardinality(self, name: str | None = None) -> tf.Tensor:
-        """Return that of the longest, where that is known."""
-        found = self._on_each(lambda dataset: int(dataset.cardinality()))
-        if tf.data.INFINITE_CARDINALITY in found:
-            return tf.constant(tf.data.INFINITE_CARDINALITY, tf.int64)
-        if tf.data.UNKNOWN_CARDINALITY in found:
-            return tf.constant(tf.data.UNKNOWN_CARDINALITY, tf.int64)
-        return tf.constant(max(found), tf.int64)
-
-    def __iter__(self) -> HostsIterator:
-        iterators = tuple(self._on_each(iter))
-        # A step is not behind what its hosts are still to do.
-        _tf.wait_for_all()
-        return HostsIterator(self._element, self._devices, iterators)
-
-    def _on_each(self, function: Callable[[tf.data.Dataset], Any]) -> list[Any]:
-        found = []
-        for device, dataset in zip(self._devices, self._datasets, strict=True):
-            with tf.device(device):
-                found.append(function(dataset))
-        return found

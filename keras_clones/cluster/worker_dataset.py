@@ -6,7 +6,7 @@ from typing import Any
 import tensorflow as tf
 
 from keras_clones import checks
-from keras_clones.cluster.host_iterators import HostsDataset
+from keras_clones.cluster.host_datasets import HostsDataset
 from keras_clones.devices import hosts
 from keras_clones.tensors import by_host
 
@@ -68,15 +68,16 @@ def worker_dataset(
 
 
 def _on_hosts(fn: Any, replicas: tuple[hosts.Host, ...]) -> HostsDataset:
-    datasets = []
-    for index, host in enumerate(replicas):
+    def make(index: int, device: str) -> tf.data.Dataset:
         context = tf.distribute.InputContext(
             num_input_pipelines=len(replicas),
             input_pipeline_id=index,
             num_replicas_in_sync=len(replicas),
         )
-        with tf.device(host.cpu):
-            datasets.append(_made(fn, context, host.name))
+        with tf.device(device):
+            return _made(fn, context, hosts.host_name(device))
+
+    datasets = [make(index, host.cpu) for index, host in enumerate(replicas)]
     specs = [
         tf.nest.map_structure(_with_open_rows, dataset.element_spec)
         for dataset in datasets
@@ -90,7 +91,7 @@ def _on_hosts(fn: Any, replicas: tuple[hosts.Host, ...]) -> HostsDataset:
                 "Let every host give the same structure, types and shapes."
             )
     devices = tuple(host.cpu for host in replicas)
-    return HostsDataset(specs[0], devices, datasets)
+    return HostsDataset(specs[0], devices, datasets, make)
 
 
 def _made(

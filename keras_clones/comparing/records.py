@@ -29,11 +29,11 @@ class Run(NamedTuple):
     order of the model. `by_step` is, for each step, the difference that is
     furthest from rounding, and `limits` what rounding explains of it.
     `seconds` is the median step and `first_seconds` the time to the end of
-    the first one. `memory` is the peak by device, in bytes, `None` where it
-    is not measured. `received` and `sent` say in words what crosses to and
-    from each clone. `warnings` are those of keras_clones. `failed` says why
-    there is no more. `options` are those that mend a difference, where the
-    clones train with them.
+    the first one. `memory` is the peak by device, in bytes; without a GPU
+    what the process grew by, where the system tells, else `None`. `received`
+    and `sent` say in words what crosses to and from each clone. `warnings` are
+    those of keras_clones. `failed` says why there is no more. `options` are
+    those that mend a difference, where the clones train with them.
     """
 
     num_clones: int

@@ -1,6 +1,7 @@
 """Timing copies of a model: fairly, in turns, in its own type of numbers."""
 
 import functools
+import gc
 import os
 import tempfile
 import time
@@ -19,7 +20,7 @@ from keras_clones.comparing.kept_batches import Batches
 from keras_clones.comparing.records import Run, joined
 from keras_clones.devices import placement
 from keras_clones.door.attach import clone_model, deployment
-from keras_clones.look import footprint, report
+from keras_clones.look import footprint, report, resident
 
 # Steps between the first, which traces, and the first that is timed.
 _WARM_UP = 3
@@ -86,8 +87,7 @@ class Candidate:
     def __init__(
         self, make: Callable[[], keras.Model], batches: Batches
     ) -> None:
-        gpus = placement.logical_devices("GPU")
-        before = {gpu: _memory(gpu, reset=True)["current"] for gpu in gpus}
+        held = _Held()
         self.model = make()
         data = kept_batches.serve(batches)
         self._data = data.cache().repeat().prefetch(2)
@@ -96,9 +96,7 @@ class Candidate:
         ends = self._fit(1 + _WARM_UP)
         self.first_seconds = ends[0] - begin
         self._medians = [float(np.median(np.diff(ends)))]
-        self.memory = {
-            gpu: _memory(gpu)["peak"] - held for gpu, held in before.items()
-        }
+        self.memory = held.more()
 
     @property
     def seconds(self) -> float:
@@ -119,7 +117,7 @@ class Candidate:
         return Timing(
             self.seconds,
             self.first_seconds,
-            self.memory or None,
+            self.memory,
             received,
             sent,
             found.bound_by if found else None,
@@ -179,6 +177,30 @@ def time_runs(
             timing = candidate.timing(batches.rows)
             found[i] = found[i]._replace(**timing._asdict())
     return found
+
+
+class _Held:
+    """What is held of each GPU's memory, or by the process without a GPU.
+
+    What copies before have given back to the process, and it not to the
+    system, is not seen again.
+    """
+
+    def __init__(self) -> None:
+        gpus = placement.logical_devices("GPU")
+        self._gpus = {gpu: _memory(gpu, reset=True)["current"] for gpu in gpus}
+        gc.collect()
+        self._process = resident.peak() if resident.reset_peak() else None
+
+    def more(self) -> dict[str, int] | None:
+        """Return the bytes at the peak since, by device, if they are known."""
+        if self._gpus:
+            return {
+                gpu: _memory(gpu)["peak"] - held
+                for gpu, held in self._gpus.items()
+            }
+        grown = resident.grown(self._process)
+        return None if grown is None else {"process": grown}
 
 
 def _memory(gpu: str, reset: bool = False) -> dict[str, int]:

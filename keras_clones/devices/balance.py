@@ -17,14 +17,12 @@ class Balance(NamedTuple):
 
     `fractions` holds one share a clone, which add up to 1; `seconds` what
     each clone took in the last measured step, from the batch being laid out
-    to its results being home; `steps` how many steps have run. `clocks` keep
-    the time at which a step starts and each of its clones ends.
+    to its results being there; `steps` how many steps have run.
     """
 
     fractions: tf.Variable
     seconds: tf.Variable
     steps: tf.Variable
-    clocks: list[tf.Variable]
 
 
 def check_shares(shares: Any, num_clones: int) -> Any:
@@ -64,33 +62,11 @@ def start(num_clones: int, home: str) -> Balance:
     """Return a balance that has measured nothing yet: even shares."""
     with tf.init_scope(), tf.device(home):
         even = tf.fill([num_clones], tf.constant(1 / num_clones, tf.float64))
-        zero = tf.zeros([], tf.float64)
         return Balance(
             fractions=tf.Variable(even, trainable=False),
             seconds=tf.Variable(tf.zeros_like(even), trainable=False),
             steps=tf.Variable(0, trainable=False, dtype=tf.int64),
-            clocks=[
-                tf.Variable(zero, trainable=False)
-                for _ in range(1 + num_clones)
-            ],
         )
-
-
-def seconds_now(clock: tf.Variable, after: Any) -> tf.Tensor:
-    """Return the time in seconds when all tensors of a nest are there.
-
-    Within a `tf.function`, TensorFlow runs operations that have a state but
-    no variable one after the other, so that one clone's time would wait for
-    all others. So each time is read in a function that has a variable.
-    """
-
-    @tf.function(autograph=False, experimental_attributes={"_noinline": True})
-    def read() -> tf.Tensor:
-        return clock.assign(tf.timestamp()).read_value()
-
-    leaves = tf.nest.flatten(after, expand_composites=True)
-    with tf.control_dependencies([x for x in leaves if tf.is_tensor(x)]):
-        return read()
 
 
 def observe(balance: Balance, seconds: Sequence[tf.Tensor]) -> None:

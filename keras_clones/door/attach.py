@@ -10,6 +10,8 @@ from keras_clones.devices import placement
 from keras_clones.devices.config import DeploymentConfig
 from keras_clones.door import option_checks, steps_on
 from keras_clones.door.deployed import Deployment
+from keras_clones.look import footprint
+from keras_clones.plan import in_pieces
 from keras_clones.plan.options import StepOptions
 
 
@@ -32,6 +34,7 @@ def clone_model(
     shares: Sequence[float] | str | None = None,
     variables: str | None = None,
     update: str = "auto",
+    pieces: int | str = 1,
 ) -> keras.Model:
     """Train, evaluate and predict a Keras model on clones of it.
 
@@ -114,6 +117,12 @@ def clone_model(
             `"auto"`: in one pass, by a kernel of TensorFlow's or one that XLA
             compiles, where that is faster and comes to the same, up to
             rounding.
+        pieces: Integer, in how many pieces each clone works through its
+            shard, one after the other. Pieces are clones that take turns: they
+            add up their gradients on their device, whose memory holds what the
+            layers compute of one piece. `"auto"` starts with 1 and doubles
+            the pieces when a device runs out of memory, runs the same batch
+            again and prints what it came to. Defaults to 1.
 
     Returns:
         The same model.
@@ -137,20 +146,10 @@ def clone_model(
 
     - TF-Slim, `deployment/model_deploy.py`.
     """
+    given = locals()
     _check_model(model)
     asked = option_checks.Asked(
-        loss=loss,
-        batch_norm=batch_norm,
-        random=random,
-        layer_losses=layer_losses,
-        state=state,
-        whole=whole,
-        exact=exact,
-        check_rows=check_rows,
-        jit_compile=jit_compile,
-        shares=shares,
-        variables=variables,
-        update=update,
+        *(given[n] for n in option_checks.Asked._fields)
     )
     options = option_checks.check_options(model, asked)
     chosen = (num_clones, devices, clone_on_cpu)
@@ -170,7 +169,17 @@ def _attach(
         shares=option_checks.check_shares(model, asked.shares, len(clones)),
         homes=placement.find_homes(config, asked.variables),
     )
-    steps_on.attach(model, Deployment(config, clones, options, model))
+    made = Deployment(config, clones, options, model)
+    if made.pieces_grow and not config.sync:
+        raise ValueError(
+            "Argument `pieces='auto'` runs a batch again when memory ends, "
+            "which replicas that step by themselves cannot. Pass an integer, "
+            "such as `pieces=2`. Received: pieces='auto', and a config with "
+            "sync=False"
+        )
+    if footprint.is_built(model):
+        in_pieces.check(model, made.options, training=True)
+    steps_on.attach(model, made)
 
 
 def unclone_model(model: keras.Model) -> keras.Model:

@@ -2,13 +2,13 @@
 
 import os
 import weakref
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, MutableSet
 from typing import Any
 
 import keras
 
 from keras_clones.calls.looks import Looks
-from keras_clones.devices import balance
+from keras_clones.devices import balance, clocks
 from keras_clones.devices.config import DeploymentConfig, check_integer
 from keras_clones.devices.placement import Clone, short_name, short_names
 from keras_clones.look import footprint, page, picture, report
@@ -49,6 +49,8 @@ class Deployment:
         shares: Tuple of the clones' shares of the rows, which add up to 1,
             `"auto"`, or `None` for even ones.
         update: String, `"auto"` or `"keras"`, how optimizers update.
+        pieces: Integer, in how many pieces each clone works through its
+            shard by now.
     """
 
     clones = _option("clones")
@@ -65,6 +67,7 @@ class Deployment:
     towers = _option("towers")
     looks = _option("looks")
     update = _option("update")
+    pieces = _option("pieces")
 
     def __init__(
         self,
@@ -77,18 +80,26 @@ class Deployment:
         home = options.home
         self.inputs_device = self.optimizer_device = home
         measured = options.shares == "auto"
+        self.pieces_grow = options.pieces == "auto"
+        pieces = 1 if self.pieces_grow else options.pieces
+        many = len(clones) * pieces > 1
         self.options = options._replace(
             clones=clones,
             balance=balance.start(len(clones), home) if measured else None,
             towers={},
-            looks=Looks() if options.check_rows and len(clones) > 1 else None,
+            looks=Looks() if options.check_rows and many else None,
+            pieces=pieces,
         )
         self._reported = False
+        self._reported_pieces = 1
         # By who watches the training: a callback whose training failed takes
         # its watch along when it goes.
         self.watches: MutableMapping[Any, watch.Watch] = (
             weakref.WeakKeyDictionary()
         )
+        # Those who want to know when what the clones come to is there.
+        self.timed_by: MutableSet[Any] = weakref.WeakSet()
+        self._clocks: clocks.Clocks | None = None
         # The model holds this, which must not keep the model alive.
         self._model = None if model is None else weakref.ref(model)
 
@@ -98,6 +109,8 @@ class Deployment:
         kept: dict[str, Any] = {
             "options": options,
             "watches": {},
+            "timed_by": set(),
+            "_clocks": None,
             "_model": None,
         }
         return {**vars(self), **kept}
@@ -110,8 +123,13 @@ class Deployment:
 
     def step_options(self) -> StepOptions:
         """Return what the model's steps go by."""
+        timed = self.balance is not None or bool(self.timed_by)
+        if timed and self._clocks is None:
+            self._clocks = clocks.make(len(self.clones), self.options.home)
         return self.options._replace(
-            shares=self.fractions, watch=watch.join(self.watches.values())
+            shares=self.fractions,
+            watch=watch.join(self.watches.values()),
+            clocks=self._clocks if timed else None,
         )
 
     @property
@@ -131,6 +149,23 @@ class Deployment:
         if balance.is_settled(self.balance):
             self._reported = True
             print(balance.report_line(self.balance))
+
+    def grow(self) -> None:
+        """Double the pieces that each clone works through."""
+        looks = self.looks or (Looks() if self.check_rows else None)
+        self.options = self.options._replace(
+            pieces=2 * self.pieces, looks=looks
+        )
+
+    def report_pieces(self) -> None:
+        """Print what `pieces="auto"` came to, once it is known to fit."""
+        if self.pieces > self._reported_pieces:
+            self._reported_pieces = self.pieces
+            print(
+                f"pieces='auto': each clone works through its shard in "
+                f"{self.pieces} pieces, since memory did not suffice for "
+                f"{self.pieces // 2}."
+            )
 
     def shard_sizes(self, batch_size: int) -> list[int]:
         """Return the rows that each clone gets of a global batch.
@@ -194,9 +229,16 @@ class Deployment:
     def _page(self, batch_size: int | None = None) -> page.Page:
         rows = self._rows(batch_size)
         size, why_not = self._footprint()
-        return report.deployment_page(
+        made = report.deployment_page(
             self.clones, self._homes(), rows, size, why_not
         )
+        if not (self.pieces > 1 or self.pieces_grow):
+            return made
+        grow = " until memory ends" if self.pieces_grow else ""
+        note = (
+            f"Clones work through their shards in {self.pieces} piece(s){grow}."
+        )
+        return made._replace(notes=[*made.notes, note])
 
     def _rows(self, batch_size: int | None) -> list[int] | None:
         if batch_size is None:

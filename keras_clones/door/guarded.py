@@ -81,7 +81,7 @@ def _run_and_look(
     the threads that the step runs in.
     """
     exact = made.exact
-    undo = _remember(model, variables()) if exact else None
+    undo = remember(model, variables()) if exact else None
     found.refused = None
     try:
         with found.deferred():
@@ -130,7 +130,7 @@ def _tell(
         raise error from cause
 
 
-def _remember(
+def remember(
     model: keras.Model, variables: Iterable[keras.Variable]
 ) -> Callable[[], None]:
     """Return a function that gives variables back the values they have.

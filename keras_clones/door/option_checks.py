@@ -1,5 +1,6 @@
 """What is wrong with what `clone_model` is asked for, if anything is."""
 
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ class Asked(NamedTuple):
     shares: Any
     variables: Any = None
     update: Any = "auto"
+    pieces: Any = 1
 
 
 def check_options(model: keras.Model, asked: Asked) -> StepOptions:
@@ -67,6 +69,7 @@ def check_options(model: keras.Model, asked: Asked) -> StepOptions:
         exact=asked.exact,
         check_rows=asked.check_rows,
         update=asked.update,
+        pieces=check_pieces(asked.pieces),
     )
 
 
@@ -112,6 +115,27 @@ def resolve_exact(asked: Asked) -> tuple[str, str]:
                 f"Received: exact=True, {name}={value!r}"
             )
     return "sync", "global"
+
+
+def check_pieces(value: Any) -> Any:
+    """Return in how many pieces to work, or say what is wrong with that.
+
+    Raises:
+        TypeError: If it is no integer, and not `"auto"`.
+        ValueError: If it is less than 1.
+    """
+    if isinstance(value, str) and value == "auto":
+        return value
+    known = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if known and value >= 1:
+        return int(value)
+    message = (
+        "Argument `pieces` must be an integer of at least 1, or 'auto'. "
+        f"Received: pieces={value!r}"
+    )
+    if known or isinstance(value, str):
+        raise ValueError(message)
+    raise TypeError(f"{message} (of type {type(value).__name__})")
 
 
 def check_layer_losses(model: keras.Model, value: Any) -> None:

@@ -10,7 +10,7 @@ from keras_clones import _keras, checks
 from keras_clones.cluster import watch
 from keras_clones.devices import hosts
 from keras_clones.devices.homes import Homes
-from keras_clones.door import guarded
+from keras_clones.door import growing, guarded
 from keras_clones.door.deployed import Deployment
 from keras_clones.plan import at_home
 from keras_clones.plan.watch import Watch
@@ -100,9 +100,28 @@ def _maker(
             getattr(model, name),
             lambda: at_home.all_variables(model),
         )
+        if made.pieces_grow:
+            function = growing.Growing(
+                model,
+                made,
+                name,
+                function,
+                lambda: at_home.all_variables(model),
+                functools.partial(_step_in_more, model, made, name),
+            )
         setattr(model, name, function)
 
     return make_function
+
+
+def _step_in_more(model: keras.Model, made: Deployment, name: str) -> None:
+    """Put steps of more pieces on a model, and make the functions it had."""
+    names = [make.removeprefix("make_") for make in _MAKERS]
+    had = [one for one in names if getattr(model, one) is not None]
+    _put_steps(model, made, _STEPS)
+    _forget_functions(model)
+    for one in {*had, name}:
+        vars(model)[f"make_{one}"]()
 
 
 def _step_apart(model: keras.Model, made: Deployment) -> None:
@@ -152,6 +171,20 @@ def watch_training(
     if told is not None:
         made.watches[watcher] = told
     _put_steps(model, made, ("train_step",))
+    model.train_function = None
+
+
+def time_clones(model: keras.Model, watcher: Any, wanted: bool) -> None:
+    """Let the training steps of a cloned model time what its clones take.
+
+    Args:
+        model: A cloned `keras.Model`.
+        watcher: The callback that wants to know.
+        wanted: Boolean, `False` if it does not any more.
+    """
+    timed_by = vars(model)[_KEY].timed_by
+    (timed_by.add if wanted else timed_by.discard)(watcher)
+    _put_steps(model, vars(model)[_KEY], ("train_step",))
     model.train_function = None
 
 

@@ -20,23 +20,35 @@ _IN_TOWER = re.compile(r'keras_clones.*\W(tower|body)\.py", line \d+, in ')
 _IN_CLONE = re.compile(r"\{\{node [^}]*?clone_(\d+)/")
 
 
-def add_note(error: Exception, i: int, shards: sharding.Shards) -> None:
-    """Say in an error which clone ran, on how many of how many rows."""
+def add_note(
+    error: Exception, i: int, shards: sharding.Shards, what: str = "clone"
+) -> None:
+    """Say in an error which clone ran, on how many of how many rows.
+
+    Args:
+        error: The error.
+        i: Integer, the index of the shard.
+        shards: `Shards` of the rows.
+        what: String, what ran on it. Defaults to `"clone"`.
+    """
     size, rows = shards.sizes[i], shards.rows
     known = isinstance(size, int) and isinstance(rows, int)
     of = f"{size} of {rows} rows" if known else "rows of no known number"
-    _append(error, f"clone {i} of {len(shards.sizes)} ran on {of}")
+    _append(error, f"{what} {i} of {len(shards.sizes)} ran on {of}")
 
 
-def add_note_of_trace(error: Exception, shards: sharding.Shards) -> None:
+def add_note_of_trace(
+    error: Exception, shards: sharding.Shards, what: str = "clone"
+) -> None:
     """Say in an error that the function which all clones run was traced."""
     sizes, rows = shards.sizes, shards.rows
     if isinstance(rows, int) and len(set(sizes)) == 1:
-        add_note(error, 0, shards)
+        add_note(error, 0, shards, what)
         return
     of = f"some of {rows}" if isinstance(rows, int) else "any number of"
     _append(
-        error, f"what each of {len(sizes)} clones runs was traced for {of} rows"
+        error,
+        f"what each of {len(sizes)} {what}s runs was traced for {of} rows",
     )
 
 

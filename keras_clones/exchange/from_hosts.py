@@ -1,11 +1,13 @@
 """Rows that each host has read, divided over the clones of that host."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
 
+from keras_clones.cluster import watch
+from keras_clones.cluster.host_datasets import OneByOne
 from keras_clones.devices import hosts
 from keras_clones.devices.placement import Clone
 from keras_clones.tensors import by_host, sharding
@@ -74,19 +76,56 @@ def divide(
     return sharding.Shards(batch.rows, sizes, starts), data
 
 
-def apart(data: Any) -> list[tuple[str | None, Any]]:
-    """Return the rows of each host that has any, with its devices' prefix.
+class LostRowsError(Exception):
+    """A host is lost, and what it has read with it.
 
-    Data that no hosts have read are of none: `None`. Outside of a graph only.
+    Its arguments are what the names of its devices begin with, and the
+    `ConnectionError` that tells of it.
     """
-    if not isinstance(data, HostBatch):
-        return [(None, data)]
-    found = zip(data.devices, data.counts, data.of_each_host(), strict=True)
-    return [
-        (hosts.host_of(device), nest)
-        for device, count, nest in found
-        if int(count) > 0
-    ]
+
+
+def read_apart(
+    iterator: Iterator[Any], batches: int = 1
+) -> Iterator[tuple[str | None, Any]]:
+    """Yield some batches of each host, with its devices' prefix.
+
+    One that is behind gives as many more. Data that no hosts have read are of
+    none: `None`.
+
+    Raises:
+        LostRowsError: If a host is lost. `read_again` lets another read.
+    """
+    if not isinstance(iterator, OneByOne):
+        for data in itertools.islice(iterator, batches):
+            yield None, data
+        return
+    for i in range(len(iterator.parts)):
+        iterator.behind[i] += batches
+    for i in range(len(iterator.parts)):
+        while iterator.behind[i] > 0:
+            prefix = hosts.host_of(iterator.devices[i])
+            data = _next_of(iterator, i, prefix)
+            iterator.behind[i] -= 1
+            if data is None:
+                iterator.behind[i] = 0
+            else:
+                yield prefix, data
+
+
+def settle(iterator: Any) -> None:
+    """Take note that steps on all batches that were read are done."""
+    if isinstance(iterator, OneByOne):
+        iterator.settle()
+
+
+def _next_of(iterator: OneByOne, i: int, prefix: str) -> Any:
+    try:
+        return iterator.next_of(i)
+    except tf.errors.OpError as error:
+        lost = watch.explain(error)
+        if lost is None or not watch.is_lost(prefix):
+            raise
+        raise LostRowsError(prefix, lost) from error
 
 
 def _with_a_row_each(batch: HostBatch) -> list[Any]:

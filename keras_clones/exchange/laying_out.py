@@ -11,7 +11,7 @@ from keras_clones import _keras
 from keras_clones.clone import state
 from keras_clones.clone.inputs import TowerInput
 from keras_clones.clone.state import Variables
-from keras_clones.devices.balance import seconds_now
+from keras_clones.devices.clocks import Clocks, seconds_now
 from keras_clones.devices.moving import device_of
 from keras_clones.devices.placement import Clone
 from keras_clones.exchange import errors
@@ -19,12 +19,18 @@ from keras_clones.exchange.batch_norm import over_clones
 from keras_clones.exchange.meeting import run_side_by_side
 from keras_clones.tensors import sharding, transfer
 
+# Name scope of what measures when clones start and when they are done.
+ARRIVALS = "clone_arrivals"
+
 
 class Layout(NamedTuple):
     """Rows laid out over the clones, one input a clone.
 
     `stay` has the positions of the variables that are not sent. `started` is
-    when the rows were laid out, in seconds, if that is measured.
+    when the rows were laid out, in seconds, if `clocks` measure that. Where
+    clones work through their shards in pieces, `clones`, `shards` and `inputs`
+    are those of all pieces, and `turns` says which of them each clone works
+    on, one after the other.
     """
 
     home: str
@@ -32,7 +38,19 @@ class Layout(NamedTuple):
     shards: sharding.Shards
     inputs: list[TowerInput]
     stay: Sequence[int]
+    clocks: Clocks | None = None
     started: tf.Tensor | None = None
+    turns: Sequence[range] = ()
+
+    @property
+    def takes_turns(self) -> bool:
+        """Say whether any clone works through several pieces."""
+        return any(len(own) > 1 for own in self.turns)
+
+    @property
+    def called(self) -> str:
+        """What gets one of the shards, in words."""
+        return "piece" if self.takes_turns else "clone"
 
 
 def read_variables(
@@ -91,16 +109,18 @@ class Group(NamedTuple):
         home: Device string, where the variables are.
         random: String, `"global"` lets clones draw what one device draws for
             their rows, `"clones"` lets each draw numbers of its own.
-        clock: Variable that keeps when the rows were laid out, or `None`:
-            that is not measured.
+        clocks: `Clocks` that measure what the clones take, or `None`.
         loss_scale: Scalar tensor, what the optimizer multiplies the loss by.
+        turns: Sequence of ranges, which of the `clones` are pieces that one
+            works through. Empty: each has one.
     """
 
     clones: Sequence[Clone]
     home: str
     random: str = "clones"
-    clock: tf.Variable | None = None
+    clocks: Clocks | None = None
     loss_scale: Any = 1.0
+    turns: Sequence[range] = ()
 
 
 def lay_out(
@@ -140,10 +160,34 @@ def lay_out(
         for i in range(len(clones))
     ]
     stay = [i for i, mirror in enumerate(mirrors[0]) if mirror is None]
-    started = None
-    if group.clock is not None:
-        started = seconds_now(group.clock, data)
-    return Layout(group.home, clones, shards, inputs, stay, started)
+    started = start_clock(group.clocks, data)
+    turns = group.turns or [range(i, i + 1) for i in range(len(clones))]
+    return Layout(
+        group.home,
+        clones,
+        shards,
+        inputs,
+        stay,
+        group.clocks,
+        started,
+        turns,
+    )
+
+
+def start_clock(
+    clocks: Clocks | None, after: Any, way: str = "forth"
+) -> tf.Tensor | None:
+    """Return when clones can start, in seconds, if that is measured.
+
+    Args:
+        clocks: `Clocks` of the clones, or `None`.
+        after: Nest of tensors that they start with.
+        way: String, `"back"` if they run backward by themselves.
+    """
+    if clocks is None:
+        return None
+    with tf.name_scope(f"{ARRIVALS}/{way}/start/"):
+        return seconds_now(clocks.start, after)
 
 
 def _opaque(value: tf.Tensor) -> tf.Tensor:
@@ -174,12 +218,33 @@ def each(
             live = [inputs.numbers[0] for inputs in layout.inputs]
         with over_clones(synchronized, live):
             return run_side_by_side(layout.clones, function)
-    results = []
-    for i, clone in enumerate(layout.clones):
-        scope = tf.name_scope(clone.scope or "clone")
-        with tf.device(clone.device), scope, running(layout, i):
+    results: list[Any] = []
+    firsts = {own[0] for own in layout.turns}
+    for i in range(len(layout.clones)):
+        with on_clone(layout, i, None if i in firsts else results[-1]):
             results.append(function(i))
     return results
+
+
+@contextlib.contextmanager
+def on_clone(layout: Layout, i: int, after: Any) -> Iterator[None]:
+    """Run what a clone runs: in its scope, on its device.
+
+    Args:
+        layout: `Layout` of the rows.
+        i: Integer, the index of the clone, or of the piece.
+        after: Nest with what has to be there before anything runs, or `None`.
+    """
+    clone = layout.clones[i]
+    leaves = tf.nest.flatten(after, expand_composites=True)
+    before = [leaf for leaf in leaves if isinstance(leaf, tf.Tensor)]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(tf.device(clone.device))
+        stack.enter_context(tf.name_scope(clone.scope or "clone"))
+        if before:
+            stack.enter_context(tf.control_dependencies(before))
+        stack.enter_context(running(layout, i))
+        yield
 
 
 @contextlib.contextmanager
@@ -189,5 +254,5 @@ def running(layout: Layout, i: int) -> Iterator[None]:
         yield
     except Exception as error:
         if len(layout.clones) > 1:
-            errors.add_note(error, i, layout.shards)
+            errors.add_note(error, i, layout.shards, layout.called)
         raise

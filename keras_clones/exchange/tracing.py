@@ -142,7 +142,7 @@ def trace(
         concrete = concrete_tower(tower, layout)
     except Exception as error:
         if len(layout.clones) > 1:
-            errors.add_note_of_trace(error, layout.shards)
+            errors.add_note_of_trace(error, layout.shards, layout.called)
         raise
     output, notes = returned
     if len(layout.clones) > 1:

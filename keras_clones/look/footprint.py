@@ -202,7 +202,7 @@ def _flows(
 
 def _plan(model: keras.Model, options: StepOptions) -> Plan:
     """Plan a training step, by the outputs too where the model has them."""
-    plan = plan_step(model, options, True, len(options.clones))
+    plan = plan_step(model, options, True, options.num_turns)
     outputs = getattr(model, "outputs", None)
     if outputs is None or not model.compiled:
         return plan

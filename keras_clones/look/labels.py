@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from keras_clones.devices.placement import Clone, short_name, short_names
+from keras_clones.devices.placement import Clone, short_name
 from keras_clones.look.footprint import Flow, Footprint
 from keras_clones.look.report import (
     AT_HOME,
@@ -65,7 +65,11 @@ def label(
         ],
         mirrors=[f"mirrors: {out}" for _, out, _ in arrows],
         gradients=[f"gradients: {back}" for _, _, back in arrows],
-        home=short_names(home),
+        home=(
+            short_name(home[0])
+            if len(home) == 1
+            else f"spread over {len(home)} devices"
+        ),
         stages=_stages(rows, footprint, why_not),
     )
 

@@ -12,6 +12,7 @@ PHASES = {
     "forward": "#1f77b4",
     "backward": "#7fb8e6",
     "forward and backward": "#4f97cd",
+    "on another host": "#c9b79c",
     "gradient transfer": "#d65fb0",
     "update": "#d62728",
     "metrics": "#2ca02c",
@@ -181,13 +182,16 @@ def draw(
 def _add_legend(figure: Any, used: set[str]) -> None:
     from matplotlib.patches import Patch
 
+    handles = [
+        Patch(color=color, label=phase)
+        for phase, color in PHASES.items()
+        if phase in used
+    ]
+    # Nine in a row are wider than the picture.
+    rows = -(-len(handles) // 6)
     figure.legend(
-        handles=[
-            Patch(color=color, label=phase)
-            for phase, color in PHASES.items()
-            if phase in used
-        ],
+        handles=handles,
         loc="outside lower center",
-        ncols=len(PHASES),
+        ncols=-(-len(handles) // rows),
         frameon=False,
     )

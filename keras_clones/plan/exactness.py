@@ -1,6 +1,6 @@
 """Which losses split over shards exactly, and may stay in the clones."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -94,6 +94,34 @@ def check_layers(
             "shard. Pass the state from batch to batch as an input and an "
             "output (`return_state=True`), call the layers whole by "
             f"`clone_model(..., whole={stateful})`, or use one clone."
+        )
+
+
+def check_cudnn(model: keras.Model, devices: Sequence[str]) -> None:
+    """Refuse what came to garbage on a GPU: cuDNN's layers in float64.
+
+    Args:
+        model: A `keras.Model`.
+        devices: Sequence of the clones' device strings.
+
+    Raises:
+        ValueError: If a recurrent layer may run by cuDNN in float64.
+    """
+    kinds = (keras.layers.LSTM, keras.layers.GRU)
+    found = [
+        layer.name
+        for layer in _keras.layers(model)
+        if isinstance(layer, kinds)
+        and layer.compute_dtype == "float64"
+        and getattr(layer, "use_cudnn", False) in (True, "auto")
+    ]
+    if found and any("GPU" in device for device in devices):
+        raise ValueError(
+            "Expected recurrent layers that do not run by cuDNN where they "
+            f"compute in float64 on GPUs. Received: layers {found} with "
+            "`use_cudnn='auto'`. On an H200 an LSTM of masked ids came to "
+            "1e280 in clones (plain Keras was right, and clones in float32). "
+            "Pass `use_cudnn=False` to these layers, or compute in float32."
         )
 
 

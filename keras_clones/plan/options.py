@@ -6,10 +6,14 @@ from typing import Any, NamedTuple
 from keras_clones.clone.layer_losses import Kinds
 from keras_clones.clone.state import Policies
 from keras_clones.devices.balance import Balance
+from keras_clones.devices.clocks import Clocks
 from keras_clones.devices.homes import Homes
 from keras_clones.devices.placement import Clone
 from keras_clones.exchange.laying_out import Group
 from keras_clones.plan.watch import Watch
+from keras_clones.tensors import pieces
+from keras_clones.tensors.pieces import Pieces
+from keras_clones.tensors.sharding import Shards
 
 
 class StepOptions(NamedTuple):
@@ -18,14 +22,17 @@ class StepOptions(NamedTuple):
     `homes` says where each variable is at home.
     `state` maps patterns of variables' paths to how their values merge.
     `shares` are the fractions of the rows that the clones get, `None` for
-    even ones. `balance` measures them while the model trains. `watch` gets
-    what training steps come to, if anything wants to know. `towers` keeps
-    the traced towers of calls while a step function is traced again.
+    even ones. `balance` moves them while the model trains, by what `clocks`
+    measure. `watch` gets what training steps come to, if anything wants to
+    know. `towers` keeps the traced towers of calls while a step function is
+    traced again.
     `random` says whose draws layers get, `whole` which layers see the global
     batch, `exact` whether what could differ from one device is refused, and
     `check_rows` whether layers that mix rows are looked for. `looks` is the
     `Looks` that does so, `None` where nothing is looked at. `update` says
     how optimizers update.
+    `Looks` that does so, `None` where nothing is looked at. `pieces` is how
+    many pieces each clone works through, one after the other.
     """
 
     clones: tuple[Clone, ...]
@@ -37,6 +44,7 @@ class StepOptions(NamedTuple):
     state: tuple[tuple[str, str], ...] = ()
     shares: Any = None
     balance: Balance | None = None
+    clocks: Clocks | None = None
     watch: Watch | None = None
     towers: dict[Any, Any] = {}  # noqa: RUF012
     random: str = "clones"
@@ -45,6 +53,7 @@ class StepOptions(NamedTuple):
     check_rows: bool = True
     looks: Any = None
     update: str = "auto"
+    pieces: Any = 1
 
     @property
     def home(self) -> str:
@@ -54,18 +63,55 @@ class StepOptions(NamedTuple):
     @property
     def policies(self) -> Policies:
         """How variables that layers assign merge."""
-        alone = len(self.clones) == 1
+        alone = self.num_turns == 1
         return Policies(self.batch_norm, dict(self.state), alone)
+
+    @property
+    def num_turns(self) -> int:
+        """How many shards a batch with rows enough is divided into.
+
+        Pieces are clones that take turns: what holds of several clones holds
+        of several pieces.
+        """
+        return len(self.clones) * self.pieces
+
+    @property
+    def may_meet(self) -> bool:
+        """Whether clones may wait for each other within their towers.
+
+        Of pieces that take turns, the first cannot wait for the last.
+        """
+        return self.pieces == 1
 
     @property
     def scalar_losses(self) -> Kinds:
         """What scalars that layers pass to `add_loss` are of the rows."""
-        return self.layer_losses if len(self.clones) > 1 else "mean"
+        return self.layer_losses if self.num_turns > 1 else "mean"
+
+    def divide(
+        self, shards: Shards, clones: Sequence[Clone]
+    ) -> tuple[Pieces, Sequence[Clone]]:
+        """Divide the shards of clones into pieces.
+
+        Returns:
+            Tuple `(pieces, clones)`: `Pieces`, and a `Clone` for each of them.
+        """
+        found = pieces.divide(shards, self.pieces)
+        if self.pieces == 1:
+            return found, clones
+        return found, [
+            Clone(f"{clone.scope or 'clone_0'}/piece_{turn}", clone.device)
+            for clone, own in zip(clones, found.turns, strict=True)
+            for turn in range(len(own))
+        ]
 
     def group(
-        self, clones: Sequence[Clone], training: bool, loss_scale: Any = 1.0
+        self,
+        clones: Sequence[Clone],
+        training: bool,
+        loss_scale: Any = 1.0,
+        turns: Sequence[range] = (),
     ) -> Group:
         """Return what rows are laid out over: some of the clones."""
-        measured = self.balance if training else None
-        clock = measured.clocks[0] if measured else None
-        return Group(clones, self.home, self.random, clock, loss_scale)
+        clocks = self.clocks if training else None
+        return Group(clones, self.home, self.random, clocks, loss_scale, turns)

@@ -74,7 +74,7 @@ def plan_step(
     synchronized = []
     if training and num_clones > 1:
         synchronized = synchronized_layers(model, options.batch_norm)
-    apart = whole.find(model, options.whole, len(options.clones))
+    apart = whole.find(model, options.whole, options.num_turns)
     reason = apart.reason or exactness.why_not_by_clone(model)
     may_change = options.loss == "auto"
     in_clones = options.loss != "gather" and not (

@@ -20,6 +20,7 @@ from keras_clones.exchange import from_hosts
 from keras_clones.plan import at_home
 from keras_clones.plan.options import StepOptions
 from keras_clones.step import steps
+from keras_clones.step.left import Left
 from keras_clones.step.replica import Replica
 
 
@@ -51,7 +52,8 @@ class Replicas:
         self._missed: dict[Replica, int] = {}
         self._changed = threading.Condition()
         self._pool = concurrent.futures.ThreadPoolExecutor(len(replicas))
-        self._again: list[tuple[Replica, Any]] = []
+        self._left = Left()
+        self._iterator: Any = iter(())
         self._logs: Any = None
         self._error: BaseException | None = None
 
@@ -60,34 +62,76 @@ class Replicas:
 
         What several hosts have read is a batch of each.
         """
+        self._iterator = iterator
         for _ in range(self._num_batches):
-            for prefix, data in from_hosts.apart(next(iterator)):
-                while self._again:
-                    self._begin_again()
-                self._begin(data, prefix)
-                # The first step builds the model, and has the first logs.
-                if self._logs is None:
-                    self.drain()
+            if not self._begin_next(1):
+                raise StopIteration
         return self._logs
 
+    def _begin_next(self, batches: int) -> bool:
+        """Begin steps on some batches of each host; say whether any had one."""
+        found = False
+        while True:
+            try:
+                for prefix, data in from_hosts.read_apart(
+                    self._iterator, batches
+                ):
+                    found = True
+                    self._begin_again()
+                    self._begin(data, prefix)
+                    # The first step builds the model, and has the first logs.
+                    if self._logs is None:
+                        self.wait()
+                return found
+            except from_hosts.LostRowsError as error:
+                self._lose(*error.args)
+                batches = 0
+
     def drain(self) -> None:
-        """Wait until no step runs, and raise what any of them raised.
+        """Wait until all steps are done, and raise what any of them raised.
 
         Raises:
             ConnectionError: If no replica is left.
         """
+        self.wait()
+        # What a lost host had read is read again.
+        while self._begin_next(0):
+            self.wait()
+        from_hosts.settle(self._iterator)
+
+    def wait(self) -> None:
+        """Wait until no step runs, and run again those of lost replicas."""
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._again or not self._missed)
+                self._changed.wait_for(lambda: self._left or not self._missed)
                 self._raise()
-                if not self._again:
+                if not self._left:
                     return
             self._begin_again()
 
     def _begin_again(self) -> None:
-        replica, data = self._again.pop()
-        replica.forget()
-        self._begin(data)
+        """Do without replicas that are lost, and run their steps again."""
+        while self._left:
+            with self._changed:
+                left, self._left = self._left, Left()
+            for replica in left.replicas:
+                replica.forget()
+            for lost in left.unread:
+                self._iterator.read_again(lost)
+            for data, prefix in left.steps:
+                self._begin(data, prefix)
+
+    def _lose(self, prefix: str, why: ConnectionError) -> None:
+        """Do without a replica whose host does not read any more."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: all(one.prefix != prefix for one in self._missed)
+            )
+            self._raise()
+            if not self._drop_lost(why):
+                raise why
+            self._left.unread.add(prefix)
+        self._begin_again()
 
     def _begin(self, data: Any, prefix: str | None = None) -> None:
         """Start a step on a replica that is free, once it may start.
@@ -113,7 +157,7 @@ class Replicas:
             with self._changed:
                 self._end(replica)
             raise
-        self._pool.submit(self._run, replica, step, data)
+        self._pool.submit(self._run, replica, step, (data, prefix))
 
     def _may_start(self) -> bool:
         """Say whether a step may start, or an error is to be raised."""
@@ -130,7 +174,7 @@ class Replicas:
         if self._error is not None:
             self._changed.wait_for(lambda: not self._missed)
             error, self._error = self._error, None
-            self._again.clear()
+            self._left = Left()
             raise error
 
     def _end(self, replica: Replica) -> None:
@@ -139,34 +183,59 @@ class Replicas:
         self._changed.notify_all()
 
     def _run(
-        self, replica: Replica, step: Callable[[], Any], data: Any
+        self,
+        replica: Replica,
+        step: Callable[[], Any],
+        given: tuple[Any, str | None],
     ) -> None:
         try:
             logs = step()
         except BaseException as error:
-            self._fail(replica, data, error)
+            self._fail(replica, given, error)
             return
         with self._changed:
             self._logs = logs
             self._end(replica)
 
-    def _fail(self, replica: Replica, data: Any, error: BaseException) -> None:
-        """Have a step run again, if what failed is that its host is lost."""
+    def _fail(
+        self,
+        replica: Replica,
+        given: tuple[Any, str | None],
+        error: BaseException,
+    ) -> None:
+        """Have a step run again, if what failed is that a host is lost."""
         lost = watch.explain(error)
+        prefix = given[1]
         with self._changed:
             self._end(replica)
-            if lost is None or not replica.is_lost() or self._alive == 1:
+            rows_lost = prefix is not None and watch.is_lost(prefix)
+            if lost is None or not (replica.is_lost() or rows_lost):
                 self._error = self._error or lost or error
-                return
+            elif not self._drop_lost(lost):
+                self._error = self._error or lost
+            elif prefix is not None and rows_lost:
+                self._left.unread.add(prefix)
+            else:
+                self._left.steps.append(given)
+
+    def _drop_lost(self, why: ConnectionError) -> bool:
+        """Let no step begin on replicas that are lost; say if any is left."""
+        lost = [one for one in self._free if one.is_lost()]
+        if len(lost) == self._alive:
+            return False
+        for replica in lost:
             self._alive -= 1
             self._free.remove(replica)
-            self._again.append((replica, data))
+            self._left.replicas.append(replica)
             warnings.warn(
                 f"{replica.name} is lost, and the others go on. Its step is "
                 "run again by another, so that an update of it may be applied "
-                f"twice. {lost}",
+                "twice; what its host had read in this epoch "
+                "(`worker_dataset`) is read again by another, and may count "
+                f"twice. {why}",
                 stacklevel=1,
             )
+        return True
 
 
 def make_replicas(
@@ -188,7 +257,12 @@ def make_replicas(
 
     def step_of(clones: tuple[Any, ...]) -> Callable[[Any], Any]:
         own = options._replace(
-            clones=clones, towers={}, looks=None, balance=None, watch=None
+            clones=clones,
+            towers={},
+            looks=None,
+            balance=None,
+            clocks=None,
+            watch=None,
         )
         return lambda data: steps.train_step(model, own, data)
 

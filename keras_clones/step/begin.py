@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from keras_clones.clone import state
 from keras_clones.clone.state import Variables
-from keras_clones.plan import exactness, whole
+from keras_clones.plan import exactness, in_pieces, whole
 from keras_clones.plan.build import build
 from keras_clones.plan.options import StepOptions
 from keras_clones.plan.plan import Plan, plan_step
@@ -50,9 +50,11 @@ def begin(
     """
     build(model, batch, options.homes, training)
     whole.check(model, options.whole)
-    num_clones = sharding.enough(rows, len(options.clones))
+    exactness.check_cudnn(model, [clone.device for clone in options.clones])
+    in_pieces.check(model, options, training)
+    num_clones = sharding.enough(rows, options.num_turns)
     plan = plan_step(model, options, training, num_clones)
-    if len(options.clones) > 1:
+    if options.num_turns > 1:
         exactness.check_layers(model, plan.apart.is_apart)
     return Step(
         model=model,

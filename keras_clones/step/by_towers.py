@@ -40,7 +40,8 @@ def trace_towers(
         return None
     layout = _lay_out(step)
     with looked_up_at_home(plan.tables):
-        tower = tracing.trace(_towers(step), layout, plan.synchronized)
+        towers = _towers(step, layout)
+        tower = tracing.trace(towers, layout, plan.synchronized)
     if tower.returns is not None:
         plan = plan.knowing(_why_not(step, tower))
     if not plan.loss_in_clones:
@@ -70,17 +71,22 @@ def _lay_out(step: Step) -> laying_out.Layout:
     options, variables = step.options, step.variables
     num = sharding.enough(step.rows, len(options.clones))
     clones = options.clones[:num]
+    devices = [clone.device for clone in clones]
     with tf.name_scope("split_batch"):
         shards, data = _split(step, num)
+        pieces, turns = options.divide(shards, clones)
+        data = pieces.split(data, devices)
     mirrors = laying_out.send_mirrors(
         laying_out.read_variables(variables, step.plan.tables),
         laying_out.homes_of(variables),
         clones,
     )
     scale = step.model.optimizer.scale_loss(1.0) if step.training else 1.0
-    group = options.group(clones, step.training, scale)
+    group = options.group(turns, step.training, scale, pieces.turns)
     seeds = laying_out.read_seeds(variables)
-    return laying_out.lay_out(shards, group, seeds, data, mirrors)
+    return laying_out.lay_out(
+        pieces.shards, group, seeds, data, pieces.spread(mirrors)
+    )
 
 
 def _split(step: Step, num: int) -> tuple[sharding.Shards, list[Any]]:
@@ -96,25 +102,25 @@ def _split(step: Step, num: int) -> tuple[sharding.Shards, list[Any]]:
     return shards, sharding.split_rows(step.batch, shards)
 
 
-def _towers(step: Step) -> tracing.CallableTower:
+def _towers(step: Step, layout: laying_out.Layout) -> tracing.CallableTower:
     """Return the tower function of a step, callable from any place."""
     model, options = step.model, step.options
     with_metrics = step.plan.metrics_in_clones
-    num = sharding.enough(step.rows, len(options.clones))
     tower = Tower(
         model,
         step.variables,
         options,
         training=step.training,
         with_metrics=with_metrics,
-        may_be_idle=num > 1 and not isinstance(step.rows, int),
+        may_be_idle=layout.shards.may_be_idle,
     )
     needed = step.plan.outputs_leave
     devices = [clone.device for clone in options.clones]
     return tracing.callable_tower(
         model,
         tower,
-        tracing.inlines(devices, len(step.variables.trainable)),
+        options.pieces == 1
+        and tracing.inlines(devices, len(step.variables.trainable)),
         step.plan.jit_compile,
         lambda output: (
             output if needed else output._replace(outputs=None, masks=[])
@@ -134,7 +140,7 @@ def run_by_towers(
             step,
             layout,
             tower,
-            lambda: tracing.trace(_towers(step), layout, in_graph=True),
+            lambda: tracing.trace(_towers(step, layout), layout, in_graph=True),
         )
     if step.training:
         record(step, lambda _: result.clone_losses, result.gradients)

@@ -8,8 +8,15 @@ import tensorflow as tf
 
 from keras_clones.clone.changes import Notes
 from keras_clones.devices import balance
-from keras_clones.exchange import bringing_home, laying_out, tracing
+from keras_clones.exchange import (
+    arrivals,
+    bringing_home,
+    in_turns,
+    laying_out,
+    tracing,
+)
 from keras_clones.plan import inexact
+from keras_clones.step import of_pieces
 from keras_clones.step.begin import Step
 from keras_clones.step.tower import TowerOutput
 from keras_clones.tensors import sharding, traced
@@ -53,13 +60,14 @@ def run(
         trace_in_graph: Function that traces the tower outside of a graph,
             too: only a graph tells how gradients by rows merge.
     """
-    results, notes = _call(tower, layout)
-    if tf.executing_eagerly() and _have_rows(results):
-        results, notes = _call(trace_in_graph(), layout)
+    results, notes = _call(step, tower, layout)
+    if _have_hidden_rows(layout, results):
+        results, notes = _call(step, trace_in_graph(), layout)
     if step.training and len(layout.clones) > 1:
         inexact.tell_of_inexact_state(
             step.model, notes.assigned, step.options, notes.unknown
         )
+    layout = in_turns.by_clone(layout)
     merged = bringing_home.merge_gradients(
         layout,
         [result.gradients for result in results],
@@ -67,12 +75,9 @@ def run(
         [_parts(result) for result in results],
     )
     total = merged.parts
-    if step.training and step.options.balance is not None:
-        _observe(step.options.balance, layout, results)
-    outputs: Any = None
-    masks: list[Any] = []
-    if step.plan.outputs_leave:
-        outputs, masks = _join_outputs(results)
+    if step.training:
+        _observe(step, layout, results)
+    outputs, masks = _join_outputs(step, results)
     return StepResult(
         outputs=outputs,
         masks=masks,
@@ -109,16 +114,22 @@ def _parts(result: TowerOutput) -> _Parts:
     )
 
 
-def _have_rows(results: list[TowerOutput]) -> bool:
-    return len(results) > 1 and any(
+def _have_hidden_rows(
+    layout: laying_out.Layout, results: list[TowerOutput]
+) -> bool:
+    """Say whether only a graph tells how gradients by rows merge."""
+    many = tf.executing_eagerly() and len(layout.clones) > 1
+    return many and any(
         isinstance(g, traced.RowGradient) for g in results[0].gradients
     )
 
 
 def _call(
-    tower: tracing.TracedTower, layout: laying_out.Layout
+    step: Step, tower: tracing.TracedTower, layout: laying_out.Layout
 ) -> tuple[list[TowerOutput], Notes]:
     """Run the tower on every clone."""
+    if layout.takes_turns:
+        return of_pieces.run_pieces(step, layout, tower)
     if tower.concrete is not None:
         results = laying_out.each(
             layout, lambda i: tower.call(layout.inputs[i]), tower.synchronized
@@ -156,26 +167,21 @@ def _clone_losses(
 
 
 def _observe(
-    measured: balance.Balance,
-    layout: laying_out.Layout,
-    results: list[TowerOutput],
+    step: Step, layout: laying_out.Layout, results: list[TowerOutput]
 ) -> None:
-    """Measure what each clone took until its gradients were home."""
-    if layout.started is None or len(results) == 1:
-        return
-    seconds = []
-    for clock, result in zip(measured.clocks[1:], results, strict=True):
-        gradient = next(g for g in result.gradients if g is not None)
-        if isinstance(gradient, traced.RowGradient):
-            gradient = tf.nest.flatten(gradient, expand_composites=True)[0]
-        # A value at home, since a GPU is not done when its kernels are queued.
-        arrived = tf.identity(tf.reshape(gradient, [-1])[:1])
-        end = balance.seconds_now(clock, arrived)
-        seconds.append(end - layout.started)
-    balance.observe(measured, seconds)
+    """Measure what each clone took until its gradients were there."""
+    gradients = [result.gradients for result in results]
+    seconds = arrivals.seconds_until_there(layout, gradients)
+    if seconds is not None and step.options.balance is not None:
+        balance.observe(step.options.balance, seconds)
 
 
-def _join_outputs(results: list[TowerOutput]) -> tuple[Any, list[Any]]:
+def _join_outputs(
+    step: Step, results: list[TowerOutput]
+) -> tuple[Any, list[Any]]:
+    """Join the outputs of the clones, if they are brought home."""
+    if not step.plan.outputs_leave:
+        return None, []
     outputs = sharding.join([result.outputs for result in results])
     masks = sharding.join([result.masks for result in results])
     return outputs, masks

@@ -42,16 +42,39 @@ def merge(gradients: Sequence[Any]) -> Gradient:
     return tf.add_n([tf.convert_to_tensor(g) for g in present])
 
 
+def of_pieces(pieces: Sequence[Any]) -> Any:
+    """Make one gradient of those of a clone's pieces, by rows as they are.
+
+    Args:
+        pieces: Sequence with one gradient a piece: `RowGradient`s, or values
+            that overwrite the variable.
+    """
+    if all(isinstance(g, RowGradient) for g in pieces):
+        return _by_part(pieces)
+    if all(isinstance(g, tf.IndexedSlices) for g in pieces):
+        return _list_rows(pieces)
+    return largest(pieces)
+
+
 def _merge_rows(clones: Sequence[RowGradient]) -> tf.IndexedSlices:
-    parts = [_list_rows(column) for column in _columns(clones, "repeated")]
+    rows = _by_part(clones)
+    return _list_rows([*rows.repeated, *rows.constant, *rows.unique])
+
+
+def _by_part(clones: Sequence[RowGradient]) -> RowGradient:
+    """Make one of gradients by rows, look-up by look-up."""
+    constant, unique = [], []
     for column in _columns(clones, "constant"):
         values = tf.add_n([part.values for part in column])
         first = column[0]
-        parts.append(tf.IndexedSlices(values, first.indices, first.dense_shape))
+        constant.append(
+            tf.IndexedSlices(values, first.indices, first.dense_shape)
+        )
     for column in _columns(clones, "unique"):
         rows = _list_rows(column)
-        parts.append(add_up_rows(rows) if len(column) > 1 else rows)
-    return _list_rows(parts)
+        unique.append(add_up_rows(rows) if len(column) > 1 else rows)
+    repeated = [_list_rows(column) for column in _columns(clones, "repeated")]
+    return RowGradient(repeated, constant, unique)
 
 
 def _columns(

@@ -1,5 +1,6 @@
 """What a traced function tells of itself: by its graph, before it runs."""
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,13 @@ _UNIQUE = ("Unique", "UniqueV2")
 _GIVEN = (
     *("Placeholder", "IteratorGetNext", "OptionalGetValue"),
     *("PartitionedCall", "StatefulPartitionedCall"),
+)
+# What draws by a state of TensorFlow's. By a seed alone, `Stateless...` do.
+_DRAWS = re.compile(
+    r"(Random(Uniform|StandardNormal|Gamma|Poisson|Shuffle)(Int|V2)?"
+    r"|TruncatedNormal|ParameterizedTruncatedNormal|Multinomial"
+    r"|NonDeterministicInts|Rng(ReadAndSkip|Skip)"
+    r"|Stateful(Standard|Random|Truncated|Uniform)\w+|\w+CandidateSampler)$"
 )
 # What passes no gradient on, whatever its inputs are.
 _STOPS = ("StopGradient", "PreventGradient")
@@ -236,6 +244,13 @@ def has_state_of_no_variable(concrete: Any) -> bool:
         op.op_def.is_stateful and op.type != "Placeholder"
         for op in concrete.graph.get_operations()
     )
+
+
+def draws_by_state(concrete: Any) -> bool:
+    """Say whether a function draws other numbers each time that it runs."""
+    graph = concrete.graph.as_graph_def()
+    inside = [node for f in graph.library.function for node in f.node_def]
+    return any(_DRAWS.match(node.op) for node in (*graph.node, *inside))
 
 
 def outside_variables(concrete: Any) -> list[tf.Variable]:

@@ -44,6 +44,37 @@ class Rows(keras.metrics.Metric):
         return self.count + 0.0
 
 
+@keras.saving.register_keras_serializable("cluster")
+class Least(Rows):
+    """The least number of times that any row to train on was given.
+
+    Targets are labels and, times ten, the numbers of the rows.
+    """
+
+    def __init__(self, name="least"):
+        keras.metrics.Metric.__init__(self, name=name, dtype="float64")
+        self.count = self.add_weight(
+            shape=(1797,), initializer="zeros", name="count"
+        )
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        rows = keras.ops.cast(keras.ops.reshape(y_true, [-1]) // 10, "int32")
+        self.count.assign_add(
+            keras.ops.sum(keras.ops.one_hot(rows, 1797, dtype="float64"), 0)
+        )
+
+    def result(self):
+        return keras.ops.min(self.count[:1400])
+
+
+def loss(y_true, y_pred):
+    return keras.losses.sparse_categorical_crossentropy(y_true % 10, y_pred)
+
+
+def right(y_true, y_pred):
+    return keras.metrics.sparse_categorical_accuracy(y_true % 10, y_pred)
+
+
 class Kill(keras.callbacks.Callback):
     """Kills a task of the cluster in the second epoch."""
 
@@ -91,9 +122,10 @@ def main():
     clone_model(model, config=config)
     model.compile(
         keras.optimizers.Adam(1e-3),
-        "sparse_categorical_crossentropy",
-        metrics=["accuracy", Rows()],
+        loss,
+        metrics=[right, Rows(), Least()],
     )
+    y = y + 10 * np.arange(len(y))
     data = (x[:1400], y[:1400])
     if sys.argv[2:]:
 
@@ -119,6 +151,7 @@ def main():
     found = {
         "accuracy": accuracy,
         "rows": history["rows"],
+        "least": history["least"],
         "steps": int(model.optimizer.iterations),
         "told": [str(one.message) for one in told if "lost" in str(one)],
     }

@@ -3,11 +3,13 @@
     python -m keras_clones launch --replicas 2 --ps 1 tests/cluster/train.py \
         --clones 2 --variables spread --floatx float64
 
-prints a line of JSON with the largest difference of each case.
+prints a line of JSON with the largest difference of each case, which takes
+`--each` of the homes in turn.
 """
 
 import argparse
 import functools
+import itertools
 import json
 import os
 
@@ -165,6 +167,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--clones", type=int, default=2)
     parser.add_argument("--variables", default="")
+    parser.add_argument("--each", type=int, default=1)
     parser.add_argument("--floatx", default="float64")
     parser.add_argument("--cases", default=",".join(c.__name__ for c in CASES))
     options = parser.parse_args()
@@ -177,12 +180,14 @@ def main():
         num_ps_tasks=len(cluster.ps),
     )
     found = {}
-    for variables in options.variables.split(","):
-        for case in CASES:
-            if case.__name__ in options.cases.split(","):
-                found[f"{case.__name__} {variables}"] = difference(
-                    case, config=config, variables=variables or None
-                )
+    names = options.cases.split(",")
+    cases = [case for case in CASES if case.__name__ in names]
+    homes = itertools.cycle(options.variables.split(","))
+    for case in cases:
+        for variables in itertools.islice(homes, options.each):
+            found[f"{case.__name__} {variables}"] = difference(
+                case, config=config, variables=variables or None
+            )
     print("DIFFERENCES", json.dumps(found), flush=True)
 
 
