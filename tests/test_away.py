@@ -151,7 +151,7 @@ def test_replicas_that_step_by_themselves_are_refused(tmp_path):
 @pytest.mark.full
 def test_a_slow_replica_is_named_and_gets_fewer_rows(tmp_path):
     found = run("slow.py", "FOUND", tmp_path, ps=0)
-    # Five times the work, on cores that other processes may use, too.
+    # Twelve times the work, on cores that other processes may use, too.
     for seconds in (found["hosts"], found["own"]):
         assert seconds["worker 1"] > 1.5 * seconds["worker 0"]
     assert "All wait for worker 1 (clone_1)" in found["verdict"]
