@@ -115,11 +115,29 @@ def two_outputs():
     return model, ((ids(), ids(3)), (words(), words(4), words(5)))
 
 
+class Adding(layers.Layer):
+    """Adds losses, and leaves a tensor on itself."""
+
+    supports_masking = True
+
+    def call(self, x):
+        self.seen = x
+        self.add_loss(0.1 * ops.mean(x**2))
+        self.add_loss(0.1 * ops.mean(x, axis=(1, 2)))
+        return x
+
+
+def with_losses_and_draws():
+    model = texts(Adding(), layers.Dropout(0.3))
+    model.compile(SGD(), loss(), metrics=["accuracy"])
+    return model, (ids(), words())
+
+
 CASES = {
     case.__name__: case
     for case in (
         *(masked, weighted, by_weights, by_weights_of_rows, ignoring),
-        two_outputs,
+        *(two_outputs, with_losses_and_draws),
     )
 }
 
@@ -156,7 +174,8 @@ def in_clones(monkeypatch):
 @pytest.mark.parametrize("name", CASES)
 def test_entries_count_as_on_one_device(name, num_clones, floatx, in_clones):
     expected = train(CASES[name])
-    received = train(CASES[name], num_clones)
+    options = {"layer_losses": "mean", "random": "global"}
+    received = train(CASES[name], num_clones, **options)
     assert cases.difference(expected, received) < cases.TOLERANCE[floatx]
     assert in_clones and all(in_clones)
 
