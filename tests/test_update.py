@@ -124,7 +124,7 @@ def test_it_is_the_update_of_keras(
     expected = trained(make, "keras", dtype, by_rows)
     assert not ways
     received = trained(make, "auto", dtype, by_rows)
-    found = worst(expected, received)
+    found = float(worst(expected, received))
     wide = 2e-5 if name in WIDER else 1e-5
     assert found < (1e-10 if dtype == "float64" else wide)
     # The weights themselves are as near as ever.

@@ -27,7 +27,10 @@ def peak() -> int | None:
 def grown(before: int | None) -> int | None:
     """Return the bytes by which the peak has grown, if both are known."""
     now = peak()
-    return None if before is None or now is None else now - before
+    if before is None or now is None:
+        return None
+    # The system counts in steps, and can be a little behind.
+    return max(0, now - before)
 
 
 def reset_peak() -> bool:
