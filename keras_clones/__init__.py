@@ -8,7 +8,7 @@ from keras_clones.cluster.worker_dataset import worker_dataset
 from keras_clones.comparing.comparing import compare
 from keras_clones.comparing.comparison import Comparison
 from keras_clones.devices.config import DeploymentConfig
-from keras_clones.devices.placement import Clone
+from keras_clones.devices.placement import PlacedClone
 from keras_clones.devices.virtual import use_virtual_devices
 from keras_clones.door.attach import (
     Deployment,
@@ -21,11 +21,18 @@ from keras_clones.model_deploy.clone_losses import optimize_clones
 from keras_clones.model_deploy.clones import create_clones
 from keras_clones.model_deploy.deployed_model import DeployedModel, deploy
 
+
+def __getattr__(name: str) -> type:
+    # What `PlacedClone` was called: `model_deploy.Clone` is another.
+    if name == "Clone":
+        return PlacedClone
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __version__ = "0.1.0"
 
 __all__ = [
     "Backup",
-    "Clone",
     "CloneProfiler",
     "CloneSummaries",
     "Comparison",
@@ -33,6 +40,7 @@ __all__ = [
     "Deployment",
     "DeploymentConfig",
     "PerClone",
+    "PlacedClone",
     "clone_model",
     "compare",
     "connect",

@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import keras_clones
 from keras_clones import (
-    Clone,
     CloneProfiler,
     DeploymentConfig,
+    PlacedClone,
     clone_model,
     create_clones,
     deploy,
@@ -51,8 +52,12 @@ def test_the_model_stays_the_object_and_class_it_was():
 def test_deployment_tells_the_clones_and_devices():
     model = clone_model(cases.mlp(), 3)
     made = deployment(model)
-    assert made.clones == tuple(Clone(f"clone_{i}", CPUS[i]) for i in range(3))
+    assert made.clones == tuple(
+        PlacedClone(f"clone_{i}", CPUS[i]) for i in range(3)
+    )
     assert made.config.num_clones == 3
+    # As it was called.
+    assert keras_clones.Clone is PlacedClone
     assert made.variables_device == "/device:CPU:0"
     assert made.inputs_device == "/device:CPU:0"
     assert made.optimizer_device == "/device:CPU:0"

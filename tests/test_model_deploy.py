@@ -1180,7 +1180,9 @@ def test_every_name_of_the_original_is_in_the_table_of_porting():
 @pytest.mark.parametrize("make", [create_clones, deploy])
 def test_clones_of_several_replicas_are_named_as_devices(make, monkeypatch):
     config = DeploymentConfig(1, num_replicas=2)
-    found = [placement.Clone(f"clone_{i}", "/device:CPU:0") for i in range(2)]
+    found = [
+        placement.PlacedClone(f"clone_{i}", "/device:CPU:0") for i in range(2)
+    ]
     monkeypatch.setattr(placement, "place_clones", lambda config: found)
     with pytest.raises(ValueError, match="Pass the devices of all replicas"):
         make(config, lambda: tf.ones(()))

@@ -5,10 +5,10 @@ import threading
 import pytest
 import tensorflow as tf
 
-from keras_clones import Clone
+from keras_clones import PlacedClone
 from keras_clones.exchange.meeting import current_clone, meet, run_side_by_side
 
-CLONES = [Clone(f"clone_{i}", f"/device:CPU:{i}") for i in range(3)]
+CLONES = [PlacedClone(f"clone_{i}", f"/device:CPU:{i}") for i in range(3)]
 
 
 def everyone(values):

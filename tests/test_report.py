@@ -22,7 +22,7 @@ from keras_clones import clone_model, deployment
 from keras_clones.__main__ import main
 from keras_clones.benchmark.transfers import count_transfers, traffic
 from keras_clones.devices import placement
-from keras_clones.devices.placement import Clone
+from keras_clones.devices.placement import PlacedClone
 from keras_clones.look import machine, picture
 from keras_clones.look.labels import label
 from keras_clones.look.page import Page, Table, readable
@@ -378,7 +378,7 @@ def test_a_picture_of_a_cluster_is_legible():
     devices = [
         f"/job:worker/replica:0/task:{i}/device:CPU:0" for i in range(10, 12)
     ]
-    clones = [Clone(f"clone_{i}", one) for i, one in enumerate(devices)]
+    clones = [PlacedClone(f"clone_{i}", one) for i, one in enumerate(devices)]
     model = clone_model(words(), 2)
     size, _ = deployment(model)._footprint()
     homes = {"variables": tuple(devices), "inputs": (devices[0],)}

@@ -11,7 +11,7 @@ from keras_clones import _keras
 from keras_clones.calls.arguments import TENSOR, LayerCall
 from keras_clones.calls.joining import Joining
 from keras_clones.clone import layer_losses
-from keras_clones.clone.changes import find_changes
+from keras_clones.clone.changes import Ran, find_changes
 from keras_clones.clone.inputs import (
     TowerInput,
     Weights,
@@ -142,14 +142,9 @@ class Body:
             )
             _keras.clear_losses(layer)
         is_alike = self.alike_in_all(inputs)
+        ran = Ran(inputs, scope, weights, is_alike)
         changes, notes = find_changes(
-            layer,
-            self.variables,
-            inputs,
-            scope,
-            options.policies,
-            weights,
-            is_alike,
+            layer, self.variables, ran, options.policies
         )
         many = options.num_turns > 1
         joining = Joining(layer, inputs, weights, many, is_alike)

@@ -9,7 +9,7 @@ from keras_clones.calls.arguments import LayerCall
 from keras_clones.calls.body import Body
 from keras_clones.calls.runs import Ran, compare_state, compare_values, rounding
 from keras_clones.clone import state
-from keras_clones.devices.placement import Clone
+from keras_clones.devices.placement import PlacedClone
 from keras_clones.exchange import laying_out
 from keras_clones.exchange.batch_norm import synchronized_layers
 from keras_clones.plan.options import StepOptions
@@ -23,7 +23,7 @@ _MOST_ENTRIES = 10_000_000
 def run(call: LayerCall, options: StepOptions, num: int) -> Ran:
     """Run a call on a number of clones."""
     home = options.home
-    clones = tuple(Clone(f"clone_{i}", home) for i in range(num))
+    clones = tuple(PlacedClone(f"clone_{i}", home) for i in range(num))
     shards = sharding.divide(int(call.given.count_rows()), num)
     variables = state.model_variables(call.layer)
     body = Body(call, variables, options._replace(clones=clones))

@@ -102,7 +102,7 @@ def read(
     layer: keras.Layer,
     variables: state.Variables,
     tables: Sequence[keras.Variable],
-    clones: Sequence[placement.Clone],
+    clones: Sequence[placement.PlacedClone],
 ) -> Mirrors:
     """Read a layer's variables and send mirrors, or use those sent before.
 

@@ -29,6 +29,19 @@ class Notes(NamedTuple):
     keeps: bool = False
 
 
+class Ran(NamedTuple):
+    """What a clone got and ran in.
+
+    `scope` has kept what it assigned, `weights` say what its values count
+    for, and `is_alike` says whether a tensor is alike in all clones.
+    """
+
+    inputs: TowerInput
+    scope: CloneScope
+    weights: Weights
+    is_alike: Callable[[tf.Tensor], bool]
+
+
 def by_rows(
     gradients: list[Any], is_alike: Callable[[tf.Tensor], bool]
 ) -> list[Any]:
@@ -47,14 +60,20 @@ def by_rows(
 def find_changes(
     layer: keras.Layer,
     variables: Variables,
-    inputs: TowerInput,
-    scope: CloneScope,
+    ran: Ran,
     policies: Policies,
-    weights: Weights,
-    is_alike: Callable[[tf.Tensor], bool],
     besides: Sequence[keras.Variable] = (),
 ) -> tuple[Changes, Notes]:
-    """Return what a clone assigned, and how that is to merge."""
+    """Return what a clone assigned, and how that is to merge.
+
+    Args:
+        layer: The `keras.Layer` that it called.
+        variables: `Variables` of the layer.
+        ran: `Ran`.
+        policies: `Policies` of what layers assign.
+        besides: Sequence of variables that are left out.
+    """
+    inputs, scope, weights, is_alike = ran
     known = {id(v) for v in besides}
     assigned = [v for v in scope.assigned() if id(v) not in known]
     seeds = {id(v) for v in variables.seeds}

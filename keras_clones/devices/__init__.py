@@ -1,5 +1,6 @@
 """Which devices there are, which clone goes where, where variables live.
 
 In: what a user asks for: numbers, device strings, a config.
-Out: `Clone`s with their devices, the home of each variable, shares of rows.
+Out: `PlacedClone`s with their devices, the home of each variable, shares of
+rows.
 """

@@ -12,7 +12,7 @@ from keras_clones.devices.homes import Homes
 from keras_clones.devices.naming import canonical_device
 
 
-class Clone(NamedTuple):
+class PlacedClone(NamedTuple):
     """One copy of a model's computation: its name scope and its device."""
 
     scope: str
@@ -47,7 +47,7 @@ def choose_config(
     )
 
 
-def place_clones(config: DeploymentConfig) -> tuple[Clone, ...]:
+def place_clones(config: DeploymentConfig) -> tuple[PlacedClone, ...]:
     """Give each clone of a config a device that there is.
 
     Raises:
@@ -64,7 +64,7 @@ def place_clones(config: DeploymentConfig) -> tuple[Clone, ...]:
     scopes = [f"clone_{i}" for i in range(len(wanted))]
     if len(wanted) == 1:
         scopes = [config.clone_scope(0)]
-    return tuple(map(Clone, scopes, wanted))
+    return tuple(map(PlacedClone, scopes, wanted))
 
 
 def main_home() -> str:

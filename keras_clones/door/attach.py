@@ -231,7 +231,7 @@ def deployment(model: keras.Model) -> Deployment | None:
     >>> model = keras.Sequential([keras.layers.Dense(1)])
     >>> model = clone_model(model, num_clones=2, clone_on_cpu=True)
     >>> deployment(model).clones[1]
-    Clone(scope='clone_1', device='/device:CPU:0')
+    PlacedClone(scope='clone_1', device='/device:CPU:0')
     """
     _check_is_model(model)
     return steps_on.deployment_of(model)

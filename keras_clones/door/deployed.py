@@ -10,7 +10,7 @@ import keras
 from keras_clones.calls.looks import Looks
 from keras_clones.devices import balance, clocks
 from keras_clones.devices.config import DeploymentConfig, check_integer
-from keras_clones.devices.placement import Clone, short_name, short_names
+from keras_clones.devices.placement import PlacedClone, short_name, short_names
 from keras_clones.look import footprint, page, picture, report
 from keras_clones.look.labels import label
 from keras_clones.plan import watch
@@ -28,7 +28,7 @@ class Deployment:
 
     Attributes:
         config: The `DeploymentConfig` the clones were made by.
-        clones: Tuple of `Clone(scope, device)`.
+        clones: Tuple of `PlacedClone(scope, device)`.
         variables_device: Device string, home of every variable, or a tuple
             of those that the weights of the model are divided among.
         inputs_device: Device string, where the global batch arrives.
@@ -72,7 +72,7 @@ class Deployment:
     def __init__(
         self,
         config: DeploymentConfig,
-        clones: tuple[Clone, ...],
+        clones: tuple[PlacedClone, ...],
         options: StepOptions,
         model: keras.Model | None = None,
     ) -> None:

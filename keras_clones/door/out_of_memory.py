@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from keras_clones import _tf
 from keras_clones.devices.naming import canonical_device
-from keras_clones.devices.placement import Clone, short_name
+from keras_clones.devices.placement import PlacedClone, short_name
 from keras_clones.look.page import readable
 
 _ALLOCATION = re.compile(
@@ -18,12 +18,12 @@ _ALLOCATION = re.compile(
 _BYTES = re.compile(r"allocate ([\d.]+ ?[KMGT]?i?B|\d+ bytes)")
 
 
-def for_good(error: Any, clones: Sequence[Clone]) -> Exception:
+def for_good(error: Any, clones: Sequence[PlacedClone]) -> Exception:
     """Return the error of a batch that does not fit row by row.
 
     Args:
         error: The `tf.errors.ResourceExhaustedError` of its step.
-        clones: Sequence of `Clone`s.
+        clones: Sequence of `PlacedClone`s.
     """
     device, needs = _what_failed(error, clones)
     return _error(
@@ -53,7 +53,7 @@ def _error(cause: Any, message: str) -> Exception:
     return tf.errors.ResourceExhaustedError(cause.node_def, cause.op, message)
 
 
-def _what_failed(error: Any, clones: Sequence[Clone]) -> tuple[str, str]:
+def _what_failed(error: Any, clones: Sequence[PlacedClone]) -> tuple[str, str]:
     """Return on which device what could not be had, as far as it is told."""
     if found := _ALLOCATION.search(error.message):
         sizes, kind, where = found.groups()

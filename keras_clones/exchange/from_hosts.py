@@ -9,13 +9,13 @@ import tensorflow as tf
 from keras_clones.cluster import watch
 from keras_clones.cluster.host_datasets import OneByOne
 from keras_clones.devices import hosts
-from keras_clones.devices.placement import Clone
+from keras_clones.devices.placement import PlacedClone
 from keras_clones.tensors import by_host, sharding
 from keras_clones.tensors.by_host import HostBatch
 
 
 def clones_of_hosts(
-    batch: HostBatch, clones: Sequence[Clone]
+    batch: HostBatch, clones: Sequence[PlacedClone]
 ) -> list[list[int]] | None:
     """Return the indices of the clones of each host that has rows.
 

@@ -13,7 +13,7 @@ from keras_clones.clone.inputs import TowerInput
 from keras_clones.clone.state import Variables
 from keras_clones.devices.clocks import Clocks, seconds_now
 from keras_clones.devices.moving import device_of
-from keras_clones.devices.placement import Clone
+from keras_clones.devices.placement import PlacedClone
 from keras_clones.exchange import errors
 from keras_clones.exchange.batch_norm import over_clones
 from keras_clones.exchange.meeting import run_side_by_side
@@ -34,7 +34,7 @@ class Layout(NamedTuple):
     """
 
     home: str
-    clones: Sequence[Clone]
+    clones: Sequence[PlacedClone]
     shards: sharding.Shards
     inputs: list[TowerInput]
     stay: Sequence[int]
@@ -81,14 +81,14 @@ def read_seeds(variables: Variables) -> list[tf.Tensor]:
 def send_mirrors(
     values: Sequence[tf.Tensor | None],
     homes: Sequence[str],
-    clones: Sequence[Clone],
+    clones: Sequence[PlacedClone],
 ) -> list[list[tf.Tensor | None]]:
     """Send each clone one mirror of every variable.
 
     Args:
         values: Sequence of the variables' values, `None` for what is not sent.
         homes: Sequence of device strings, where each of them is.
-        clones: Sequence of `Clone`s.
+        clones: Sequence of `PlacedClone`s.
     """
     devices = [clone.device for clone in clones]
     mirrors: list[dict[int, Any]] = [{} for _ in clones]
@@ -105,7 +105,7 @@ class Group(NamedTuple):
     """The clones that rows are laid out over, and what all of them go by.
 
     Attributes:
-        clones: Sequence of `Clone`s.
+        clones: Sequence of `PlacedClone`s.
         home: Device string, where the variables are.
         random: String, `"global"` lets clones draw what one device draws for
             their rows, `"clones"` lets each draw numbers of its own.
@@ -115,7 +115,7 @@ class Group(NamedTuple):
             works through. Empty: each has one.
     """
 
-    clones: Sequence[Clone]
+    clones: Sequence[PlacedClone]
     home: str
     random: str = "clones"
     clocks: Clocks | None = None

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from keras_clones import _keras
-from keras_clones.devices.placement import Clone
+from keras_clones.devices.placement import PlacedClone
 
 Combine = Callable[[list[Any]], list[Any]]
 
@@ -108,12 +108,12 @@ def meet(name: str, value: Any, combine: Combine) -> Any:
 
 
 def run_side_by_side(
-    clones: Sequence[Clone], function: Callable[[int], Any]
+    clones: Sequence[PlacedClone], function: Callable[[int], Any]
 ) -> list[Any]:
     """Call a function once a clone, each in its scope and on its device.
 
     Args:
-        clones: Sequence of `Clone`s.
+        clones: Sequence of `PlacedClone`s.
         function: Function of the index of the clone. It may call `meet`.
 
     Returns:
@@ -163,7 +163,7 @@ class _Here:
         self.keras_state = _keras.thread_state()
 
     def call(
-        self, clone: Clone, function: Callable[[int], Any], index: int
+        self, clone: PlacedClone, function: Callable[[int], Any], index: int
     ) -> Any:
         with contextlib.ExitStack() as stack:
             if self.graph is not None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from keras_clones.devices.placement import Clone, short_name
+from keras_clones.devices.placement import PlacedClone, short_name
 from keras_clones.look.footprint import Flow, Footprint
 from keras_clones.look.report import (
     AT_HOME,
@@ -35,7 +35,7 @@ class Labels(NamedTuple):
 
 
 def label(
-    clones: Sequence[Clone],
+    clones: Sequence[PlacedClone],
     homes: Homes,
     rows: Sequence[int] | None,
     footprint: Footprint | None,

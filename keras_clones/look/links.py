@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 
 from keras_clones.devices.hosts import host_name, host_of
-from keras_clones.devices.placement import Clone
+from keras_clones.devices.placement import PlacedClone
 from keras_clones.look.footprint import Flow, Footprint
 
 
 def bytes_by_link(
-    clones: Sequence[Clone],
+    clones: Sequence[PlacedClone],
     main: str,
     rows: Sequence[int] | None,
     footprint: Footprint,
@@ -20,7 +20,7 @@ def bytes_by_link(
     computed of them at home, go to and from each clone.
 
     Args:
-        clones: Sequence of `Clone`s.
+        clones: Sequence of `PlacedClone`s.
         main: Device string, where the batch arrives and losses are added up.
         rows: Sequence of integers, the rows of each clone, or `None`.
         footprint: `Footprint` of the model.
@@ -46,7 +46,7 @@ def bytes_by_link(
 
 
 def _by_host(
-    clones: Sequence[Clone], rows: Sequence[int] | None
+    clones: Sequence[PlacedClone], rows: Sequence[int] | None
 ) -> Mapping[str, int | None]:
     """Return the rows of each host's clones."""
     found: dict[str, int | None] = {}

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
-from keras_clones.devices.placement import Clone, short_name, short_names
+from keras_clones.devices.placement import PlacedClone, short_name, short_names
 from keras_clones.look.footprint import Flow, Footprint
 from keras_clones.look.links import bytes_by_link
 from keras_clones.look.page import Page, Table, readable
@@ -18,7 +18,7 @@ Homes: TypeAlias = Mapping[str, tuple[str, ...]]
 
 
 def deployment_page(
-    clones: Sequence[Clone],
+    clones: Sequence[PlacedClone],
     homes: Homes,
     rows: Sequence[int] | None,
     footprint: Footprint | None,
@@ -27,7 +27,7 @@ def deployment_page(
     """Return the page of a deployment.
 
     Args:
-        clones: Sequence of `Clone`s.
+        clones: Sequence of `PlacedClone`s.
         homes: Dict of tuples of device strings by what is there: `"variables"`,
             `"optimizer"` and `"inputs"`.
         rows: Sequence of integers, the rows of a batch that each clone gets,
@@ -77,7 +77,7 @@ def _remedy(why_not: str) -> str:
 
 
 def _clone_table(
-    clones: Sequence[Clone],
+    clones: Sequence[PlacedClone],
     home: tuple[str, ...],
     rows: Sequence[int] | None,
     footprint: Footprint | None,
@@ -203,7 +203,7 @@ def _home_table(
 
 
 def device_bytes(
-    clones: Sequence[Clone],
+    clones: Sequence[PlacedClone],
     homes: Homes,
     rows: Sequence[int] | None,
     footprint: Footprint,

@@ -116,7 +116,7 @@ def create_clones(
 
 def call_clones(
     home: str,
-    placed: Sequence[placement.Clone],
+    placed: Sequence[placement.PlacedClone],
     call: Call,
     foreseen: Sequence[keras.Variable],
 ) -> list[Clone]:
@@ -124,7 +124,7 @@ def call_clones(
 
     Args:
         home: Device string, where the variables live.
-        placed: Sequence of `placement.Clone`s.
+        placed: Sequence of `placement.PlacedClone`s.
         call: `Call` to make.
         foreseen: Sequence of the `keras.Variable`s that are likely to be read.
     """
@@ -146,7 +146,9 @@ def call_clones(
 def layout_of(home: str, clones: Sequence[Clone]) -> laying_out.Layout:
     """Return where clones are, for what sends and merges what they have."""
     many = len(clones)
-    placed = [placement.Clone(clone.scope, clone.device) for clone in clones]
+    placed = [
+        placement.PlacedClone(clone.scope, clone.device) for clone in clones
+    ]
     shards = sharding.divide(many, many)
     return laying_out.Layout(home, placed, shards, inputs=[], stay=[])
 

@@ -20,7 +20,7 @@ class Mirrors:
 
     Args:
         home: Device string, where the variables live.
-        clones: Sequence of `placement.Clone`s.
+        clones: Sequence of `placement.PlacedClone`s.
         foreseen: Sequence of the `keras.Variable`s that are likely to be read.
             Their mirrors are sent together, packed. The mirror of any other
             variable is sent by itself when a clone reads it.
@@ -32,7 +32,7 @@ class Mirrors:
     def __init__(
         self,
         home: str,
-        clones: Sequence[placement.Clone],
+        clones: Sequence[placement.PlacedClone],
         foreseen: Sequence[keras.Variable] = (),
     ) -> None:
         self.home = home

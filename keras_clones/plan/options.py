@@ -8,7 +8,7 @@ from keras_clones.clone.state import Policies
 from keras_clones.devices.balance import Balance
 from keras_clones.devices.clocks import Clocks
 from keras_clones.devices.homes import Homes
-from keras_clones.devices.placement import Clone
+from keras_clones.devices.placement import PlacedClone
 from keras_clones.exchange.laying_out import Group
 from keras_clones.plan.watch import Watch
 from keras_clones.tensors import pieces
@@ -35,7 +35,7 @@ class StepOptions(NamedTuple):
     many pieces each clone works through, one after the other.
     """
 
-    clones: tuple[Clone, ...]
+    clones: tuple[PlacedClone, ...]
     homes: Homes
     loss: str
     batch_norm: str
@@ -89,25 +89,28 @@ class StepOptions(NamedTuple):
         return self.layer_losses if self.num_turns > 1 else "mean"
 
     def divide(
-        self, shards: Shards, clones: Sequence[Clone]
-    ) -> tuple[Pieces, Sequence[Clone]]:
+        self, shards: Shards, clones: Sequence[PlacedClone]
+    ) -> tuple[Pieces, Sequence[PlacedClone]]:
         """Divide the shards of clones into pieces.
 
         Returns:
-            Tuple `(pieces, clones)`: `Pieces`, and a `Clone` for each of them.
+            Tuple `(pieces, clones)`: `Pieces`, and a `PlacedClone` for each
+            of them.
         """
         found = pieces.divide(shards, self.pieces)
         if self.pieces == 1:
             return found, clones
         return found, [
-            Clone(f"{clone.scope or 'clone_0'}/piece_{turn}", clone.device)
+            PlacedClone(
+                f"{clone.scope or 'clone_0'}/piece_{turn}", clone.device
+            )
             for clone, own in zip(clones, found.turns, strict=True)
             for turn in range(len(own))
         ]
 
     def group(
         self,
-        clones: Sequence[Clone],
+        clones: Sequence[PlacedClone],
         training: bool,
         loss_scale: Any = 1.0,
         turns: Sequence[range] = (),

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from keras_clones import _keras
 from keras_clones.clone import layer_losses
-from keras_clones.clone.changes import Notes, by_rows, find_changes
+from keras_clones.clone.changes import Notes, Ran, by_rows, find_changes
 from keras_clones.clone.inputs import (
     TowerInput,
     Weights,
@@ -112,11 +112,8 @@ class Tower:
         changes, notes = find_changes(
             self._model,
             self._variables,
-            inputs,
-            scope,
+            Ran(inputs, scope, weights, is_alike),
             self._options.policies,
-            weights,
-            is_alike,
             from_zero,
         )
         output = self._weigh(scope, weights, forward, changes, gradients)
