@@ -61,10 +61,9 @@ def check(found, expected, floatx="float64"):
 def test_clones_of_two_hosts_train_as_one_device():
     found = launch(
         "train.py",
-        *("--cases", "batch_norm,own_step"),
-        *("--variables", "spread,greedy", "--each", "1"),
+        *("--cases", "batch_norm", "--variables", "spread"),
     )
-    check(found, 2)
+    check(found, 1)
 
 
 # Replicas, clones of each, parameter servers, and homes of the weights, of

@@ -403,7 +403,7 @@ def world():
     )
 
 
-@pytest.mark.full_but("well", "interrupted")
+@pytest.mark.full_but("interrupted")
 @pytest.mark.parametrize("ends", ["well", "interrupted", "failing"])
 def test_the_model_stays_as_it_is(ends, monkeypatch, untimed):
     keras.utils.set_random_seed(3)

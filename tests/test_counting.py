@@ -169,7 +169,7 @@ def in_clones(monkeypatch):
     return found
 
 
-@pytest.mark.full_but("float64-masked-3", "float64-two_outputs-3")
+@pytest.mark.full_but("float64-two_outputs-3")
 @pytest.mark.parametrize("num_clones", [2, 3, 4])
 @pytest.mark.parametrize("name", CASES)
 def test_entries_count_as_on_one_device(name, num_clones, floatx, in_clones):

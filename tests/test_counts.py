@@ -218,6 +218,7 @@ def before(operation):
     return found
 
 
+@pytest.mark.full_but("True")
 @pytest.mark.parametrize("small", [False, True])
 def test_gradients_leave_a_small_clone_as_they_are_made(small, monkeypatch):
     if not small:

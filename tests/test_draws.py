@@ -276,7 +276,7 @@ def test_compiled(float64):
     compare(lambda: of_rows(Axes), X, **options)
 
 
-@pytest.mark.full_but("in_short")
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("steps", "kinds"),
     [(2, [NoiseShapes]), (2, FUNCTIONS), (None, FUNCTIONS)],

@@ -149,9 +149,7 @@ ACCEPTED = {
 }
 
 
-@pytest.mark.full_but(
-    "dropout and normalization-3", "state with a policy-3", "a scalar loss-3"
-)
+@pytest.mark.full_but("dropout and normalization-3")
 @pytest.mark.parametrize("num_clones", [2, 3])
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_what_is_accepted_trains_the_same(name, num_clones, float64):

@@ -1070,3 +1070,22 @@ def tf_context():
     from tensorflow.python.eager import context
 
     return context.context()
+
+
+def test_losses_are_wrapped_and_put_back():
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile(loss="mse")
+    x, y = keras.ops.ones((3, 2)), keras.ops.zeros((3, 1))
+    model.evaluate(x, y, verbose=0)
+    [held] = _keras.compiled_losses(model)
+    seen = []
+
+    def wrap(i, loss):
+        seen.append((i, loss))
+        return lambda y, y_pred, sample_weight: loss(y, y_pred) * 0 + 7
+
+    with _keras.wrapping_losses(model, wrap):
+        assert float(model.compute_loss(x, y, model(x))) == 7
+    assert seen == [(0, held)]
+    assert _keras.compiled_losses(model) == [held]
+    assert float(model.compute_loss(x, y, model(x))) != 7

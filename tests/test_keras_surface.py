@@ -96,6 +96,7 @@ def test_not_a_number_ends_training():
         assert model.stop_training
 
 
+@pytest.mark.full
 def test_training_goes_on_where_it_stopped_on_other_clones(tmp_path, float64):
     model, _ = learn(None, [], epochs=6)
     backup = keras.callbacks.BackupAndRestore(

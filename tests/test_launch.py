@@ -256,6 +256,7 @@ sys.exit(int(sys.argv[1]))
 """
 
 
+@pytest.mark.full
 def test_one_script_runs_in_every_process(script, capfd):
     run = bounded(script(ONE_SCRIPT, "0"), 2, ps=1)
     assert launch(run) == 0

@@ -92,7 +92,7 @@ def test_trains_the_same_weights(num_clones, pieces, loss, float64):
     assert deployment(model).pieces == pieces
 
 
-@pytest.mark.full_but("own step")
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("make", "options"),
     [

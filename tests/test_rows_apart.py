@@ -302,6 +302,7 @@ def test_looks_again_when_cloned_again():
     assert len(found) == 1
 
 
+@pytest.mark.full
 def test_one_row_tells_nothing():
     make, _ = MIXING["nested"]
     model, found = fit(make, rows=5, batch=1)

@@ -41,7 +41,7 @@ def plain(name, floatx):
     return train(name, eagerly=floatx == "float32")
 
 
-@pytest.mark.full_but("float64-two_by_two-3", "float32-convnet-4")
+@pytest.mark.full_but("float64-two_by_two-3")
 @pytest.mark.parametrize("num_clones", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("name", cases.MODELS)
 def test_clones_train_the_same_model(name, num_clones, floatx):

@@ -77,7 +77,7 @@ def fit(model, data, folder, summaries, update_freq=1, **kwargs):
     return read(folder)
 
 
-@pytest.mark.full_but("clones-False", "gather-False")
+@pytest.mark.full_but("clones-False")
 @pytest.mark.parametrize(
     ("loss", "eagerly"),
     [("clones", False), ("gather", False), ("clones", True)],

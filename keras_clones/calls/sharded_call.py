@@ -13,7 +13,11 @@ from keras_clones.calls import call_tower, forward, looks, pullback, sharing
 from keras_clones.calls.arguments import Arguments, LayerCall
 from keras_clones.calls.body import Body
 from keras_clones.clone import layer_losses, state
-from keras_clones.clone.tables import large_tables, looked_up_at_home
+from keras_clones.clone.tables import (
+    large_tables,
+    looked_up_at_home,
+    writes_rows,
+)
 from keras_clones.devices import balance
 from keras_clones.exchange import (
     arrivals,
@@ -149,7 +153,7 @@ def _trace(
     if known and key in calls.towers:
         return calls.towers[key]
     devices = [clone.device for clone in layout.clones]
-    with looked_up_at_home(tables):
+    with looked_up_at_home(tables, writes_rows(calls.model)):
         made = call_tower.trace(
             body,
             layout,

@@ -39,9 +39,22 @@ def is_large(table: keras.Variable) -> bool:
     return table.shape.num_elements() * size >= LARGE_BYTES
 
 
+def writes_rows(model: keras.Model) -> bool:
+    """Say whether an optimizer of a model updates single rows of a table.
+
+    TensorFlow then copies the table whenever all of it is read.
+    """
+    kinds = keras.optimizers.SGD, keras.optimizers.RMSprop
+    return any(
+        type(one) is keras.optimizers.Adagrad
+        or (type(one) in kinds and not one.momentum)
+        for one in _keras.optimizers(model)
+    )
+
+
 @contextlib.contextmanager
 def looked_up_at_home(
-    tables: Sequence[keras.Variable],
+    tables: Sequence[keras.Variable], by_rows: bool = False
 ) -> Iterator[None]:
     """Look rows up where the table is, for the time of a trace.
 
@@ -49,6 +62,11 @@ def looked_up_at_home(
     variables have and Keras's lack. Theirs runs ResourceGather, which makes
     every later assignment copy the table first. A gather from a plain read,
     which is what Keras does, leaves it in place.
+
+    Args:
+        tables: Sequence of the variables that are looked up.
+        by_rows: Boolean, whether updates write single rows: then it is the
+            plain read that copies the table. Defaults to `False`.
     """
 
     def read(table: keras.Variable) -> object:
@@ -56,6 +74,9 @@ def looked_up_at_home(
             indices: tf.Tensor, name: str | None = None
         ) -> tf.Tensor:
             with tf.device(device_of(table)):
+                if by_rows:
+                    value = _keras.tf_variable(table)
+                    return value.sparse_read(indices, name)
                 value = tf.convert_to_tensor(table.value)
                 return tf.gather(value, indices, name=name)
 

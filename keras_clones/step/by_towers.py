@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from keras_clones import _keras
 from keras_clones.calls import looks
-from keras_clones.clone.tables import looked_up_at_home
+from keras_clones.clone.tables import looked_up_at_home, writes_rows
 from keras_clones.exchange import (
     bringing_home,
     from_hosts,
@@ -48,7 +48,7 @@ def trace_towers(
     if counted:
         inputs = [one._replace(counts=counts) for one in layout.inputs]
         layout = layout._replace(inputs=inputs)
-    with looked_up_at_home(plan.tables):
+    with _tables_at_home(step):
         towers = _towers(step, layout)
         tower = tracing.trace(towers, layout, plan.synchronized)
     if tower.returns is not None:
@@ -159,7 +159,7 @@ def run_by_towers(
     """Run a step whose clones compute their own losses and gradients."""
     model, variables = step.model, step.variables.trainable
     first = _look_at_rows(step)
-    with first, looked_up_at_home(step.plan.tables):
+    with first, _tables_at_home(step):
         result = combine.run(
             step,
             layout,
@@ -173,6 +173,10 @@ def run_by_towers(
         apply(model, result.gradients, variables, step.options)
     with tf.name_scope("update_metrics"):
         return _update_metrics(step, result)
+
+
+def _tables_at_home(step: Step) -> contextlib.AbstractContextManager[None]:
+    return looked_up_at_home(step.plan.tables, writes_rows(step.model))
 
 
 def _look_at_rows(step: Step) -> contextlib.AbstractContextManager[None]:
