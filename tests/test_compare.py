@@ -18,7 +18,13 @@ from keras import layers
 from keras_clones import Comparison, clone_model, compare, deployment
 from keras_clones.__main__ import main
 from keras_clones.clone import layer_losses, state
-from keras_clones.comparing import comparing, history, kept_batches, timing
+from keras_clones.comparing import (
+    comparing,
+    history,
+    kept_batches,
+    timing,
+    training,
+)
 from keras_clones.devices import placement
 from keras_clones.tensors import sharding
 
@@ -700,3 +706,18 @@ def test_command_says_what_is_wrong(program, capsys):
             main(["compare", *arguments])
         assert end.value.code == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.full
+def test_the_kernel_of_adam_is_no_difference_in_float32(untimed, monkeypatch):
+    monkeypatch.setattr(training, "SPREAD", 1)
+    model = cases.compiled("mlp")
+    found = compared(model, num_clones=[2], dtype="float32")
+    assert found.same
+    moments = [
+        one.largest
+        for one in found.runs[1].differences
+        if one.name.endswith("_velocity")
+    ]
+    # TensorFlow's `1 - beta_2` is this much off.
+    assert moments and max(moments) == pytest.approx(1.3e-5, rel=0.1)

@@ -137,9 +137,10 @@ def test_every_page_is_in_the_navigation():
 def test_the_reference_has_every_public_name():
     named = re.findall(r"^::: (\S+)$", PAGES["reference.md"], re.MULTILINE)
     public = [f"keras_clones.{name}" for name in keras_clones.__all__]
+    # Of what is called so, `keras_clones.Clone` is something else.
+    public.append("keras_clones.model_deploy.Clone")
     assert sorted(named) == sorted(public)
-    lists = {*keras_clones.__all__, *model_deploy.__all__}
-    assert lists == set(keras_clones.__all__)
+    assert {*model_deploy.__all__} - {*keras_clones.__all__} == {"Clone"}
 
 
 def test_pictures_are_those_that_pages_show():

@@ -19,6 +19,9 @@ from keras_clones.comparing.records import NOISE, Difference
 # What is taken for rounding, by the type of numbers, as the package's own
 # tests do.
 _FLOORS = {"float64": 1e-10, "float32": 1e-5}
+# In float32 TensorFlow's kernel of Adam takes `1 - beta_2` for another number,
+# 1.3e-5 of it off, and so is the second moment. The weights are not.
+_SECOND_MOMENT = 2e-5
 # And so many times what plain Keras itself comes apart by when its weights
 # change in the last place. An operation rounds once; a step has many, and
 # those of clones add up in another order.
@@ -121,7 +124,15 @@ def train_plain(source: Source, batches: Batches, dtype: str | None) -> Plain:
         by_order = bool((moved > _limits(own, floor)).any())
         own = own if by_order else np.maximum(own, moved)
     limits = _limits(own, floor)
+    if floor > _FLOORS["float64"] and _has_adam(model):
+        moments = [name.endswith("_velocity") for name in names]
+        limits[:, moments] = np.maximum(limits[:, moments], _SECOND_MOMENT)
     return Plain(history, names, kinds, limits, drew, unseeded, by_order)
+
+
+def _has_adam(model: keras.Model) -> bool:
+    kinds = keras.optimizers.Adam, keras.optimizers.AdamW
+    return any(type(one) in kinds for one in _keras.optimizers(model))
 
 
 def train_against(
