@@ -88,6 +88,31 @@ def test_large_tables_train_the_same(make, loss, eagerly, num_clones, float64):
     assert cases.difference(expected, received) < 1e-12
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "by_rows"),
+    [
+        *(("sgd", True), ("adagrad", True), ("rmsprop", True)),
+        *(("adam", False), (keras.optimizers.SGD(momentum=0.9), False)),
+    ],
+)
+def test_a_table_that_is_written_by_rows_is_read_by_rows(optimizer, by_rows):
+    """Else TensorFlow copies all of it whenever it is read."""
+    model = clone_model(pooled(), 2)
+    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy())
+    assert tables.writes_rows(model) == by_rows
+    if optimizer not in ("sgd", "adam"):
+        return
+
+    @tf.function
+    def step(x, y):
+        return model.train_step((x, y))
+
+    x, y = (tf.constant(array) for array in data())
+    library = step.get_concrete_function(x, y).graph.as_graph_def().library
+    kinds = {n.op for f in library.function for n in f.node_def}
+    assert ("ResourceGather" in kinds) == by_rows
+
+
 @pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
 @pytest.mark.parametrize("limit", [1 << 20, 1 << 40])
 def test_only_rows_of_a_large_table_travel(limit, dtype, monkeypatch):
@@ -97,7 +122,7 @@ def test_only_rows_of_a_large_table_travel(limit, dtype, monkeypatch):
         model = clone_model(pooled(), 2)
     finally:
         keras.config.set_dtype_policy("float32")
-    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy())
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy())
 
     @tf.function
     def step(x, y):
