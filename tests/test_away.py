@@ -150,10 +150,16 @@ def test_replicas_that_step_by_themselves_are_refused(tmp_path):
 
 @pytest.mark.full
 def test_a_slow_replica_is_named_and_gets_fewer_rows(tmp_path):
-    found = run("slow.py", "FOUND", tmp_path, ps=0)
-    # Twelve times the work, on cores that other processes may use, too.
-    for seconds in (found["hosts"], found["own"]):
-        assert seconds["worker 1"] > 1.5 * seconds["worker 0"]
+    # Other processes may use the cores too, and take the difference away.
+    for _ in range(3):
+        found = run("slow.py", "FOUND", tmp_path, ps=0)
+        ratios = [
+            seconds["worker 1"] / seconds["worker 0"]
+            for seconds in (found["hosts"], found["own"])
+        ]
+        if min(ratios) > 1.5 and found["sizes"][0] > 25:
+            break
+    assert min(ratios) > 1.5
     assert "All wait for worker 1 (clone_1)" in found["verdict"]
     lane = "clone_1 on /job:worker/task:1/CPU:0"
     assert found["phases"][lane]["on another host"] > 0

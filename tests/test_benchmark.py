@@ -337,10 +337,10 @@ def test_clones_run_in_a_process_of_their_own():
 
 @pytest.mark.full
 def test_memory_is_that_of_the_process_and_not_of_its_parent():
-    code = "from keras_clones.benchmark import cell\n"
-    code += "before = cell._peak_resident()\n"
+    code = "from keras_clones.look import resident\n"
+    code += "before = resident.peak()\n"
     code += "held = bytearray(b'1') * (50 << 20)\n"
-    code += "print(cell._peak_resident() - before)"
+    code += "print(resident.grown(before) / (1 << 20))"
     held = bytearray(b"1") * (1 << 30)
     grown = float(subprocess.check_output([sys.executable, "-c", code]))
     assert len(held) == 1 << 30

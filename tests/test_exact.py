@@ -198,8 +198,10 @@ def drop_in_dense(monkeypatch):
 
     @functools.wraps(call)
     def call_on_dropped(self, inputs, *args, **kwargs):
-        kept = keras.random.dropout(inputs, 0.2, seed=self.seed_generator)
-        return call(self, kept, *args, **kwargs)
+        if not isinstance(inputs, tf.SparseTensor):
+            seed = self.seed_generator
+            inputs = keras.random.dropout(inputs, 0.2, seed=seed)
+        return call(self, inputs, *args, **kwargs)
 
     monkeypatch.setattr(L.Dense, "build", build_with_seed)
     monkeypatch.setattr(L.Dense, "call", call_on_dropped)
