@@ -453,12 +453,12 @@ def test_a_convnet_is_bound_by_compute(tmp_path):
 
 @pytest.mark.full
 def test_a_large_table_with_a_tiny_batch_is_bound_by_its_update(tmp_path):
-    # Clones compute with a few rows of it. Adam updates all of them.
+    # Clones compute with a few rows of it. Keras's Adam updates all of them.
     table = layers.Embedding(200_000, 64)
     model = keras.Sequential(
         [keras.Input((4,)), table, layers.Flatten(), layers.Dense(10)]
     )
-    model = compile_and_clone(model, 2)
+    model = clone_model(compile_and_clone(model, 2), 2, update="keras")
     data = rows(6, 2, 4, classes=10)
     report = profiled(model, data, tmp_path / "step").report
     assert report.bound_by == "update"
