@@ -77,6 +77,12 @@ def gradients(by_rows, dtype, steps=STEPS):
         yield (values, ids) if by_rows else (values[: SHAPE[0]], ids)
 
 
+def gradient_of(values, ids, by_rows):
+    if by_rows:
+        return tf.IndexedSlices(values, ids, tf.constant(SHAPE))
+    return values
+
+
 def trained(make, how, dtype, by_rows, steps=STEPS):
     """Return a variable and its slots after some steps."""
     rng = np.random.default_rng(1)
@@ -88,9 +94,7 @@ def trained(make, how, dtype, by_rows, steps=STEPS):
 
     @tf.function(autograph=False)
     def step(values, ids):
-        gradient = values
-        if by_rows:
-            gradient = tf.IndexedSlices(values, ids, tf.constant(SHAPE))
+        gradient = gradient_of(values, ids, by_rows)
         with faster([optimizer], how):
             optimizer.apply([gradient], [variable])
 
@@ -320,9 +324,7 @@ def test_an_update_runs_beside_its_variable(name, by_rows, all_large):
 
     @tf.function(autograph=False)
     def step(values, ids):
-        gradient = values
-        if by_rows:
-            gradient = tf.IndexedSlices(values, ids, tf.constant(SHAPE))
+        gradient = gradient_of(values, ids, by_rows)
         with faster([optimizer], "auto"), beside_data(optimizer, homes):
             optimizer.apply([gradient], [variable])
 

@@ -27,6 +27,9 @@ class TowerInput(NamedTuple):
     of their own from waiting for each other. Where layers draw what one device
     draws, `total` is of shape (rows of the global batch, 0), and a fourth of
     the `numbers` says which of these rows is the first of the clone.
+    `counts` has a float64 number for each loss that does not divide by the
+    number of entries, what it divides by on the global batch, and `None` for
+    the others; it is `None` where all do.
     """
 
     mirrors: list[tf.Tensor | None]

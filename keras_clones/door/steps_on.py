@@ -93,12 +93,9 @@ def _maker(
             make(force=force)
         finally:
             model.jit_compile = jit_compile
+        variables = functools.partial(at_home.all_variables, model)
         function = guarded.guard(
-            model,
-            made,
-            name,
-            getattr(model, name),
-            lambda: at_home.all_variables(model),
+            model, made, name, getattr(model, name), variables
         )
         if made.pieces_grow:
             function = growing.Growing(
@@ -106,7 +103,7 @@ def _maker(
                 made,
                 name,
                 function,
-                lambda: at_home.all_variables(model),
+                variables,
                 functools.partial(_step_in_more, model, made, name),
             )
         setattr(model, name, function)

@@ -32,12 +32,11 @@ def way(
     decays = [getattr(optimizer, name, 0.0) for name in _AVERAGES]
     if not all(_is_near(1 - np.array(d, dtype.name), 1 - d) for d in decays):
         return None
-    if isinstance(optimizer, keras.optimizers.RMSprop):
-        # The kernel keeps a momentum, also where it is zero.
-        if not optimizer.momentum > 0:
-            return None
-        return _centered_rmsprop if optimizer.centered else _rmsprop
-    return _WAYS.get(type(optimizer))
+    kind = type(optimizer)
+    # The kernel keeps a momentum, also where it is zero.
+    if kind is keras.optimizers.RMSprop and not optimizer.momentum > 0:
+        return None
+    return _WAYS.get(kind)
 
 
 def _is_near(found: Any, expected: float) -> bool:
@@ -112,32 +111,21 @@ def sgd(update: Update) -> None:
 
 
 def _rmsprop(update: Update) -> None:
-    velocity, momentum, _ = update.slots
-    _ops.ResourceApplyRMSProp(
-        var=update.variable.handle,
-        ms=velocity.handle,
-        mom=momentum.handle,
-        lr=update.rate,
-        rho=update.number("rho"),
-        momentum=update.number("momentum"),
-        epsilon=update.number("epsilon"),
-        grad=update.gradient,
-    )
-
-
-def _centered_rmsprop(update: Update) -> None:
     velocity, momentum, average = update.slots
-    _ops.ResourceApplyCenteredRMSProp(
-        var=update.variable.handle,
-        mg=average.handle,
-        ms=velocity.handle,
-        mom=momentum.handle,
-        lr=update.rate,
-        rho=update.number("rho"),
-        momentum=update.number("momentum"),
-        epsilon=update.number("epsilon"),
-        grad=update.gradient,
-    )
+    arguments = {
+        "var": update.variable.handle,
+        "ms": velocity.handle,
+        "mom": momentum.handle,
+        "lr": update.rate,
+        "rho": update.number("rho"),
+        "momentum": update.number("momentum"),
+        "epsilon": update.number("epsilon"),
+        "grad": update.gradient,
+    }
+    if average is None:
+        _ops.ResourceApplyRMSProp(**arguments)
+    else:
+        _ops.ResourceApplyCenteredRMSProp(**arguments, mg=average.handle)
 
 
 def _adadelta(update: Update) -> None:
@@ -189,6 +177,7 @@ _WAYS = {
     keras.optimizers.Adam: _adam,
     keras.optimizers.AdamW: _adam,
     keras.optimizers.SGD: sgd,
+    keras.optimizers.RMSprop: _rmsprop,
     keras.optimizers.Adadelta: _adadelta,
     keras.optimizers.Adamax: _adamax,
     keras.optimizers.Ftrl: _ftrl,
