@@ -63,6 +63,24 @@ def set_mask(tensor: Any, mask: Any) -> None:
         _set_keras_mask(tensor, mask)
 
 
+def masked_epsilon() -> float:
+    """Return what Keras adds to the number of entries that a mask keeps.
+
+    The mean of a masked loss is a sum divided by that number, and Keras 3.12
+    adds to it lest it divide by zero; later versions look.
+    """
+    return keras.config.epsilon() if _adds_epsilon() else 0.0
+
+
+@functools.cache
+def _adds_epsilon() -> bool:
+    with tf.init_scope():
+        one = tf.ones([1, 1], "float64")
+        set_mask(one, tf.constant([True]))
+        loss = keras.losses.MeanAbsoluteError(dtype="float64")
+        return float(loss(tf.zeros_like(one), one)) != 1.0
+
+
 def set_tf_variable(variable: keras.Variable, new: tf.Variable) -> None:
     """Give a Keras variable another TensorFlow variable to hold its value."""
     variable._value = new
@@ -852,6 +870,14 @@ def shuffle_arrays(epochs: Any, shuffle: Callable[[Any], Any]) -> Any:
         epochs: The batches of a `fit`.
         shuffle: Function of a tensor of row numbers.
     """
+    adapter = epochs.data_adapter
+    if hasattr(adapter, "_tf_shuffle"):
+        # Keras 3.16 has a method for it.
+        adapter._tf_shuffle = shuffle
+        try:
+            return adapter.get_tf_dataset()
+        finally:
+            del adapter._tf_shuffle
     held, mine = tf.random.shuffle, threading.get_ident()
 
     def instead(value: Any, *args: Any, **kwargs: Any) -> Any:
@@ -861,7 +887,7 @@ def shuffle_arrays(epochs: Any, shuffle: Callable[[Any], Any]) -> Any:
 
     tf.random.shuffle = instead
     try:
-        return epochs.data_adapter.get_tf_dataset()
+        return adapter.get_tf_dataset()
     finally:
         tf.random.shuffle = held
 

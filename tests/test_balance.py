@@ -100,7 +100,8 @@ def test_auto_measures_settles_and_says_so(capsys, float64):
     assert first > 60 and first + second == pytest.approx(100, abs=0.2)
     assert printed.count("shares='auto'") == 1
     sizes = deployment(cloned).shard_sizes(30)
-    assert sizes == [round(0.3 * first), 30 - round(0.3 * first)]
+    # What is printed is rounded to a tenth of a percent.
+    assert sum(sizes) == 30 and abs(sizes[0] - 0.3 * first) <= 0.5 + 0.3 * 0.05
     before = deployment(cloned).balance.fractions.numpy()
     cloned.fit(x[:60], y[:60], batch_size=30, shuffle=False, verbose=0)
     np.testing.assert_array_equal(

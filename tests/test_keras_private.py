@@ -265,6 +265,16 @@ def test_what_compile_made_of_its_losses():
     assert _keras.loss_function(keras.losses.CTC()) is not None
 
 
+@pytest.mark.parametrize("valid", [1, 2])
+def test_a_masked_loss_divides_by_what_it_keeps(valid):
+    """Keras 3.12 adds an epsilon to the number of entries, later ones none."""
+    y_pred = tf.ones([2, 1], "float64")
+    _keras.set_mask(y_pred, tf.constant([True, valid == 2]))
+    loss = keras.losses.MeanSquaredError(dtype="float64")
+    expected = valid / (valid + _keras.masked_epsilon())
+    np.testing.assert_allclose(loss(np.zeros([2, 1]), y_pred), expected, 1e-15)
+
+
 def test_losses_of_outputs_have_trackers():
     inputs = keras.Input((2,))
     outputs = [keras.layers.Dense(1)(inputs) for _ in range(2)]

@@ -127,6 +127,7 @@ def divisor(
 
     - Keras, `losses/loss.py`: `Loss.__call__` and `reduce_weighted_values`.
     """
+    by_weights = loss.reduction == "mean_with_sample_weight"
     masks = [_keras.get_mask(y_pred)]
     ignored = _ignored_class(loss)
     if ignored is not None:
@@ -134,11 +135,12 @@ def divisor(
             y = tf.squeeze(y, -1)
         masks.append(tf.not_equal(y, tf.cast(ignored, y.dtype)))
     weights = [tf.cast(mask, tf.float64) for mask in masks if mask is not None]
-    if loss.reduction == "mean_with_sample_weight" and (
-        sample_weight is not None
-    ):
+    if by_weights and sample_weight is not None:
         weights.append(tf.cast(sample_weight, tf.float64))
-    return tf.reduce_sum(_product(weights)) if weights else None
+    if not weights:
+        return None
+    added = 0.0 if by_weights else _keras.masked_epsilon()
+    return tf.reduce_sum(_product(weights)) + added
 
 
 def _product(weights: Sequence[tf.Tensor]) -> tf.Tensor:
