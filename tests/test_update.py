@@ -12,7 +12,7 @@ from keras_clones.devices.homes import Homes
 from keras_clones.devices.naming import canonical_device
 from keras_clones.exchange.beside_data import beside_data
 from keras_clones.model_deploy import DeploymentConfig, deploy
-from keras_clones.update import compiled, update
+from keras_clones.update import compiled, rows, update
 from keras_clones.update.update import faster
 
 SHAPE = (64, 8)
@@ -137,6 +137,36 @@ def test_it_is_the_update_of_keras(
     record_property(
         "update", [name, kind, way.get(ways[0], "Keras's"), dtype, found]
     )
+
+
+@pytest.mark.full_but("auto-Adadelta", "auto-RMSprop(centered=True)")
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "Adafactor", "Lamb", "Muon"])
+@pytest.mark.parametrize("how", ["auto", "keras"])
+def test_it_is_known_who_writes_rows(name, how, all_large):
+    """What reads of the table cost goes by it, in plain Keras, too."""
+    make = OPTIMIZERS.get(name) or getattr(optimizers, name)
+    variable, optimizer = keras.Variable(np.ones(SHAPE, "float32")), make()
+    optimizer.build([variable])
+
+    @tf.function(autograph=False)
+    def step(values, ids):
+        with faster([optimizer], how):
+            optimizer.apply([gradient_of(values, ids, True)], [variable])
+
+    specs = tf.TensorSpec([80, SHAPE[1]]), tf.TensorSpec([80], tf.int64)
+    graph = step.get_concrete_function(*specs).graph
+    handles = {
+        id(inner)
+        for outer, inner in graph.captures
+        if outer is variable.value.handle
+    }
+    writes = {
+        operation.type
+        for operation in graph.get_operations()
+        if not handles.isdisjoint(map(id, operation.inputs))
+    }
+    by_rows = any(kind.startswith("ResourceScatter") for kind in writes)
+    assert writes and by_rows == rows.writes_rows(optimizer)
 
 
 OPTIONS = {

@@ -13,11 +13,7 @@ from keras_clones.calls import call_tower, forward, looks, pullback, sharing
 from keras_clones.calls.arguments import Arguments, LayerCall
 from keras_clones.calls.body import Body
 from keras_clones.clone import layer_losses, state
-from keras_clones.clone.tables import (
-    large_tables,
-    looked_up_at_home,
-    writes_rows,
-)
+from keras_clones.clone.tables import large_tables, looked_up_at_home
 from keras_clones.devices import balance
 from keras_clones.exchange import (
     arrivals,
@@ -30,6 +26,7 @@ from keras_clones.exchange.batch_norm import synchronized_layers
 from keras_clones.plan import in_pieces, inexact
 from keras_clones.plan.build import build_by_call
 from keras_clones.tensors import sharding
+from keras_clones.update.update import writes_rows
 
 
 def call(

@@ -39,19 +39,6 @@ def is_large(table: keras.Variable) -> bool:
     return table.shape.num_elements() * size >= LARGE_BYTES
 
 
-def writes_rows(model: keras.Model) -> bool:
-    """Say whether an optimizer of a model updates single rows of a table.
-
-    TensorFlow then copies the table whenever all of it is read.
-    """
-    kinds = keras.optimizers.SGD, keras.optimizers.RMSprop
-    return any(
-        type(one) is keras.optimizers.Adagrad
-        or (type(one) in kinds and not one.momentum)
-        for one in _keras.optimizers(model)
-    )
-
-
 @contextlib.contextmanager
 def looked_up_at_home(
     tables: Sequence[keras.Variable], by_rows: bool = False

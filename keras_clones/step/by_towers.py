@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from keras_clones import _keras
 from keras_clones.calls import looks
-from keras_clones.clone.tables import looked_up_at_home, writes_rows
+from keras_clones.clone.tables import looked_up_at_home
 from keras_clones.exchange import (
     bringing_home,
     from_hosts,
@@ -22,6 +22,7 @@ from keras_clones.step.applying import apply, record
 from keras_clones.step.begin import Step, unpack
 from keras_clones.step.tower import Tower
 from keras_clones.tensors import sharding
+from keras_clones.update.update import writes_rows
 
 
 def trace_towers(

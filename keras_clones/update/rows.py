@@ -37,9 +37,19 @@ def way(
 ) -> Callable[[Update], None] | None:
     """Return the function that updates by rows, `None` if none does."""
     kind = type(optimizer)
-    if kind is keras.optimizers.SGD and not optimizer.momentum:
+    # Keras's own writes the rows and has no slots: there is nothing to gain.
+    if kind is keras.optimizers.SGD and writes_rows(optimizer):
         return None
     return _WAYS.get(kind)
+
+
+def writes_rows(optimizer: keras.optimizers.Optimizer) -> bool:
+    """Say whether single rows of a table are written, and not all of it.
+
+    Keras's own updates and those of this file do alike.
+    """
+    momentum = getattr(optimizer, "momentum", 0.0)
+    return type(optimizer) in _ROW_WRITERS and not momentum
 
 
 def _rows(gradient: tf.IndexedSlices) -> _Rows:
@@ -203,4 +213,12 @@ _WAYS = {
     keras.optimizers.Adagrad: _adagrad,
     keras.optimizers.Adadelta: _adadelta,
     keras.optimizers.Lion: _lion,
+}
+# What they do with momentum goes over the whole table.
+_ROW_WRITERS = {
+    keras.optimizers.Adadelta,
+    keras.optimizers.Adafactor,
+    keras.optimizers.Adagrad,
+    keras.optimizers.RMSprop,
+    keras.optimizers.SGD,
 }

@@ -37,6 +37,14 @@ def faster(
         yield
 
 
+def writes_rows(model: keras.Model) -> bool:
+    """Say whether an optimizer of a model updates single rows of a table.
+
+    TensorFlow then copies the table whenever all of it is read.
+    """
+    return any(map(rows.writes_rows, _parts(_keras.optimizers(model))))
+
+
 def _parts(
     optimizers: Iterable[keras.optimizers.Optimizer | None],
 ) -> list[keras.optimizers.Optimizer]:
