@@ -7,7 +7,7 @@ held. Once a batch of some size fits, nothing is kept for others of that size.
 """
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -25,28 +25,17 @@ class Growing:
     """A step function that runs again in more pieces where memory ends.
 
     Args:
-        model: A cloned `keras.Model`.
-        made: Its `Deployment`.
-        name: String, which of its step functions it is.
-        function: The step function, which `guarded.guard` made.
-        variables: Function that returns all variables that a step may change.
+        step: `guarded.StepFunction`, whose function `guarded.guard` made.
         regrown: Function that puts steps of more pieces on the model.
     """
 
     def __init__(
-        self,
-        model: keras.Model,
-        made: Deployment,
-        name: str,
-        function: Callable[..., Any],
-        variables: Callable[[], Iterable[keras.Variable]],
-        regrown: Callable[[], None],
+        self, step: guarded.StepFunction, regrown: Callable[[], None]
     ) -> None:
-        self._model = model
-        self._made = made
-        self._name = name
-        self._function = function
-        self._variables = variables
+        self._model, self._made = step.model, step.made
+        self._name = step.name
+        self._function = step.function
+        self._variables = step.variables
         self._regrown = regrown
         self._fitting: list[Any] = []
 

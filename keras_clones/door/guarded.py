@@ -1,7 +1,7 @@
 """Step functions of a cloned model that can fail without harm."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -17,38 +17,37 @@ from keras_clones.tensors.by_host import joined
 from keras_clones.warn import RefusedError
 
 
-def guard(
-    model: keras.Model,
-    made: Deployment,
-    name: str,
-    function: Callable[..., Any],
-    variables: Callable[[], Iterable[keras.Variable]],
-) -> Callable[..., Any]:
-    """Return a step function that can be called again after it has failed.
+class StepFunction(NamedTuple):
+    """A step function of a cloned model, and what it takes to run it again.
 
-    A `tf.function` whose first trace failed cannot be, so it is made anew.
-
-    Args:
+    Attributes:
         model: A cloned `keras.Model`.
         made: Its `Deployment`.
         name: String, which of its step functions it is.
-        function: The step function.
-        variables: Function that returns all variables that a step may change.
+        function: The step function itself.
+        variables: Function that returns all variables that it may change.
     """
 
+    model: keras.Model
+    made: Deployment
+    name: str
+    function: Callable[..., Any]
+    variables: Callable[[], Iterable[keras.Variable]]
+
+
+def guard(step: StepFunction) -> Callable[..., Any]:
+    """Return a step function that can be called again after it has failed.
+
+    A `tf.function` whose first trace failed cannot be, so it is made anew.
+    """
+    made = step.made
+
     def run(*args: Any) -> Any:
-        if name != "train_function":
-            return function(*args)
+        if step.name != "train_function":
+            return step.function(*args)
         if made.looks is None or made.looks.is_settled:
-            return function(*args)
-        return _run_and_look(
-            model,
-            made,
-            made.looks,
-            lambda: function(*args),
-            variables,
-            args[0],
-        )
+            return step.function(*args)
+        return _run_and_look(step, made.looks, args)
 
     def step_function(*args: Any) -> Any:
         try:
@@ -58,7 +57,7 @@ def guard(
         except (StopIteration, tf.errors.OutOfRangeError):
             raise
         except Exception as error:
-            setattr(model, name, None)
+            setattr(step.model, step.name, None)
             if message := sharding.disagreement(error):
                 raise ValueError(message) from error
             errors.add_note_of_run(error, len(made.clones))
@@ -68,24 +67,20 @@ def guard(
 
 
 def _run_and_look(
-    model: keras.Model,
-    made: Deployment,
-    found: looks.Looks,
-    run: Callable[[], Any],
-    variables: Callable[[], Iterable[keras.Variable]],
-    data: Any,
+    step: StepFunction, found: looks.Looks, args: Sequence[Any]
 ) -> Any:
     """Run a step, then look whether rows stay apart in what it called.
 
     What is refused is undone: a look within a running step would wait for
     the threads that the step runs in.
     """
+    model, made = step.model, step.made
     exact = made.exact
-    undo = remember(model, variables()) if exact else None
+    undo = remember(model, step.variables()) if exact else None
     found.refused = None
     try:
         with found.deferred():
-            result = run()
+            result = step.function(*args)
     except (StopIteration, tf.errors.OutOfRangeError):
         raise
     except Exception as error:
@@ -94,7 +89,7 @@ def _run_and_look(
         # Rows that know each other may be what it failed by.
         findings = found.findings()
         if not findings and not isinstance(error, RefusedError):
-            findings = _look_at_next(model, made, found, data)
+            findings = _look_at_next(model, made, found, args[0])
         _tell(found, findings, exact, undo, error)
         raise
     _tell(found, found.findings(), exact, undo)

@@ -93,17 +93,17 @@ def _maker(
             make(force=force)
         finally:
             model.jit_compile = jit_compile
-        variables = functools.partial(at_home.all_variables, model)
-        function = guarded.guard(
-            model, made, name, getattr(model, name), variables
+        step = guarded.StepFunction(
+            model,
+            made,
+            name,
+            getattr(model, name),
+            functools.partial(at_home.all_variables, model),
         )
+        function = guarded.guard(step)
         if made.pieces_grow:
             function = growing.Growing(
-                model,
-                made,
-                name,
-                function,
-                variables,
+                step._replace(function=function),
                 functools.partial(_step_in_more, model, made, name),
             )
         setattr(model, name, function)
