@@ -63,9 +63,7 @@ def trace(body: Body, layout: laying_out.Layout, how: Tracing) -> CallTower:
     made = tracing.callable_tower(
         body.layer,
         _keeping(body, how),
-        how.inline,
-        how.jit_compile,
-        exact=body.exact,
+        tracing.TowerOptions(how.inline, how.jit_compile, body.exact),
         by_python=body,
     )
     tower = tracing.trace(made, layout, how.synchronized, how.in_graph)

@@ -85,7 +85,7 @@ def _shard(calls: sharing.Calls, one: LayerCall) -> forward.Sharded:
     )
     pieces, turns = options.divide(shards, clones)
     variables = state.model_variables(layer)
-    tables = [] if calls.jit_compile else large_tables(layer)
+    tables = _tables(calls, layer)
     read = sharing.read(calls, layer, variables, tables, clones)
     # Read once: a call that a tape runs again draws the same again.
     seeds = laying_out.read_seeds(variables)
@@ -104,10 +104,15 @@ def _shard(calls: sharing.Calls, one: LayerCall) -> forward.Sharded:
         values=read.values,
         mirrors=pieces.spread(read.mirrors),
         lay_out=functools.partial(laying_out.lay_out, divided, group, seeds),
-        trace=functools.partial(_trace, calls, body, tables),
+        trace=functools.partial(_trace, calls, body),
         busy=_busy(calls),
         is_synchronized=bool(_synchronized(calls, layer, turns)),
     )
+
+
+def _tables(calls: sharing.Calls, layer: keras.Layer) -> list[keras.Variable]:
+    """Return the tables of a layer that its clones look up at home."""
+    return [] if calls.jit_compile else large_tables(layer)
 
 
 def _busy(
@@ -131,7 +136,6 @@ def _busy(
 def _trace(
     calls: sharing.Calls,
     body: Body,
-    tables: Sequence[keras.Variable],
     layout: laying_out.Layout,
     watched: bool,
     in_graph: bool,
@@ -150,6 +154,7 @@ def _trace(
     if known and key in calls.towers:
         return calls.towers[key]
     devices = [clone.device for clone in layout.clones]
+    tables = _tables(calls, body.layer)
     with looked_up_at_home(tables, writes_rows(calls.model)):
         made = call_tower.trace(
             body,

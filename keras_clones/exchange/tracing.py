@@ -65,13 +65,26 @@ class CallableTower(NamedTuple):
     exact: bool
 
 
+class TowerOptions(NamedTuple):
+    """How a tower function runs.
+
+    Attributes:
+        inline: Boolean, whether it becomes part of the step's graph, which it
+            cannot where XLA compiles it.
+        jit_compile: Boolean, whether XLA compiles the function.
+        exact: Boolean, whether to refuse what could differ from one device.
+    """
+
+    inline: bool
+    jit_compile: bool
+    exact: bool
+
+
 def callable_tower(
     layer: keras.Layer,
     tower: Callable[[TowerInput], tuple[Any, Any]],
-    inline: bool,
-    jit_compile: bool,
+    options: TowerOptions,
     returns: Callable[[Any], Any] = lambda output: output,
-    exact: bool = False,
     by_python: Callable[[TowerInput], tuple[Any, Any]] | None = None,
 ) -> CallableTower:
     """Make a tower function callable from any place of a graph.
@@ -79,12 +92,8 @@ def callable_tower(
     Args:
         layer: The `keras.Layer` that it calls.
         tower: Function from `TowerInput` to an output and notes.
-        inline: Boolean, whether it becomes part of the step's graph, which it
-            cannot where XLA compiles it.
-        jit_compile: Boolean, whether XLA compiles the function.
+        options: `TowerOptions`.
         returns: Function of the output that keeps what is needed of it.
-        exact: Boolean, whether to refuse what could differ from one device.
-            Defaults to `False`.
         by_python: Function that is called in place of the tower where that
             is not traced. Defaults to `None`: the tower itself.
     """
@@ -94,6 +103,7 @@ def callable_tower(
         returned[:] = tower(inputs)
         return returns(returned[0])
 
+    inline, jit_compile, exact = options
     function = tf.function(
         run_tower, autograph=False, **function_options(inline, jit_compile)
     )

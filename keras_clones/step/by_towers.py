@@ -129,28 +129,18 @@ def _split(step: Step, num: int) -> tuple[sharding.Shards, list[Any]]:
 
 def _towers(step: Step, layout: laying_out.Layout) -> tracing.CallableTower:
     """Return the tower function of a step, callable from any place."""
-    model, options = step.model, step.options
-    with_metrics = step.plan.metrics_in_clones
-    tower = Tower(
-        model,
-        step.variables,
-        options,
-        training=step.training,
-        with_metrics=with_metrics,
-        may_be_idle=layout.shards.may_be_idle,
-    )
-    needed = step.plan.outputs_leave
+    options, needed = step.options, step.plan.outputs_leave
     devices = [clone.device for clone in options.clones]
+    inline = options.pieces == 1 and tracing.inlines(
+        devices, len(step.variables.trainable)
+    )
     return tracing.callable_tower(
-        model,
-        tower,
-        options.pieces == 1
-        and tracing.inlines(devices, len(step.variables.trainable)),
-        step.plan.jit_compile,
+        step.model,
+        Tower(step, layout.shards.may_be_idle),
+        tracing.TowerOptions(inline, step.plan.jit_compile, options.exact),
         lambda output: (
             output if needed else output._replace(outputs=None, masks=[])
         ),
-        options.exact,
     )
 
 

@@ -20,9 +20,9 @@ from keras_clones.clone.inputs import (
 )
 from keras_clones.clone.leftovers import kept_tensors
 from keras_clones.clone.scopes import CloneScope
-from keras_clones.clone.state import Changes, Variables
+from keras_clones.clone.state import Changes
 from keras_clones.plan import counting
-from keras_clones.plan.options import StepOptions
+from keras_clones.step.begin import Step
 from keras_clones.tensors import sharding
 
 
@@ -61,33 +61,25 @@ class Tower:
     be lost without a word.
 
     Args:
-        model: A built `keras.Model`.
-        variables: `Variables` of the model.
-        options: `StepOptions` of the deployment.
-        training: Boolean, what the model is called with. Gradients are
-            computed if so.
-        with_metrics: Boolean, whether the clone also updates the compiled
-            metrics, from zero, by its own shard.
+        step: `Step` whose clones run it. They compute gradients if it trains,
+            and update compiled metrics, from zero, by their own shards if it
+            is planned so.
         may_be_idle: Boolean, whether a clone may have no row of its own.
     """
 
-    def __init__(
-        self,
-        model: keras.Model,
-        variables: Variables,
-        options: StepOptions,
-        *,
-        training: bool,
-        with_metrics: bool,
-        may_be_idle: bool,
-    ) -> None:
+    def __init__(self, step: Step, may_be_idle: bool) -> None:
+        model = step.model
         self._model = model
-        self._variables = variables
-        self._options = options
-        self._training = training
+        self._variables = step.variables
+        self._options = step.options
+        self._training = step.training
         self._may_be_idle = may_be_idle
         self._trackers = _keras.loss_trackers(model)
-        self._metrics = _keras.metric_variables(model) if with_metrics else []
+        self._metrics = (
+            _keras.metric_variables(model)
+            if step.plan.metrics_in_clones
+            else []
+        )
 
     def __call__(self, inputs: TowerInput) -> tuple[TowerOutput, Notes]:
         """Return what a clone comes to, without side effects."""
