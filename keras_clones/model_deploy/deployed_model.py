@@ -10,7 +10,7 @@ from keras_clones.checks import check_choice
 from keras_clones.devices.config import DeploymentConfig
 from keras_clones.model_deploy.call import Call, check_arguments
 from keras_clones.model_deploy.clones import Clone
-from keras_clones.model_deploy.runner import Runner
+from keras_clones.model_deploy.runner import Runner, Training
 from keras_clones.update.update import CHOICES
 
 
@@ -112,18 +112,14 @@ def deploy(
             "every `tf.function`, or call `create_clones` and "
             "`optimize_clones` there."
         )
-    check_arguments(config, Call(model_fn, args, kwargs))
+    call = Call(model_fn, args, kwargs)
+    check_arguments(config, call)
     _check_training(optimizer, regularization_losses)
     check_choice("update", update, CHOICES)
     runner = Runner(
-        config=config,
-        model_fn=model_fn,
-        args=args,
-        kwargs=kwargs,
-        optimizer=optimizer,
-        summarize_gradients=summarize_gradients,
-        regularization_losses=regularization_losses,
-        update=update,
+        config,
+        call,
+        Training(optimizer, summarize_gradients, regularization_losses, update),
     )
     return DeployedModel(
         train_fn=None if optimizer is None else runner.train,

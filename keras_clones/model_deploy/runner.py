@@ -1,6 +1,6 @@
 """Run deployed clones, and keep what the last run came to."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -38,31 +38,35 @@ class Run(NamedTuple):
     gradients: list[tf.Tensor | None]
 
 
+class Training(NamedTuple):
+    """What clones are trained by; `deploy` says what each of them is."""
+
+    optimizer: Any
+    summarize_gradients: bool
+    regularization_losses: Any
+    update: str
+
+
 class Runner:
-    """Steps of a custom training loop on clones; `deploy` has the arguments.
+    """Steps of a custom training loop on clones.
+
+    Args:
+        config: A `DeploymentConfig`.
+        call: `Call` of what each clone runs, with the arguments that it gets
+            where a step is called without any.
+        training: `Training`.
 
     Attributes:
         clones: List of `Clone`s, with the outputs of the last run.
     """
 
     def __init__(
-        self,
-        config: DeploymentConfig,
-        model_fn: Callable[..., Any],
-        args: Sequence[Any] | None,
-        kwargs: Mapping[str, Any] | None,
-        optimizer: keras.optimizers.Optimizer | None,
-        summarize_gradients: bool,
-        regularization_losses: Any,
-        update: str = "auto",
+        self, config: DeploymentConfig, call: Call, training: Training
     ) -> None:
-        self._update = update
         self._config = config
-        self._model_fn = model_fn
-        self._defaults = (args or (), kwargs or {})
-        self._optimizer: Any = optimizer
-        self._summarize_gradients = summarize_gradients
-        self._regularization_losses = regularization_losses
+        self._model_fn = call.model_fn
+        self._defaults = (call.args or (), call.kwargs or {})
+        self._training = training
         self._home = placement.main_home()
         self._trained: list[keras.Variable] = []
         self._read: list[keras.Variable] = []
@@ -78,7 +82,7 @@ class Runner:
         ]
         self._train = tf.function(self._train_step, autograph=False)
         self._evaluate = tf.function(self._evaluate_step, autograph=False)
-        if args or kwargs:
+        if call.args or call.kwargs:
             self._warn_of_a_whole_batch(*self._defaults)
             self._prepare(self._call(*self._defaults))
 
@@ -112,12 +116,12 @@ class Runner:
                 "`train_fn` or `total_loss` first."
             )
         if step is None:
-            if self._optimizer is None:
+            if self._training.optimizer is None:
                 raise ValueError(
                     "Argument `step` must be an integer where there is no "
                     "optimizer to count the steps. Received: step=None"
                 )
-            step = int(self._optimizer.iterations)
+            step = int(self._training.optimizer.iterations)
         with writer.as_default(step):
             self._write(self._last)
 
@@ -171,7 +175,7 @@ class Runner:
         outputs, read = rehearse(call.function(0), self._home, builds=True)
         self._read = read
         variables = list(read)
-        optimizer = self._optimizer
+        optimizer = self._training.optimizer
         if optimizer is not None:
             clone_losses.check_loss(outputs)
             variables += optimizer.variables
@@ -190,16 +194,16 @@ class Runner:
         self._prepared = True
 
     def _train_step(self, args: list[Any], kwargs: dict[str, Any]) -> Run:
-        clones = self._call_clones(args, kwargs)
+        clones, training = self._call_clones(args, kwargs), self._training
         extra = self._extra_losses()
         total, pairs = clone_losses.optimize_clones(
-            clones, self._optimizer, extra, var_list=self._trained
+            clones, training.optimizer, extra, var_list=self._trained
         )
         run = self._describe(clones, extra, total)
         with tf.device(self._home):
-            if self._summarize_gradients:
+            if training.summarize_gradients:
                 found = {id(variable): g for g, variable in pairs}
-                scale = self._optimizer.scale_loss(tf.ones(()))
+                scale = training.optimizer.scale_loss(tf.ones(()))
                 run = run._replace(
                     gradients=[
                         _unscaled(found.get(id(variable)), scale)
@@ -207,8 +211,8 @@ class Runner:
                     ]
                 )
             assign_merged(clones)
-            with faster([self._optimizer], self._update):
-                self._optimizer.apply_gradients(pairs)
+            with faster([training.optimizer], training.update):
+                training.optimizer.apply_gradients(pairs)
         return run
 
     def _evaluate_step(self, args: list[Any], kwargs: dict[str, Any]) -> Run:
@@ -229,7 +233,7 @@ class Runner:
         return call_clones(self._home, self._placed, call, self._read)
 
     def _extra_losses(self) -> Any:
-        losses = self._regularization_losses
+        losses = self._training.regularization_losses
         return list(losses()) if callable(losses) else losses
 
     def _describe(self, clones: list[Clone], extra: Any, total: Any) -> Run:
