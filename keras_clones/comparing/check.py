@@ -16,20 +16,19 @@ _DTYPES = (None, "float64", "float32")
 _NUMBERS = ("config", "devices", "num_clones", "model")
 
 
-def check(
-    num_clones: Any,
-    batch_size: Any,
-    steps: Any,
-    dtype: Any,
-    verbose: Any,
-    options: Mapping[str, Any],
-) -> list[int]:
-    """Check the arguments; return the numbers of clones that there can be."""
+def check_numbers(
+    batch_size: Any, steps: Any, dtype: Any, verbose: Any
+) -> None:
+    """Check all arguments but for the clones and their options."""
     if batch_size is not None:
         check_integer("batch_size", batch_size, 1)
     check_integer("steps", steps, 1)
     check_choice("dtype", dtype, _DTYPES)
     check_choice("verbose", verbose, (0, 1, 2))
+
+
+def check_counts(num_clones: Any, options: Mapping[str, Any]) -> list[int]:
+    """Check the clones' options; return the numbers of clones there can be."""
     _check_options(options)
     if isinstance(num_clones, (str, bytes)) or not isinstance(
         num_clones, Sequence

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -105,53 +105,53 @@ def compare(
     True
     """
     checks.check_backend()
-    counts = check.check(num_clones, batch_size, steps, dtype, verbose, options)
+    check.check_numbers(batch_size, steps, dtype, verbose)
+    counts = check.check_counts(num_clones, options)
     if isinstance(model, keras.Model):
         copies.check_compiled(model)
-    say = print if verbose else _say_nothing
+    asked = _Asked(counts, dtype, options, print if verbose else _say_nothing)
     batches = kept_batches.read(x, y, batch_size, steps)
     with copies.keeping_global_state(), warnings.catch_warnings():
         # What copies warn of is evidence, and not for the user to act on.
         warnings.simplefilter("ignore")
         source = copies.find_source(model, batches.parts[0])
-        return Comparison(
-            _compare(source, batches, counts, dtype, options, say)
-        )
+        return Comparison(_compare(source, batches, asked))
 
 
 def _say_nothing(text: str) -> None:
     pass
 
 
-def _compare(
-    source: Source,
-    batches: Batches,
-    counts: Sequence[int],
-    dtype: str | None,
-    options: dict[str, Any],
-    say: Callable[[str], None],
-) -> Findings:
+class _Asked(NamedTuple):
+    """What `compare` is asked for, and what it tells of itself by."""
+
+    counts: Sequence[int]
+    dtype: str | None
+    options: dict[str, Any]
+    say: Callable[[str], None]
+
+
+def _compare(source: Source, batches: Batches, asked: _Asked) -> Findings:
     """Train, judge, explain and time; return all that was found."""
-    steps = len(batches.parts)
+    say, options, steps = asked.say, asked.options, len(batches.parts)
     say(f"Training plain Keras for {steps} steps, and again to see rounding.")
-    plain, exact, note = _train_plain(source, batches, dtype)
+    plain, note = _train_plain(source, batches, asked.dtype)
 
     def train(n: int, more: Mapping[str, Any]) -> Run:
-        asked = joined(options, more)
-        run = _train_clones(source, batches, plain, exact, n, asked)
+        run = _train_clones(source, batches, plain, n, joined(options, more))
         run = run._replace(options=more)
         say(f"{run.name}: {_told(run)}.")
         return run
 
     def explain(run: Run) -> list[Cause]:
-        model = copies.copy_of(source, exact)
+        model = copies.copy_of(source, plain.dtype)
         return explaining.find(model, run, plain, options)
 
-    runs, causes = _judge(counts, train, explain)
+    runs, causes = _judge(asked.counts, train, explain)
     say("Timing a step of each, in turns.")
     noted = [batches.note, note, "" if plain.repeats else _NO_REPEAT]
     timed = timing.time_runs(source, batches, [Run(0), *runs], options)
-    judged_in = exact or keras.config.floatx()
+    judged_in = plain.dtype or keras.config.floatx()
     return Findings(
         runs=tuple(timed),
         causes=tuple(causes),
@@ -208,18 +208,16 @@ def _mend(
 
 def _train_plain(
     source: Source, batches: Batches, dtype: str | None
-) -> tuple[Plain, str | None, str]:
+) -> tuple[Plain, str]:
     """Train plain Keras in float64 if it can, else in the model's own type.
 
     Returns:
-        The `Plain`, the name of the type (`None` for the model's own) and
-        what to note of it.
+        The `Plain`, and what to note of the type.
     """
     if dtype == "float32":
-        return training.train_plain(source, batches, None), None, ""
+        return training.train_plain(source, batches, None), ""
     try:
-        plain = training.train_plain(source, batches, "float64")
-        return plain, "float64", ""
+        return training.train_plain(source, batches, "float64"), ""
     except (tf.errors.ResourceExhaustedError, MemoryError):
         raise
     except Exception as error:
@@ -232,25 +230,24 @@ def _train_plain(
         reason = training.first_line(error)
     plain = training.train_plain(source, batches, None)
     note = f"Judged in the model's own type, since float64 fails: {reason}"
-    return plain, None, note
+    return plain, note
 
 
 def _train_clones(
     source: Source,
     batches: Batches,
     plain: Plain,
-    dtype: str | None,
     n: int,
     options: Mapping[str, Any],
 ) -> Run:
     """Train a number of clones, and judge them by plain Keras."""
     try:
-        model = copies.copy_of(source, dtype)
+        model = copies.copy_of(source, plain.dtype)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             clone_model(model, num_clones=n, **options)
         found, warned = training.train_against(
-            model, batches, plain.history, dtype
+            model, batches, plain.history, plain.dtype
         )
     except Exception as error:
         return Run(n, failed=training.why_failed(error))

@@ -36,7 +36,8 @@ class Plain(NamedTuple):
     difference that rounding explains. `drew` has the places, among the
     variables, of seed generators that were advanced, and `drew_unseeded` says
     whether the one behind `keras.random` was. `by_order` says whether the
-    order of the rows matters.
+    order of the rows matters. `dtype` is the type of numbers that it trained
+    in, `None` for the model's own.
     """
 
     history: History
@@ -46,6 +47,7 @@ class Plain(NamedTuple):
     drew: list[int]
     drew_unseeded: bool
     by_order: bool
+    dtype: str | None
 
     @property
     def repeats(self) -> bool:
@@ -127,7 +129,7 @@ def train_plain(source: Source, batches: Batches, dtype: str | None) -> Plain:
     if floor > _FLOORS["float64"] and _has_adam(model):
         moments = [name.endswith("_velocity") for name in names]
         limits[:, moments] = np.maximum(limits[:, moments], _SECOND_MOMENT)
-    return Plain(history, names, kinds, limits, drew, unseeded, by_order)
+    return Plain(history, names, kinds, limits, drew, unseeded, by_order, dtype)
 
 
 def _has_adam(model: keras.Model) -> bool:
