@@ -64,13 +64,13 @@ def draw(labels: Labels) -> Any:
     axes.axis("off")
     axes.text(0.2, 0.3, labels.title, size=13, weight="bold", va="center")
     middle = 0.55 + inner / 2
-    _box(axes, _BATCH, middle, 1.1, labels.batch, "input")
+    _box(axes, _BATCH, (middle, 1.1), labels.batch, "input")
     stages = _draw_home(axes, labels, middle, inner)
     first = middle - _ROW * (len(labels.towers) - 1) / 2
     for i, tower in enumerate(labels.towers):
         y = first + i * _ROW
-        _box(axes, _SHARD, y, 0.5, labels.shards[i], "input")
-        _box(axes, _TOWER, y, 0.72, tower, "forward")
+        _box(axes, _SHARD, (y, 0.5), labels.shards[i], "input")
+        _box(axes, _TOWER, (y, 0.72), tower, "forward")
         _arrow(axes, (sum(_BATCH), middle), (_SHARD[0], y), "input")
         _arrow(axes, (sum(_SHARD), y), (_TOWER[0], y), "input")
         _write(axes, (sum(_SHARD) + _TOWER[0]) / 2, y, labels.to_towers[i])
@@ -90,28 +90,29 @@ def _draw_home(
     axes: Any, labels: Labels, middle: float, height: float
 ) -> list[float]:
     """Draw the variables device; return where its stages are."""
-    _box(axes, _HOME, middle, height, "", "other")
+    _box(axes, _HOME, (middle, height), "", "other")
     top = middle - height / 2
     x, width = _HOME
     axes.text(x + width / 2, top + 0.22, labels.home, ha="center", va="center")
     step = (height - 0.45) / len(labels.stages)
     stages = [top + 0.4 + step * (i + 0.5) for i in range(len(labels.stages))]
+    inside = x + 0.3, width - 0.6
     for y, text in zip(stages, labels.stages, strict=True):
-        _box(axes, (x + 0.3, width - 0.6), y, _STAGE * 0.78, text, "update")
+        _box(axes, inside, (y, _STAGE * 0.78), text, "update")
     return stages
 
 
 def _box(
     axes: Any,
-    place: tuple[float, float],
-    y: float,
-    height: float,
+    across: tuple[float, float],
+    down: tuple[float, float],
     text: str,
     phase: str,
 ) -> None:
+    """Draw a box: its left side and width, its middle and height."""
     from matplotlib.patches import FancyBboxPatch
 
-    x, width = place
+    (x, width), (y, height) = across, down
     axes.add_patch(
         FancyBboxPatch(
             (x, y - height / 2),
