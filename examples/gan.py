@@ -149,14 +149,18 @@ def make_model(n_critic=3):
     return model
 
 
-def train(num_clones, epochs, batch_size, images, folder, verbose="auto"):
-    """Train on clones, draw what the generator makes, and return the model."""
+def train(num_clones, epochs, batch_size, images, verbose="auto"):
+    """Train on clones.
+
+    Returns:
+        The model, and rows for `plot`: data, and what was made of noise.
+    """
     model = clone_model(make_model(), num_clones=num_clones)
     deployment(model).summary(batch_size)
     noise = np.random.default_rng(1).normal(size=(10, model.latent))
     noise = noise.astype(keras.config.floatx())
     stages = {round(share * epochs) for share in (0, 0.1, 0.25, 0.5, 1)}
-    drawn = []
+    drawn = [("data", images[:10])]
 
     def draw(epoch, logs=None):
         if epoch in stages:
@@ -175,14 +179,11 @@ def train(num_clones, epochs, batch_size, images, folder, verbose="auto"):
             )
         ],
     )
-    folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    plot([("data", images[:10]), *drawn], folder / "gan.png")
-    print(f"picture: {folder / 'gan.png'}")
-    return model
+    return model, drawn
 
 
-def plot(rows, path):
+def plot(rows, folder):
+    """Draw ten images a row into `gan.png` in a folder."""
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
@@ -193,8 +194,11 @@ def plot(rows, path):
             axis.imshow(image[..., 0], cmap="gray_r", vmin=0, vmax=1)
             axis.set(xticks=[], yticks=[])
         line[0].set_ylabel(name, rotation=0, ha="right", va="center")
+    path = pathlib.Path(folder) / "gan.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(figure)
+    print(f"picture: {path}")
 
 
 def compare(num_clones, epochs, batch_size, images):
@@ -237,7 +241,8 @@ def main():
     clones = take_devices(args.clones, without_gpu=4)
     keras.config.set_floatx("float64" if args.float64 else "float32")
     images = load_data()
-    train(clones, args.epochs, args.batch_size, images, args.folder)
+    _, drawn = train(clones, args.epochs, args.batch_size, images)
+    plot(drawn, args.folder)
     gap = compare(clones, 1, args.batch_size, images)
     print(
         f"an epoch on {clones} clones and on one device, in "

@@ -173,45 +173,33 @@ def write(model, prompt, length, context, seed=0):
     return bytes(codes).decode()
 
 
-def train(
-    num_clones,
-    codes,
-    epochs=4,
-    steps=100,
-    batch_size=32,
-    context=64,
-    width=128,
-    blocks=2,
-    heads=4,
-    device_memory=None,
-    pieces=1,
-    verbose=0,
-):
+def train(num_clones, codes, args):
     """Train; return the perplexity of text not seen, and what was written."""
     keras.utils.set_random_seed(0)
+    context, rows = args.context, args.batch_size
     split = len(codes) * 19 // 20
-    x, y = windows(codes[:split], steps * batch_size, context, seed=1)
-    validation = windows(codes[split:], 8 * batch_size, context, seed=2)
+    x, y = windows(codes[:split], args.steps * rows, context, seed=1)
+    validation = windows(codes[split:], 8 * rows, context, seed=2)
     model = clone_model(
-        make_model(context, width, blocks, heads),
+        make_model(context, args.width, args.blocks, args.heads),
         num_clones=num_clones,
-        pieces=pieces,
+        pieces=args.pieces,
     )
     model.compile(
         keras.optimizers.AdamW(2e-3),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     )
-    deployment(model).summary(batch_size)
+    deployment(model).summary(rows)
     history = model.fit(
         x,
         y,
-        batch_size=batch_size,
-        epochs=epochs,
+        batch_size=rows,
+        epochs=args.epochs,
         validation_data=validation,
         callbacks=[Perplexity()],
-        verbose=verbose,
+        verbose=0,
     ).history
-    print_memory(model, device_memory)
+    print_memory(model, args.device_memory)
     written = write(model, "def ", 200, context)
     print(f"the model writes:\n{written}")
     return history["val_perplexity"][-1], written
@@ -269,19 +257,7 @@ def main():
             f"{args.context}: pass a longer one with --text"
         )
     clones = take_devices(args.clones, 2, args.device_memory)
-    train(
-        clones,
-        codes,
-        epochs=args.epochs,
-        steps=args.steps,
-        batch_size=args.batch_size,
-        context=args.context,
-        width=args.width,
-        blocks=args.blocks,
-        heads=args.heads,
-        device_memory=args.device_memory,
-        pieces=args.pieces,
-    )
+    train(clones, codes, args)
 
 
 if __name__ == "__main__":

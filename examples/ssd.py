@@ -206,11 +206,8 @@ def train(args, callbacks=(), verbose="auto"):
     check_run(folder, args.resume)
     classes, training, validation = load_samples(args, folder / "shapes")
     print(f"{len(training)} training images, {len(validation)} to validate")
-    anchors = make_anchors(args.image_size)  # (anchors, 4)
     steps = -(-len(training) // args.batch_size)
-    to_validate = validation_data(
-        validation, anchors, args.image_size, args.batch_size
-    )
+    to_validate = validation_data(validation, args.image_size, args.batch_size)
 
     model = make_model(args.image_size, len(classes))
     model = clone_model(model, num_clones=args.clones)
@@ -231,7 +228,6 @@ def train(args, callbacks=(), verbose="auto"):
         model.fit(
             training_data(
                 training,
-                anchors,
                 args.image_size,
                 args.batch_size,
                 args.seed,
@@ -252,6 +248,7 @@ def train(args, callbacks=(), verbose="auto"):
         )
     model.save(folder / "ssd.keras")
 
+    anchors = make_anchors(args.image_size)  # (anchors, 4)
     detections = detect(anchors, model.predict(to_validate, verbose=0))
     precision = average_precision(validation, detections, len(classes))
     for name, value in zip(classes, precision, strict=True):

@@ -6,19 +6,18 @@ a run that was stopped goes on with the batches it would have had.
 
 import numpy as np
 import tensorflow as tf
-from ssd_boxes import to_targets
+from ssd_boxes import make_anchors, to_targets
 from ssd_voc import decode
 
 WHOLE = (0.0, 0.0, 1.0, 1.0)
 GREY = 0.5
 
 
-def training_data(samples, anchors, image_size, batch_size, seed, epochs):
+def training_data(samples, image_size, batch_size, seed, epochs):
     """Return the batches of some epochs, one after the other.
 
     Args:
         samples: List of `Sample`.
-        anchors: Array of shape (anchors, 4).
         image_size: Integer, the pixels of a side.
         batch_size: Integer; the last batch of an epoch may be smaller.
         seed: Integer.
@@ -27,7 +26,7 @@ def training_data(samples, anchors, image_size, batch_size, seed, epochs):
     Returns:
         A `tf.data.Dataset` of (images, targets).
     """
-    columns = _columns(samples)
+    columns, anchors = _columns(samples), make_anchors(image_size)
     count = len(samples)
 
     def load(image, boxes, labels, key):
@@ -53,7 +52,7 @@ def training_data(samples, anchors, image_size, batch_size, seed, epochs):
     )
 
 
-def validation_data(samples, anchors, image_size, batch_size):
+def validation_data(samples, image_size, batch_size):
     """Return the batches of all samples as they are, in their order."""
 
     def load(image, boxes, labels):
@@ -62,7 +61,7 @@ def validation_data(samples, anchors, image_size, batch_size):
     return (
         tf.data.Dataset.from_tensor_slices(_columns(samples))
         .map(load, tf.data.AUTOTUNE)
-        .map(_with_targets(anchors), tf.data.AUTOTUNE)
+        .map(_with_targets(make_anchors(image_size)), tf.data.AUTOTUNE)
         .batch(batch_size)
         .prefetch(tf.data.AUTOTUNE)
     )

@@ -225,7 +225,7 @@ def draw_shapes(folder, num_train=800, num_val=200, seed=0, size=128):
             image, boxes, kinds = draw_image(rng, size)
             jpeg = tf.io.encode_jpeg(image, quality=95).numpy()
             (folder / "JPEGImages" / f"{name}.jpg").write_bytes(jpeg)
-            write_annotation(folder, name, size, size, boxes, kinds)
+            write_annotation(folder, name, (size, size), boxes, kinds)
         listing = folder / "ImageSets" / "Main" / f"{split}.txt"
         listing.write_text("\n".join(names) + "\n")
 
@@ -274,8 +274,9 @@ def draw_image(rng, size):
     return np.clip(image, 0, 255).astype("uint8"), boxes, kinds
 
 
-def write_annotation(folder, name, height, width, boxes, kinds):
+def write_annotation(folder, name, size, boxes, kinds):
     """Write the XML file of an image, for boxes whose ends are left out."""
+    height, width = size
     objects = "".join(
         f"<object><name>{kind}</name><difficult>0</difficult><bndbox>"
         f"<xmin>{box[1] + 1}</xmin><ymin>{box[0] + 1}</ymin>"

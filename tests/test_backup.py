@@ -8,6 +8,7 @@ import random
 import re
 import subprocess
 import sys
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -111,19 +112,29 @@ def generator():
             yield x[i : i + BATCH], y[i : i + BATCH]
 
 
-def train(folder, make, data, after=None, callbacks=list, save_freq=1):
+class Case(NamedTuple):
+    """A training: functions that make what it needs, and where it stops."""
+
+    make: Any
+    data: Any
+    stops: tuple = (3, 7)
+    callbacks: Any = list
+    save_freq: Any = 1
+
+
+def train(folder, case, after=None):
     """Train a model, that is made here, until it fails or is done."""
     # As in a new process: `set_random_seed` leaves the generator that layers
     # share as it is on Keras 3.12.
     keras.backend.clear_session(free_memory=False)
-    model = make()
-    others = callbacks()
+    model = case.make()
+    others = case.callbacks()
     fails = [] if after is None else [Fails(after)]
-    arguments = {"epochs": EPOCHS, "verbose": 0} | data()
+    arguments = {"epochs": EPOCHS, "verbose": 0} | case.data()
     # Whatever the state of other generators is, the order is the same.
     random.seed()
     tf.random.set_seed(random.randrange(1000))
-    backup = Backup(folder, save_freq, seed=9)
+    backup = Backup(folder, case.save_freq, seed=9)
     try:
         model.fit(**arguments, callbacks=[backup, *others, *fails])
     except InterruptedError:
@@ -159,11 +170,11 @@ def check_same(one, other):
             np.testing.assert_array_equal(left, right)
 
 
-def interrupted(folder, *args, stops, **kwargs):
-    for after in stops:
-        assert train(folder, *args, after=after, **kwargs) is None
+def interrupted(folder, case):
+    for after in case.stops:
+        assert train(folder, case, after) is None
         assert os.path.exists(folder) == (after > 1)
-    done = train(folder, *args, **kwargs)
+    done = train(folder, case)
     assert not os.path.exists(folder)
     return done
 
@@ -239,69 +250,57 @@ def own():
 
 
 CASES = {
-    "arrays": (mlp, arrays, {}),
-    "arrays_by_batch": (mlp, functools.partial(arrays, shuffle="batch"), {}),
-    "arrays_in_order": (mlp, functools.partial(arrays, shuffle=False), {}),
-    "arrays_over_epochs": (
+    "arrays": Case(mlp, arrays),
+    "arrays_by_batch": Case(mlp, functools.partial(arrays, shuffle="batch")),
+    "arrays_in_order": Case(mlp, functools.partial(arrays, shuffle=False)),
+    "arrays_over_epochs": Case(
         mlp,
         functools.partial(arrays, steps_per_epoch=4, epochs=2),
-        {"stops": (3, 4)},
+        stops=(3, 4),
     ),
-    "validated": (
-        mlp,
-        functools.partial(arrays, validation_split=0.2),
-        {"stops": (3, 4, 3)},
+    "validated": Case(
+        mlp, functools.partial(arrays, validation_split=0.2), stops=(3, 4, 3)
     ),
-    "dataset": (mlp, dataset, {}),
+    "dataset": Case(mlp, dataset),
     # After the last batch of an epoch, too, before its end is known.
-    "dataset_unknown": (
-        mlp,
-        functools.partial(dataset, unknown=True),
-        {"stops": (7, 8)},
+    "dataset_unknown": Case(
+        mlp, functools.partial(dataset, unknown=True), stops=(7, 8)
     ),
-    "dataset_over_epochs": (
-        mlp,
-        functools.partial(dataset, repeated=True, steps_per_epoch=5),
-        {},
+    "dataset_over_epochs": Case(
+        mlp, functools.partial(dataset, repeated=True, steps_per_epoch=5)
     ),
-    "dataset_unknown_over_epochs": (
+    "dataset_unknown_over_epochs": Case(
         mlp,
         functools.partial(dataset, unknown=True, steps_per_epoch=2),
-        {"stops": (2, 3)},
+        stops=(2, 3),
     ),
-    "sequence": (mlp, lambda: {"x": Sequence()}, {}),
-    "sequence_in_order": (mlp, lambda: {"x": Sequence(), "shuffle": False}, {}),
-    "generator": (mlp, lambda: {"x": generator(), "steps_per_epoch": 4}, {}),
-    "dropout": (dropping, arrays, {}),
-    "averages": (averaging, arrays, {}),
-    "two_at_once": (two_at_once, arrays, {"stops": (4, 8)}),
-    "two_at_once_unknown": (
-        two_at_once,
-        functools.partial(dataset, unknown=True),
-        {"stops": (8,)},
+    "sequence": Case(mlp, lambda: {"x": Sequence()}),
+    "sequence_in_order": Case(mlp, lambda: {"x": Sequence(), "shuffle": False}),
+    "generator": Case(mlp, lambda: {"x": generator(), "steps_per_epoch": 4}),
+    "dropout": Case(dropping, arrays),
+    "averages": Case(averaging, arrays),
+    "two_at_once": Case(two_at_once, arrays, stops=(4, 8)),
+    "two_at_once_unknown": Case(
+        two_at_once, functools.partial(dataset, unknown=True), stops=(8,)
     ),
-    "clones": (cloned, arrays, {"stops": (8,)}),
-    "stopping": (
+    "clones": Case(cloned, arrays, stops=(8,)),
+    "stopping": Case(
         mlp,
         functools.partial(arrays, epochs=12),
-        {"callbacks": stopping, "stops": (8, 15)},
+        callbacks=stopping,
+        stops=(8, 15),
     ),
-    "scheduling": (
-        averaging,
-        arrays,
-        {"callbacks": scheduling, "stops": (4, 4, 8)},
+    "scheduling": Case(
+        averaging, arrays, callbacks=scheduling, stops=(4, 4, 8)
     ),
-    "own_step": (
-        own,
-        functools.partial(dataset, unknown=True),
-        {"stops": (7,)},
-    ),
-    "epochs": (mlp, arrays, {"save_freq": "epoch", "stops": (8, 8)}),
-    "every_fourth": (mlp, arrays, {"save_freq": 4, "stops": (7, 7, 9)}),
-    "all_of_it": (
+    "own_step": Case(own, functools.partial(dataset, unknown=True), stops=(7,)),
+    "epochs": Case(mlp, arrays, save_freq="epoch", stops=(8, 8)),
+    "every_fourth": Case(mlp, arrays, save_freq=4, stops=(7, 7, 9)),
+    "all_of_it": Case(
         averaging,
         functools.partial(arrays, validation_split=0.2),
-        {"callbacks": scheduling, "stops": (3, 6)},
+        callbacks=scheduling,
+        stops=(3, 6),
     ),
 }
 
@@ -309,11 +308,8 @@ CASES = {
 @pytest.mark.full_but("clones", "own_step")
 @pytest.mark.parametrize("name", CASES)
 def test_goes_on_as_if_never_interrupted(name, tmp_path, float64):
-    make, data, options = CASES[name]
-    options = {"stops": (3, 7)} | options
-    stops = options.pop("stops")
-    one = interrupted(str(tmp_path / "a"), make, data, stops=stops, **options)
-    other = train(str(tmp_path / "b"), make, data, **options)
+    one = interrupted(str(tmp_path / "a"), CASES[name])
+    other = train(str(tmp_path / "b"), CASES[name])
     check_same(one, other)
     if name == "stopping":
         assert len(one[0].history.epoch) < 12
@@ -323,7 +319,7 @@ def test_goes_on_as_if_never_interrupted(name, tmp_path, float64):
 @pytest.mark.full
 def test_the_training_is_that_without_it(tmp_path, float64):
     data = functools.partial(arrays, shuffle=False, validation_split=0.2)
-    model, _ = train(str(tmp_path), dropping, data)
+    model, _ = train(str(tmp_path), Case(dropping, data))
     plain = dropping()
     plain.fit(**data(), epochs=EPOCHS, verbose=0)
     assert model.history.history == plain.history.history
@@ -426,14 +422,14 @@ def test_a_newer_format_is_an_error(tmp_path, monkeypatch):
     backup_file.write(str(tmp_path), some(1))
     monkeypatch.undo()
     with pytest.raises(ValueError, match="its format is 2, not 1"):
-        train(str(tmp_path), mlp, arrays)
+        train(str(tmp_path), Case(mlp, arrays))
     backup_file.write(str(tmp_path), some(2))
     assert backup_file.read(str(tmp_path)).data["value"] == 2
 
 
 def test_only_its_own_files_are_removed(tmp_path):
     (tmp_path / "mine.txt").write_text("kept")
-    train(str(tmp_path), mlp, functools.partial(arrays, epochs=1))
+    train(str(tmp_path), Case(mlp, functools.partial(arrays, epochs=1)))
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
@@ -504,7 +500,7 @@ def left(tmp_path_factory):
     folder = tmp_path_factory.mktemp("left")
     # Made before a test begins: of the type of numbers that all others have.
     keras.backend.clear_session(free_memory=False)
-    assert train(str(folder), mlp, arrays, after=6) is None
+    assert train(str(folder), Case(mlp, arrays), 6) is None
     return folder
 
 
@@ -543,11 +539,12 @@ def test_the_backup_of_another_training_is_an_error(options, message, left):
 
 
 def test_data_that_end_too_early_are_an_error(tmp_path):
-    assert train(str(tmp_path), mlp, dataset, after=6) is None
+    def less():
+        return {"x": dataset()["x"].take(2).repeat(1)}
+
+    assert train(str(tmp_path), Case(mlp, dataset), 6) is None
     with pytest.raises(ValueError, match="data with 2 batches, of which"):
-        train(
-            str(tmp_path), mlp, lambda: {"x": dataset()["x"].take(2).repeat(1)}
-        )
+        train(str(tmp_path), Case(mlp, less))
 
 
 @pytest.mark.parametrize(
@@ -590,4 +587,5 @@ def test_workers_that_shuffle_are_told_of(tmp_path):
             self.workers = 2
 
     with pytest.warns(UserWarning, match="workers of a `PyDataset`"):
-        train(str(tmp_path), mlp, lambda: {"x": Working(), "epochs": 1})
+        data = {"x": Working(), "epochs": 1}
+        train(str(tmp_path), Case(mlp, lambda: data))

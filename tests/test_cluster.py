@@ -26,14 +26,14 @@ def launch(script, *arguments, **options):
     return run(script, what, *arguments, **options)
 
 
-def run(script, what, *arguments, replicas=2, ps=1, restarts=0, seconds=400):
+def run(script, what, *arguments, seconds=400, **flags):
     """Run a script on a cluster of this machine; return what a line says."""
+    flags = {"replicas": 2, "ps": 1} | flags
     paths = [str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
     finished = subprocess.run(
         [
             *(sys.executable, "-m", "keras_clones", "launch"),
-            *("--replicas", str(replicas), "--ps", str(ps)),
-            *("--restarts", str(restarts)),
+            *(f"--{name}={value}" for name, value in flags.items()),
             *("--timeout", str(seconds), str(HERE / script)),
             *map(str, arguments),
         ],

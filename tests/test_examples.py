@@ -79,32 +79,32 @@ def test_gan(tmp_path, capsys, float64, monkeypatch):
     make = functools.partial(gan.make_model, n_critic=1)
     monkeypatch.setattr(gan, "make_model", make)
     images = gan.load_data()[:20]
-    model = gan.train(3, 2, 8, images, tmp_path, verbose=0)
+    model, drawn = gan.train(3, 2, 8, images, verbose=0)
+    gan.plot(drawn, tmp_path)
     assert "clone_2" in capsys.readouterr().out
     assert (tmp_path / "gan.png").read_bytes().startswith(b"\x89PNG")
     assert model.predict(np.zeros((5, 16)), verbose=0).shape == (5, 8, 8, 1)
     assert gan.compare(3, 2, 8, images) < 1e-10
 
 
-def small_language_model(language_model, **kwargs):
-    return language_model.train(
-        2,
-        language_model.load_text(limit=20_000),
-        epochs=2,
-        steps=8,
-        batch_size=9,
-        context=16,
-        width=16,
-        blocks=1,
-        heads=2,
-        **kwargs,
+def small_language_model(language_model, *flags):
+    args = language_model.arguments().parse_args(
+        [
+            *("--epochs", "2", "--steps", "8", "--batch-size", "9"),
+            *("--context", "16", "--width", "16", "--blocks", "1"),
+            *("--heads", "2", *flags),
+        ]
     )
+    codes = language_model.load_text(limit=20_000)
+    return language_model.train(2, codes, args)
 
 
 @pytest.mark.full
 def test_language_model(capsys):
     language_model = load("language_model")
-    perplexity, written = small_language_model(language_model, device_memory=1)
+    perplexity, written = small_language_model(
+        language_model, "--device-memory", "1"
+    )
     out = capsys.readouterr().out
     # As good as guessing would be 128.
     assert 1 < perplexity < 90
@@ -114,7 +114,7 @@ def test_language_model(capsys):
     assert re.search(r"clone_1 on CPU:1 holds 0\.\d\d MiB of mirrors", out)
     assert "stay on CPU:0\n" in out
     assert "(arithmetic: nothing limits the memory" in out
-    in_pieces, _ = small_language_model(language_model, pieces=3)
+    in_pieces, _ = small_language_model(language_model, "--pieces", "3")
     assert in_pieces == pytest.approx(perplexity, rel=1e-4)
 
 

@@ -38,6 +38,8 @@ COMMANDS = (
     "look/resident",
     *("cluster/launch", "cluster/processes", "cluster/serve_command"),
 )
+# What has the arguments of Keras or of TF-Slim, or is called as Keras does.
+SIGNATURES = {"call", "clone_model", "compare", "compute_loss", "deploy"}
 # The doors to private names are lists, one short function each.
 LISTS = {"_keras"}
 
@@ -151,12 +153,35 @@ def lines_of_code(function):
     return lines - (said.end_lineno - said.lineno + 1)
 
 
-def test_no_function_is_long():
+def functions(folder):
+    """Yield each function of a folder's files, and where it is."""
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
-    long = [
-        f"{path.name}: {node.name}"
-        for path in PACKAGE.rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, kinds) and lines_of_code(node) > 40
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, kinds):
+                yield f"{path.name}: {node.name}", node
+
+
+def test_no_function_is_long():
+    found = functions(PACKAGE)
+    assert not [name for name, node in found if lines_of_code(node) > 40]
+
+
+def num_parameters(function):
+    """Return how many parameters a function has besides `self`."""
+    given = function.args
+    names = [a.arg for a in (*given.posonlyargs, *given.args)]
+    return len(names) + len(given.kwonlyargs) - (names[:1] == ["self"])
+
+
+@pytest.mark.parametrize("folder", ["keras_clones", "tests", "examples"])
+def test_no_function_lacks_a_record(folder):
+    """What tests are given by pytest is no signature of their own."""
+    found = functions(CONTRIBUTING.parent / folder)
+    assert not [
+        name
+        for name, node in found
+        if num_parameters(node) > 5
+        and node.name not in SIGNATURES
+        and not node.name.startswith("test_")
     ]
-    assert not long

@@ -229,7 +229,7 @@ def test_the_detector_finds_what_it_was_trained_on(tmp_path):
     anchors = ssd_boxes.make_anchors(64)
     model = clone_model(ssd.make_model(64, 3, width=8, deeper=False), 2)
     ssd.compile_model(model, steps=150)
-    data = ssd_data.validation_data(samples, anchors, 64, 8).cache()
+    data = ssd_data.validation_data(samples, 64, 8).cache()
     model.fit(data.repeat(150), steps_per_epoch=150, shuffle=False, verbose=0)
     found = ssd_boxes.detect(anchors, model.predict(data, verbose=0))
     precision = ssd_boxes.average_precision(samples, found, 3)

@@ -13,7 +13,6 @@ ssd_data = importlib.import_module("ssd_data")
 ssd_voc = importlib.import_module("ssd_voc")
 
 SIZE = 32
-ANCHORS = ssd_boxes.make_anchors(SIZE)  # (84, 4)
 
 
 def drawn(folder):
@@ -107,7 +106,7 @@ def test_a_resumed_run_gets_the_batches_it_would_have_had(tmp_path):
     samples = drawn(tmp_path)
 
     def batches(epochs):
-        data = ssd_data.training_data(samples, ANCHORS, SIZE, 2, 3, epochs)
+        data = ssd_data.training_data(samples, SIZE, 2, 3, epochs)
         return [[part.numpy() for part in batch] for batch in data]
 
     whole = batches(range(3))
@@ -132,10 +131,10 @@ def test_an_epoch_has_every_image_once(tmp_path, monkeypatch):
             labels,
         ),
     )
-    still = ssd_data.validation_data(samples, ANCHORS, SIZE, 5)
+    still = ssd_data.validation_data(samples, SIZE, 5)
     images, targets = next(iter(still))
     orders = []
-    data = ssd_data.training_data(samples, ANCHORS, SIZE, 5, 3, range(4))
+    data = ssd_data.training_data(samples, SIZE, 5, 3, range(4))
     for shuffled, shuffled_targets in data:
         same = (shuffled.numpy()[:, None] == images.numpy()).all((2, 3, 4))
         assert (same.sum(0) == 1).all() and (same.sum(1) == 1).all()

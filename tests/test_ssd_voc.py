@@ -29,7 +29,7 @@ def write_voc(folder):
                 tf.io.encode_jpeg(image).numpy()
             )
             kinds = ["cat", "dog"][: len(boxes[name])]
-            ssd_voc.write_annotation(folder, name, 24, 40, boxes[name], kinds)
+            ssd_voc.write_annotation(folder, name, (24, 40), boxes[name], kinds)
     return boxes
 
 

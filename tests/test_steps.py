@@ -154,14 +154,14 @@ def test_batch_norm_statistics_of_the_first_clone(float64):
     assert cases.difference(x[:3].var(0), layer.moving_variance) < 1e-12
 
 
-def fit_both(make, x, y, num_clones=3, clone=clone_model, fit=None, **compiled):
+def fit_both(make, x, y, clone=clone_model, fit=None, **compiled):
     """Train a model plain and on clones; return what both came to."""
     results = []
     for cloned in (False, True):
         keras.utils.set_random_seed(5)
         model = make()
         if cloned:
-            clone(model, num_clones)
+            clone(model, 3)
         model.compile(**{"optimizer": "adam", **compiled})
         if not cloned:
             cases.build_optimizer(model)
