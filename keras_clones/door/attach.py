@@ -8,6 +8,7 @@ import tensorflow as tf
 from keras_clones import _keras, checks
 from keras_clones.devices import placement
 from keras_clones.devices.config import DeploymentConfig
+from keras_clones.devices.homes import Homes
 from keras_clones.door import option_checks, steps_on
 from keras_clones.door.deployed import Deployment
 from keras_clones.look import footprint
@@ -148,12 +149,13 @@ def clone_model(
     """
     given = locals()
     _check_model(model)
-    asked = option_checks.Asked(
-        *(given[n] for n in option_checks.Asked._fields)
-    )
-    options = option_checks.check_options(model, asked)
+    # What is an option has the same name in both.
+    fields = [name for name in StepOptions._fields if name in given]
+    asked = StepOptions((), Homes(""), **{name: given[name] for name in fields})
+    options = option_checks.check_options(model, asked, variables)
     chosen = (num_clones, devices, clone_on_cpu)
-    _attach(model, option_checks.choose_config(config, *chosen), options, asked)
+    config = option_checks.choose_config(config, *chosen)
+    _attach(model, config, options, variables)
     return model
 
 
@@ -161,13 +163,13 @@ def _attach(
     model: keras.Model,
     config: DeploymentConfig,
     options: StepOptions,
-    asked: option_checks.Asked,
+    variables: str | None,
 ) -> None:
     """Put clones on a model, which what is wrong leaves as it is."""
     clones = placement.place_clones(config)
     options = options._replace(
-        shares=option_checks.check_shares(model, asked.shares, len(clones)),
-        homes=placement.find_homes(config, asked.variables),
+        shares=option_checks.check_shares(model, options.shares, len(clones)),
+        homes=placement.find_homes(config, variables),
     )
     made = Deployment(config, clones, options, model)
     if made.pieces_grow and not config.sync:

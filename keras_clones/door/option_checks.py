@@ -2,7 +2,7 @@
 
 import numbers
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
 
@@ -11,7 +11,7 @@ from keras_clones.checks import check_choice
 from keras_clones.clone.state import POLICIES
 from keras_clones.devices import balance, placement
 from keras_clones.devices.config import DeploymentConfig
-from keras_clones.devices.homes import STRATEGIES, Homes
+from keras_clones.devices.homes import STRATEGIES
 from keras_clones.look import footprint
 from keras_clones.plan import exactness
 from keras_clones.plan import whole as whole_layers
@@ -22,28 +22,16 @@ _LOSSES = ("auto", "clones", "gather")
 _LAYER_LOSSES = ("mean", "sum")
 
 
-class Asked(NamedTuple):
-    """The options of `clone_model`, as they were passed."""
+def check_options(
+    model: keras.Model, asked: StepOptions, variables: Any
+) -> StepOptions:
+    """Return the options of a model's steps, or say what is wrong with them.
 
-    loss: Any
-    batch_norm: Any
-    random: Any
-    layer_losses: Any
-    state: Any
-    whole: Any
-    exact: Any
-    check_rows: Any
-    jit_compile: Any
-    shares: Any
-    variables: Any = None
-    update: Any = "auto"
-    pieces: Any = 1
-
-
-def check_options(model: keras.Model, asked: Asked) -> StepOptions:
-    """Return options for a model's steps, or say what is wrong with them.
-
-    The clones, their home and their shares are not in them yet.
+    Args:
+        model: The `keras.Model` to clone.
+        asked: `StepOptions` with the arguments of `clone_model` as they were
+            passed. The clones and their shares are not looked at.
+        variables: What was passed of the variables' homes.
     """
     check_choice("loss", asked.loss, _LOSSES)
     batch_norm, random = resolve_exact(asked)
@@ -51,24 +39,17 @@ def check_options(model: keras.Model, asked: Asked) -> StepOptions:
     check_state(asked.state)
     whole = check_whole(model, asked.whole)
     check_choice("jit_compile", asked.jit_compile, (True, False, "auto"))
-    check_choice("variables", asked.variables, (None, *STRATEGIES))
+    check_choice("variables", variables, (None, *STRATEGIES))
     check_choice("update", asked.update, CHOICES)
     layer_losses = asked.layer_losses
     if isinstance(layer_losses, Mapping):
         layer_losses = dict(layer_losses)
-    return StepOptions(
-        clones=(),
-        homes=Homes(""),
-        loss=asked.loss,
+    return asked._replace(
         batch_norm=batch_norm,
-        layer_losses=layer_losses,
-        jit_compile=asked.jit_compile,
-        state=tuple((asked.state or {}).items()),
         random=random,
+        layer_losses=layer_losses,
+        state=tuple(dict(asked.state or {}).items()),
         whole=whole,
-        exact=asked.exact,
-        check_rows=asked.check_rows,
-        update=asked.update,
         pieces=check_pieces(asked.pieces),
     )
 
@@ -87,7 +68,7 @@ def check_shares(
     return checked
 
 
-def resolve_exact(asked: Asked) -> tuple[str, str]:
+def resolve_exact(asked: StepOptions) -> tuple[str, str]:
     """Return the policies of normalization and of random draws.
 
     Raises:
