@@ -342,7 +342,7 @@ def profiled(model, data, path, steps=(2, 5), **kwargs):
 
 @pytest.mark.full_but("lanes1")
 @pytest.mark.parametrize(
-    "lanes", [["clone on CPU:1"], ["clone_0 on CPU:1", "clone_1 on CPU:2"]]
+    "lanes", [["clone_0 on CPU:1"], ["clone_0 on CPU:1", "clone_1 on CPU:2"]]
 )
 def test_phases_take_the_time_that_they_took(lanes, tmp_path, capsys):
     model = napping_model()

@@ -74,7 +74,7 @@ def find_places(model: keras.Model) -> Places:
     short = [short_name(clone.device) for clone in made.clones]
     home_device = short_name(made.options.home)
     clones = {
-        clone.scope or "clone": f"{clone.scope or 'clone'} on {device}"
+        clone.scope or "clone": f"{clone.scope or 'clone_0'} on {device}"
         for clone, device in zip(made.clones, short, strict=True)
     }
     home = f"{home_device} (variables)"

@@ -12,6 +12,7 @@ from keras_clones.comparing.records import (
     Run,
     named,
 )
+from keras_clones.devices.placement import short_name
 from keras_clones.look.page import Page, Table, readable
 
 # How many of the variables that differ are shown.
@@ -140,8 +141,8 @@ def _memory(run: Run) -> str:
     if run.memory is None:
         return "not measured"
     return ", ".join(
-        f"{device.removeprefix('/device:')} {readable(size)}"
-        for device, size in run.memory.items()
+        f"{one if one == 'process' else short_name(one)} {readable(size)}"
+        for one, size in run.memory.items()
     )
 
 
