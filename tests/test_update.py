@@ -140,7 +140,7 @@ def test_it_is_the_update_of_keras(
 
 
 @pytest.mark.full_but("auto-Adadelta", "auto-RMSprop(centered=True)")
-@pytest.mark.parametrize("name", [*OPTIMIZERS, "Adafactor", "Lamb", "Muon"])
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "Adafactor", "Lamb"])
 @pytest.mark.parametrize("how", ["auto", "keras"])
 def test_it_is_known_who_writes_rows(name, how, all_large):
     """What reads of the table cost goes by it, in plain Keras, too."""
