@@ -4,6 +4,9 @@ Run it with `python examples/language_model.py`; it needs no GPU and no
 download. It predicts the next byte, prints the perplexity of text it has not
 seen, writes a few lines of its own, and shows what stays off the devices.
 
+Texts end at a blank line, and so are of different lengths. The rest of a row is
+padding, which a mask keeps out of attention and of the loss.
+
 `--pieces 4` lets each clone work through its rows in four pieces, one after the
 other, to the same perplexity with less memory; `--pieces auto` in as many as
 it takes.
@@ -28,6 +31,8 @@ from machine import add_clones, positive, take_devices
 from keras_clones import clone_model, deployment
 
 NUM_BYTES = 128  # ASCII; every other byte is read as a question mark
+PADDING = 0
+NEWLINE = ord("\n")
 
 
 def load_text(path=None, limit=2_000_000):
@@ -43,24 +48,31 @@ def load_text(path=None, limit=2_000_000):
         if size >= limit:
             break
     codes = np.frombuffer(b"".join(text)[:limit], "uint8")
-    return np.where(codes < NUM_BYTES, codes, ord("?")).astype("int32")
+    is_text = (codes != PADDING) & (codes < NUM_BYTES)
+    return np.where(is_text, codes, ord("?")).astype("int32")
 
 
 def windows(codes, number, context, seed):
-    """Return random pieces of a text, and the same one byte further on."""
+    """Return random texts, padded, and the same one byte further on.
+
+    Each ends after `context` bytes, or sooner where a blank line ends.
+    """
     starts = np.random.default_rng(seed).integers(
         0, len(codes) - context, number
     )
-    pieces = codes[starts[:, None] + np.arange(context + 1)]
-    return pieces[:, :-1], pieces[:, 1:]  # (number, context) each
+    found = codes[starts[:, None] + np.arange(context + 1)]
+    x, y = found[:, :-1], found[:, 1:]  # (number, context) each
+    ends = (x == NEWLINE) & (y == NEWLINE)
+    inside = np.cumsum(ends, axis=1) - ends == 0
+    return np.where(inside, x, PADDING), np.where(inside, y, PADDING)
 
 
 class Embed(keras.layers.Layer):
-    """Add up what a byte is and where it stands."""
+    """Add up what a byte is and where it stands, and mask the padding."""
 
     def __init__(self, context, width):
         super().__init__()
-        self.what = keras.layers.Embedding(NUM_BYTES, width)
+        self.what = keras.layers.Embedding(NUM_BYTES, width, mask_zero=True)
         self.where = keras.layers.Embedding(context, width)
 
     def build(self, shape):
@@ -73,17 +85,27 @@ class Embed(keras.layers.Layer):
         positions = keras.ops.arange(codes.shape[1])
         return self.what(codes) + self.where(positions)
 
+    def compute_mask(self, codes, mask=None):
+        """Return which bytes are no padding, `(batch, context)` booleans."""
+        return self.what.compute_mask(codes)
+
 
 def make_model(context, width, blocks, heads):
+    """Return a model whose every layer passes the mask on.
+
+    `Add` does. A plain `+` between layers would not, and the loss would count
+    the padding.
+    """
     codes = keras.Input((context,), dtype="int32")
     x = Embed(context, width)(codes)  # (batch, context, width)
     for _ in range(blocks):
         y = keras.layers.LayerNormalization()(x)
         attention = keras.layers.MultiHeadAttention(heads, width // heads)
-        x = x + attention(y, y, use_causal_mask=True)
+        y = attention(y, y, use_causal_mask=True)
+        x = keras.layers.Add()([x, y])
         y = keras.layers.LayerNormalization()(x)
         y = keras.layers.Dense(4 * width, activation="gelu")(y)
-        x = x + keras.layers.Dense(width)(y)
+        x = keras.layers.Add()([x, keras.layers.Dense(width)(y)])
     x = keras.layers.LayerNormalization()(x)
     logits = keras.layers.Dense(NUM_BYTES)(x)  # (batch, context, NUM_BYTES)
     return keras.Model(codes, logits)
@@ -160,16 +182,18 @@ def print_memory(model, device_memory=None):
 
 
 def write(model, prompt, length, context, seed=0):
-    """Let the model continue a prompt, one byte after another."""
+    """Let the model continue a prompt, byte by byte, up to a blank line."""
     rng = np.random.default_rng(seed)
     codes = list(prompt.encode())
     predict = tf.function(lambda codes: model(codes, training=False))
     for _ in range(length):
         seen = codes[-context:]
-        padded = seen + [0] * (context - len(seen))
+        padded = seen + [PADDING] * (context - len(seen))
         logits = predict(tf.constant([padded]))[0, len(seen) - 1].numpy()
         chances = np.exp((logits - logits.max()) / 0.7)
         codes.append(int(rng.choice(NUM_BYTES, p=chances / chances.sum())))
+        if codes[-2:] == [NEWLINE, NEWLINE]:
+            break
     return bytes(codes).decode()
 
 
@@ -189,6 +213,7 @@ def train(num_clones, codes, args):
         keras.optimizers.AdamW(2e-3),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     )
+    print(f"{np.mean(x == PADDING):.0%} of the batches is padding")
     deployment(model).summary(rows)
     history = model.fit(
         x,

@@ -69,11 +69,11 @@ def fake_cells(monkeypatch):
     [
         (
             "--models mlp,vgg",
-            "mlp,cnn,own,transformer,wide,embedding,mobilenet",
+            "mlp,cnn,own,transformer,wide,embedding,masked,mobilenet",
         ),
         ("--models=", "mlp,cnn"),
         ("--models mlp,mlp", "once"),
-        ("--against horovod", "plain,mirrored,central"),
+        ("--against horovod", "plain,gather,mirrored,central"),
         ("--against plain,plain", "once"),
         ("--clones 0", "at least 1"),
         ("--clones=-1", "at least 1"),
@@ -83,6 +83,9 @@ def fake_cells(monkeypatch):
         ("--threads 1", "INTRA,INTER"),
         ("--threads 1,2,3", "INTRA,INTER"),
         ("--threads 1,0", "at least 1"),
+        ("--update fused", "auto,keras"),
+        ("--pieces 1,0", "at least 1"),
+        ("--pieces auto", "whole numbers"),
         ("--repeat 0", "at least 1"),
         ("--steps 0", "at least 1"),
         ("--logical 0", "at least 1"),
@@ -182,6 +185,64 @@ def test_a_run_goes_on_past_a_peer_that_fails(fake_cells, tmp_path, capsys):
         **{"bytes": 1024, "error": None},
     }
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_options_of_clones_are_cells_of_their_own(fake_cells, tmp_path, capsys):
+    plot = str(tmp_path / "run.png")
+    line = "benchmark --models mlp,masked --against plain,gather --clones 2"
+    more = "--update auto,keras --pieces 1,4 --repeat 1 --plot"
+    assert main([*line.split(), *more.split(), plot]) == 0
+    _, _, *lines = capsys.readouterr().out.partition("\n\n")[0].splitlines()
+    options = "", " (pieces=4)", " (update=keras)", " (update=keras, pieces=4)"
+    ours = [f"clones 2{text}" for text in options]
+    gather = [f"gather 2{text}" for text in options]
+    expected = [
+        f"{model:6}  {peer}  "
+        for model, peers in (("mlp", ours), ("masked", [*ours, *gather]))
+        for peer in ["plain Keras", *peers]
+    ]
+    for line, start in zip(lines, expected, strict=True):
+        assert line.startswith(start)
+    short = [
+        table._short_label(table.Row("mlp", peer))
+        for peer in [*ours[:2], "mirrored 2 (Copy)", "plain Keras"]
+    ]
+    assert short == ["2", "2 (pieces=4)", "2", "plain"]
+
+
+def test_clones_get_the_options_of_their_cell():
+    asked = Cell("masked", "clones", 2, update="keras", pieces=3)
+    task = cell.TASKS["masked"]
+    options = {"update": "keras", "pieces": 3}
+    assert cell._options(asked, task) == options
+    gather = asked._replace(peer="gather")
+    assert cell._options(gather, task) == {**options, "loss": "gather"}
+
+
+def test_texts_are_padded_and_their_targets_are_the_next_words():
+    task = cell.TASKS["masked"]
+    x, y = (np.array(part) for part in next(iter(timed_fit.make_data(task))))
+    assert x.shape == y.shape == (task.batch, *task.shape)
+    lengths = (x > 0).sum(axis=1)
+    assert lengths.min() < 8 and lengths.max() > task.shape[0] - 8
+    np.testing.assert_array_equal(x > 0, np.arange(32) < lengths[:, None])
+    np.testing.assert_array_equal(y[:, :-1], x[:, 1:])
+
+
+@pytest.mark.full
+def test_only_gradients_leave_the_clones_of_a_language_model():
+    sent = {}
+    for peer in ("clones", "gather"):
+        asked = Cell("masked", peer, 2, steps=2, transfers=True)
+        found = processes.run_cell(asked)
+        sent[peer] = found["devices"]["/device:CPU:1"]["bytes_sent"]
+    dense, rows, outputs = (
+        4 * 64 * 20_000,
+        4 * 16 * 32 * 64,
+        4 * 16 * 32 * 20_000,
+    )
+    assert dense < sent["clones"] < 1.1 * (dense + rows)
+    assert sent["gather"] > outputs + dense
 
 
 def test_controls_run_for_the_models_that_have_one(
@@ -475,5 +536,6 @@ def test_every_model_fits_its_task():
             assert model.generator(np.ones((2, 64))).shape == images.shape
             continue
         assert model.input_shape == (None, *task.shape), name
-        assert model.output_shape == (None, 10), name
+        outputs = (*task.shape, task.ids) if task.masked else (10,)
+        assert model.output_shape == (None, *outputs), name
     assert cell.TASKS["wide"].make().count_params() > 10_000_000

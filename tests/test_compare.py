@@ -19,12 +19,14 @@ from keras_clones import Comparison, clone_model, compare, deployment
 from keras_clones.__main__ import main
 from keras_clones.clone import layer_losses, state
 from keras_clones.comparing import (
+    advice,
     comparing,
     history,
     kept_batches,
     timing,
     training,
 )
+from keras_clones.comparing.records import Run
 from keras_clones.devices import placement
 from keras_clones.tensors import sharding
 
@@ -503,6 +505,31 @@ def test_models_that_cannot_be_copied_say_what_to_pass(untimed):
     with pytest.raises(ValueError, match=r"overrides `compile`.*function"):
         compared(model)
     assert compared(make_unknown).same
+
+
+def test_clones_that_work_in_pieces_are_the_same(untimed):
+    found = compared(classifier(), pieces=3)
+    assert found.same
+    assert "All clones were made with `pieces=3`." in repr(found)
+    assert found.to_dict()["options"] == {"pieces": "3"}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, "num_clones=2, pieces='auto'"),
+        ({"pieces": 3}, "num_clones=2, pieces=6"),
+        ({"pieces": "auto"}, None),
+    ],
+)
+def test_pieces_are_advised_where_memory_did_not_suffice(options, expected):
+    short = Run(2, failed="out of memory")
+    found = advice.advise([Run(0, seconds=1.0), short, Run(3)], options)
+    assert found.text.startswith("Use plain Keras")
+    told = f"suffice for 2 clones: `clone_model(model, {expected})` trains"
+    assert (told in found.text) == (expected is not None)
+    other = short._replace(failed="ValueError: no")
+    assert "pieces=" not in advice.advise([Run(0), other], {}).text
 
 
 def out_of(error):

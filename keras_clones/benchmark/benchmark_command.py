@@ -19,6 +19,7 @@ from keras_clones.benchmark import results as table
 from keras_clones.benchmark.cells import (
     CONTROLS,
     PEERS,
+    UPDATES,
     leave_out_jax,
     make_cells,
 )
@@ -71,7 +72,22 @@ def _add_cells(parser: argparse.ArgumentParser) -> None:
         type=_names(PEERS),
         default=list(PEERS),
         metavar="NAMES",
-        help=f"which of {','.join(PEERS)}; default: all",
+        help=f"which of {','.join(PEERS)}; default: all. gather is clones "
+        "with loss='gather', for models with masks",
+    )
+    parser.add_argument(
+        "--update",
+        type=_names(UPDATES),
+        default=["auto"],
+        metavar="NAMES",
+        help=f"which of {','.join(UPDATES)}, options of clones; default: auto",
+    )
+    parser.add_argument(
+        "--pieces",
+        type=_counts,
+        default=[1],
+        metavar="NUMBERS",
+        help="in how many pieces clones work through their rows; default: 1",
     )
 
 

@@ -66,10 +66,10 @@ def _gpu_memory() -> int:
 
 def _model(cell: Cell, task: Task) -> keras.Model:
     keras.utils.set_random_seed(0)
-    if cell.peer in ("plain", "clones"):
+    if cell.peer in ("plain", "clones", "gather"):
         model = task.make()
-        if cell.peer == "clones":
-            clone_model(model, num_clones=cell.clones, **task.options)
+        if cell.peer != "plain":
+            clone_model(model, num_clones=cell.clones, **_options(cell, task))
         return compiled(model)
     devices = (logical_devices("GPU") or logical_devices("CPU"))[: cell.clones]
     if cell.peer == "mirrored":
@@ -80,6 +80,15 @@ def _model(cell: Cell, task: Task) -> keras.Model:
         strategy = tf.distribute.experimental.CentralStorageStrategy(devices)
     with strategy.scope():
         return compiled(task.make())
+
+
+def _options(cell: Cell, task: Task) -> dict[str, Any]:
+    """Return what `clone_model` gets besides the number of clones."""
+    loss = {"loss": "gather"} if cell.peer == "gather" else {}
+    return {
+        **{"update": cell.update, "pieces": cell.pieces},
+        **{**task.options, **loss},
+    }
 
 
 def _peak_memory(before: int | None) -> float | None:

@@ -7,7 +7,8 @@ from keras_clones.benchmark import processes
 from keras_clones.benchmark.models import TASKS
 from keras_clones.benchmark.timed_fit import Cell
 
-PEERS = ("plain", "mirrored", "central", "jax")
+PEERS = ("plain", "gather", "mirrored", "central", "jax")
+UPDATES = ("auto", "keras")
 REDUCTIONS = (
     "ReductionToOneDevice",
     "HierarchicalCopyAllReduce",
@@ -56,7 +57,10 @@ def make_cells(options: argparse.Namespace, gpus: int) -> list[Cell]:
             cells.append(plain._replace(peer="jax"))
         for clones in options.clones:
             cell = plain._replace(peer="clones", clones=clones)
-            cells.append(cell)
+            ours = _with_options(cell, options)
+            cells += ours
+            if "gather" in options.against and TASKS[model].masked:
+                cells += [one._replace(peer="gather") for one in ours]
             if "mirrored" in options.against:
                 cells += [
                     cell._replace(peer="mirrored", reduction=name)
@@ -69,3 +73,12 @@ def make_cells(options: argparse.Namespace, gpus: int) -> list[Cell]:
         if options.control and model in CONTROLS:
             cells.append(plain._replace(peer="control"))
     return cells
+
+
+def _with_options(cell: Cell, options: argparse.Namespace) -> list[Cell]:
+    """Return a cell of clones with each of the options that are asked for."""
+    return [
+        cell._replace(update=update, pieces=pieces)
+        for update in options.update
+        for pieces in options.pieces
+    ]

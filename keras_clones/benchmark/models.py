@@ -7,6 +7,8 @@ import keras
 import tensorflow as tf
 
 CLASSES = 10
+# Of the language model, whose outputs are as many for each word of a text.
+WORDS = 20_000
 
 
 class Task(NamedTuple):
@@ -16,7 +18,8 @@ class Task(NamedTuple):
     `steps` how many are timed. Inputs are whole numbers below `ids`, or
     `None` for numbers between 0 and 1. `options` are those of `clone_model`.
     `own_step` says whether it has a train step of its own, which is written
-    for TensorFlow.
+    for TensorFlow. `masked` says whether inputs are texts of different
+    lengths, padded with 0, and targets their words.
     """
 
     make: Callable[[], keras.Model]
@@ -26,6 +29,7 @@ class Task(NamedTuple):
     ids: int | None = None
     options: Mapping[str, Any] = {}
     own_step: bool = False
+    masked: bool = False
 
 
 def mlp() -> keras.Model:
@@ -97,6 +101,21 @@ def embedding() -> keras.Model:
             keras.layers.Dense(CLASSES, "softmax"),
         ]
     )
+
+
+def language_model() -> keras.Model:
+    """Return a model of padded texts, whose outputs are larger than it is."""
+    width = 64
+    inputs = keras.Input((32,), dtype="int32")
+    x = keras.layers.Embedding(WORDS, width, mask_zero=True)(inputs)
+    attention = keras.layers.MultiHeadAttention(4, width // 4)
+    # `Add` passes the mask on, which `+` would not.
+    x = keras.layers.Add()([x, attention(x, x, use_causal_mask=True)])
+    x = keras.layers.LayerNormalization()(x)
+    hidden = keras.layers.Dense(4 * width, "gelu")(x)
+    x = keras.layers.Add()([x, keras.layers.Dense(width)(hidden)])
+    x = keras.layers.LayerNormalization()(x)
+    return keras.Model(inputs, keras.layers.Dense(WORDS, "softmax")(x))
 
 
 def mobilenet() -> keras.Model:
@@ -220,6 +239,7 @@ TASKS = {
     "transformer": Task(transformer, (64,), 32, 40, 1000),
     "wide": Task(wide, (784,), 64, 30),
     "embedding": Task(embedding, (16,), 256, 20, 200_000),
+    "masked": Task(language_model, (32,), 32, 10, WORDS, masked=True),
     "mobilenet": Task(mobilenet, (96, 96, 3), 32, 10),
     **_EXACT,
 }

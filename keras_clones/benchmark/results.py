@@ -18,6 +18,7 @@ _HEADER = (
 _PEERS = {
     "plain": ("plain Keras", "0.45"),
     "clones": ("clones", "C0"),
+    "gather": ("clones, loss='gather'", "C4"),
     "mirrored": ("MirroredStrategy, its fastest reduction", "C1"),
     "central": ("CentralStorageStrategy", "C2"),
     "jax": ("Keras on JAX, with DataParallel", "C3"),
@@ -57,8 +58,14 @@ def label(cell: Cell) -> str:
         return "two processes"
     if cell.peer == "jax" and cell.clones == 1:
         return "jax"
-    reduction = f" ({cell.reduction})" if cell.reduction else ""
-    return f"{cell.peer} {cell.clones}{reduction}"
+    usual = Cell._field_defaults
+    more = [
+        f"{name}={value}"
+        for name in ("update", "pieces")
+        if (value := getattr(cell, name)) != usual[name]
+    ]
+    told = ", ".join([*([cell.reduction] if cell.reduction else []), *more])
+    return f"{cell.peer} {cell.clones}" + (f" ({told})" if told else "")
 
 
 def best(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -94,7 +101,7 @@ def make_rows(results: Results) -> list[Row]:
     groups: dict[Any, list[Cell]] = {}
     for cell in results:
         if cell.peer != "control":
-            key = (cell.model, cell.peer, cell.clones)
+            key = cell._replace(reduction=None)
             groups.setdefault(key, []).append(cell)
     rows = []
     for group in groups.values():
@@ -269,6 +276,6 @@ def _peer(row: Row) -> str:
 
 
 def _short_label(row: Row) -> str:
-    """Return what stands beside a bar: how many clones or replicas."""
-    number = re.search(r"\d+", row.peer)
-    return number[0] if number else "plain"
+    """Return what stands beside a bar: how many clones, and their options."""
+    found = re.search(r"(\d+)( \(\w+=.*)?", row.peer)
+    return "".join(filter(None, found.groups())) if found else "plain"

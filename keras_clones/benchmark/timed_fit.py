@@ -20,13 +20,14 @@ _BATCHES = 4
 class Cell(NamedTuple):
     """What a cell's process is told.
 
-    `peer` is `"plain"`, `"clones"`, `"mirrored"`, `"central"` or `"jax"`,
-    `clones` how many clones or replicas there are, and `reduction` the name of
-    a cross-device reduction of `tf.distribute`. `threads` are those within an
-    operation and those between operations. `logical` is how many logical
-    GPUs the first GPU is split into. `transfers` asks for what a step sends.
-    `wait` makes the cell wait after its warm-up for a line on its standard
-    input.
+    `peer` is `"plain"`, `"clones"`, `"gather"` (clones whose loss is computed
+    at home), `"mirrored"`, `"central"` or `"jax"`, `clones` how many clones or
+    replicas there are, `update` and `pieces` are options of clones, and
+    `reduction` is the name of a cross-device reduction of `tf.distribute`.
+    `threads` are those within an operation and those between operations.
+    `logical` is how many logical GPUs the first GPU is split into.
+    `transfers` asks for what a step sends. `wait` makes the cell wait after
+    its warm-up for a line on its standard input.
     """
 
     model: str
@@ -38,6 +39,8 @@ class Cell(NamedTuple):
     logical: int | None = None
     transfers: bool = False
     wait: bool = False
+    update: str = "auto"
+    pieces: int = 1
 
 
 class Stopwatch(keras.callbacks.Callback):
@@ -86,10 +89,19 @@ def make_data(task: Task) -> tf.data.Dataset:
     x: Any = rng.random(shape, "float32")
     if task.ids is not None:
         x = rng.integers(0, task.ids, shape, "int32")
-    y = rng.integers(0, CLASSES, len(x), "int32")
+    y: Any = rng.integers(0, CLASSES, len(x), "int32")
+    if task.masked:
+        x, y = _padded(x, rng)
     data = tf.data.Dataset.from_tensor_slices((x, y))
     data = data.batch(task.batch, drop_remainder=True).cache()
     return data.repeat().prefetch(2)
+
+
+def _padded(x: np.ndarray, rng: np.random.Generator) -> tuple[Any, Any]:
+    """Return texts that end in padding, and for each word the one after it."""
+    lengths = rng.integers(1, x.shape[1] + 1, (len(x), 1))
+    x = np.where(np.arange(x.shape[1]) < lengths, np.maximum(x, 1), 0)
+    return x, np.roll(x, -1, axis=1)
 
 
 def compiled(model: keras.Model) -> keras.Model:

@@ -9,7 +9,14 @@ import numpy as np
 import tensorflow as tf
 
 from keras_clones.comparing import training
-from keras_clones.comparing.records import Advice, Cause, Run, joined, named
+from keras_clones.comparing.records import (
+    OUT_OF_MEMORY,
+    Advice,
+    Cause,
+    Run,
+    joined,
+    named,
+)
 from keras_clones.comparing.training import Plain
 
 # What is faster by less than this is as fast.
@@ -23,6 +30,26 @@ def advise(runs: Sequence[Run], options: Mapping[str, Any]) -> Advice:
         runs: Sequence of `Run`s, timed, that of plain Keras first.
         options: Mapping, what `clone_model` got for all of them.
     """
+    found = _fastest(runs, options)
+    return found._replace(text=found.text + _in_pieces(runs, options))
+
+
+def _in_pieces(runs: Sequence[Run], options: Mapping[str, Any]) -> str:
+    """Say which pieces to try where memory did not suffice."""
+    short = next((run for run in runs if run.failed == OUT_OF_MEMORY), None)
+    pieces = options.get("pieces", 1)
+    if short is None or pieces == "auto":
+        return ""
+    used = joined(options, short.options)
+    used["pieces"] = "auto" if pieces == 1 else 2 * pieces
+    call = named({"num_clones": short.num_clones or 1, **used})
+    return (
+        f" Memory did not suffice for {short.name}: `clone_model(model, "
+        f"{call})` trains the same weights in less."
+    )
+
+
+def _fastest(runs: Sequence[Run], options: Mapping[str, Any]) -> Advice:
     plain = runs[0]
     fit = [run for run in runs[1:] if run.same and run.seconds]
     best = min(fit, key=lambda run: run.seconds or 0.0, default=None)

@@ -34,6 +34,11 @@ def notes(found: Findings) -> list[str]:
     """Return the lines below the tables: the verdict, and what to do."""
     lines = [verdict(found), found.advice.text, found.judged, *found.notes]
     lines += [f"{run.name}: {run.failed}" for run in found.runs if run.failed]
+    if found.options:
+        given = ", ".join(
+            f"{key}={text}" for key, text in found.options.items()
+        )
+        lines.append(f"All clones were made with `{given}`.")
     fastest = [run for run in found.runs if run.verdict]
     if fastest:
         run = min(fastest, key=lambda run: run.seconds or math.inf)

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 # Where rounding explains differences of this size, values are all rounding.
 NOISE = 1e-2
+# Why a run has failed that pieces may mend.
+OUT_OF_MEMORY = "out of memory"
 
 
 class Difference(NamedTuple):

@@ -14,7 +14,7 @@ from keras_clones.comparing import copies, kept_batches
 from keras_clones.comparing.copies import Source
 from keras_clones.comparing.history import History, Recorder, as_numbers
 from keras_clones.comparing.kept_batches import Batches
-from keras_clones.comparing.records import NOISE, Difference
+from keras_clones.comparing.records import NOISE, OUT_OF_MEMORY, Difference
 
 # What is taken for rounding, by the type of numbers, as the package's own
 # tests do.
@@ -269,7 +269,7 @@ def _what_drew(
 def why_failed(error: Exception) -> str:
     """Say in one line why copies do not train."""
     if isinstance(error, (tf.errors.ResourceExhaustedError, MemoryError)):
-        return "out of memory"
+        return OUT_OF_MEMORY
     return f"{type(error).__name__}: {first_line(error)}"
 
 
