@@ -51,6 +51,8 @@ class Deployment:
         update: String, `"auto"` or `"keras"`, how optimizers update.
         pieces: Integer, in how many pieces each clone works through its
             shard by now.
+        divided: Tuple of the embeddings whose rows are divided over homes, as
+            they were given.
     """
 
     clones = _option("clones")
@@ -68,6 +70,7 @@ class Deployment:
     looks = _option("looks")
     update = _option("update")
     pieces = _option("pieces")
+    divided = _option("divided")
 
     def __init__(
         self,

@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from keras_clones import _keras
 from keras_clones.clone.state import Variables, model_variables
+from keras_clones.devices.divided import parts_of
 from keras_clones.devices.moving import device_of
 from keras_clones.look import row_bytes
 from keras_clones.plan import exactness
@@ -224,6 +225,7 @@ def _devices(variables: Sequence[keras.Variable]) -> dict[str, int]:
     """Return the bytes of variables by the device where they live."""
     found: dict[str, int] = {}
     for variable in variables:
-        device = device_of(variable)
-        found[device] = found.get(device, 0) + num_bytes([variable])
+        for part in parts_of(variable) or [variable]:
+            device = device_of(part)
+            found[device] = found.get(device, 0) + num_bytes([part])
     return dict(sorted(found.items()))
