@@ -76,7 +76,10 @@ class Homes:
         weights = list(weights)
         divided = {id(table) for table in self.tables}
         alone = [weight for weight in weights if id(weight) not in divided]
-        homes = {**self._choose_each(alone), **dict.fromkeys(divided, self.rows)}
+        homes: dict[int, str | tuple[str, ...]] = {
+            **self._choose_each(alone),
+            **dict.fromkeys(divided, self.rows),
+        }
         return [(weight, homes[id(weight)]) for weight in weights]
 
     def _choose_each(self, weights: list[keras.Variable]) -> dict[int, str]:

@@ -58,7 +58,7 @@ def _put_steps(
 
 def detach(model: keras.Model) -> None:
     """Take the clone steps off a model again, and join what is divided."""
-    homes = deployment_of(model).options.homes
+    homes = vars(model)[_KEY].options.homes
     if homes.tables:
         _forget_moved(model, at_home.join(model, homes))
     for name in (*_STEPS, *_MAKERS, *_METHODS, "get_metrics_result", _KEY):
