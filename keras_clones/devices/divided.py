@@ -164,6 +164,14 @@ class Divided:
         """Subtract a value."""
         return self.assign(self.read_value() - value)
 
+    def scatter_add(self, rows: Any, *_: Any, **__: Any) -> "Divided":
+        """Add rows, as an update outside of the steps of clones does."""
+        return self.assign_add(tf.convert_to_tensor(rows))
+
+    def scatter_sub(self, rows: Any, *_: Any, **__: Any) -> "Divided":
+        """Subtract rows."""
+        return self.assign_sub(tf.convert_to_tensor(rows))
+
     def numpy(self) -> np.ndarray:
         """Return the whole as an array."""
         return np.asarray(self.read_value().numpy())

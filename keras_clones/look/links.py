@@ -17,8 +17,8 @@ def bytes_by_link(
 
     The mirrors of the weights at a home cross once to each host with clones,
     and their gradients come back added up. Rows of a divided table come from
-    their homes, and their gradients go there. The rows of the batch, and what is
-    computed of them at home, go to and from each clone.
+    their homes, and their gradients go there. The rows of the batch, and what
+    is computed of them at home, go to and from each clone.
 
     Args:
         clones: Sequence of `PlacedClone`s.

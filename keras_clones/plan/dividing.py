@@ -21,8 +21,12 @@ def tables_of(
     Raises:
         ValueError: If one cannot be divided.
     """
-    found = {id(one): one for name in named for one in _fitting(model, name)}
     received = f"Received: divided={list(named)!r}"
+    found = {
+        id(one): one
+        for name in named
+        for one in _fitting(model, name, received)
+    }
     for layer in found.values():
         if why := _why_not(layer, len(homes)):
             raise ValueError(
@@ -33,16 +37,16 @@ def tables_of(
     if found and len(homes) < 2:
         raise ValueError(
             "Argument `divided` needs at least two homes to divide rows "
-            "over, on hosts of a cluster (two replicas, or two parameter "
-            "servers where weights are on these), or the logical CPU devices "
-            f"of several clones. There is {list(homes)}. Leave `divided` out, "
-            f"or add replicas or parameter servers. {received}"
+            "over: the CPUs of replicas, parameter servers where weights are "
+            "on these, or, on one machine, the logical CPU devices of its "
+            f"clones. These are {list(homes)}. Leave `divided` out, or add "
+            f"replicas or parameter servers. {received}"
         )
     tables = [_keras.embedding_table(layer) for layer in found.values()]
     return list({id(table): table for table in tables}.values())
 
 
-def _fitting(model: keras.Model, name: Any) -> list[keras.Layer]:
+def _fitting(model: keras.Model, name: Any, received: str) -> list[keras.Layer]:
     known = _keras.layers(model)
     found = [one for one in known if one is name or one.name == name]
     if found:
@@ -53,7 +57,7 @@ def _fitting(model: keras.Model, name: Any) -> list[keras.Layer]:
     raise ValueError(
         "Argument `divided` must have layers of the model, by name or as "
         f"objects. It has no layer {getattr(name, 'name', name)!r}. Its "
-        f"`Embedding` layers are {names}. Received: divided={name!r}"
+        f"`Embedding` layers are {names}. {received}"
     )
 
 
