@@ -241,6 +241,86 @@ def momentum_product(optimizer: keras.optimizers.Nadam) -> keras.Variable:
     return optimizer._u_product
 
 
+KNOWN_OPTIMIZERS = tuple(_SLOTS)
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Let an optimizer have another method, or list, under a name."""
+    own = vars(owner).get(name)
+    # `vars` passes by the optimizer's own tracking of what it is given.
+    vars(owner)[name] = value
+    try:
+        yield
+    finally:
+        del vars(owner)[name]
+        if own is not None:
+            vars(owner)[name] = own
+
+
+@contextlib.contextmanager
+def in_parts(
+    optimizer: keras.optimizers.Optimizer,
+    parts_of: Callable[[Any], list[keras.Variable] | None],
+) -> Iterator[None]:
+    """Let an optimizer update parts of variables in place of these.
+
+    It keeps what it needs of weights in lists in the weights' order, and finds
+    a weight's place by the identity of its TensorFlow variable.
+
+    Args:
+        optimizer: A built optimizer, also a wrapped one.
+        parts_of: Function that returns the parts of a variable, weight or
+            slot, and `None` of one that has none.
+    """
+    inner = getattr(optimizer, "inner_optimizer", None)
+    with contextlib.ExitStack() as stack:
+        if inner is not None:
+            stack.enter_context(in_parts(inner, parts_of))
+        for name, value in _in_parts(optimizer, parts_of).items():
+            stack.enter_context(replaced(optimizer, name, value))
+        yield
+
+
+def _in_parts(
+    optimizer: keras.optimizers.Optimizer,
+    parts_of: Callable[[Any], list[keras.Variable] | None],
+) -> dict[str, Any]:
+    """Return what an optimizer holds of weights, with parts in their place."""
+    weights = optimizer._trainable_variables
+    parts = {i: parts_of(weight) or [] for i, weight in enumerate(weights)}
+    own = {id(v) for v in [*optimizer.variables, *weights, None]}
+
+    def expand(i: int, one: Any) -> list[Any]:
+        if not parts[i]:
+            return [one]
+        return [None] * len(parts[i]) if one is None else parts_of(one) or [one]
+
+    made: dict[str, Any] = {
+        name: [part for i, one in enumerate(kept) for part in expand(i, one)]
+        for name, kept in vars(optimizer).items()
+        if isinstance(kept, list)
+        and name != "_variables"
+        and len(kept) == len(weights)
+        and all(id(one) in own for one in kept)
+    }
+    key = optimizer._var_key
+    every = [p for i, one in enumerate(weights) for p in expand(i, one)]
+    made["_trainable_variables_indices"] = {
+        key(part): i for i, part in enumerate(every)
+    }
+    keys = {key(w): [key(p) for p in parts[i]] for i, w in enumerate(weights)}
+    for name, kept in vars(optimizer).items():
+        if name == "_exclude_from_weight_decay":
+            made[name] = {*kept, *(p for k in kept for p in keys.get(k, []))}
+        elif name == "_weight_decay_by_var_key":
+            decays = {p: d for k, d in kept.items() for p in keys.get(k, [])}
+            made[name] = {**kept, **decays}
+        elif name == "_exclude_from_weight_decay_cache":
+            made[name] = dict(kept)
+    return made
+
+
 @contextlib.contextmanager
 def updating(
     optimizer: keras.optimizers.Optimizer,

@@ -91,6 +91,26 @@ def test_all_cases_train_as_one_device(name):
 
 
 @pytest.mark.full
+def test_a_divided_table_trains_as_one_device_and_sends_rows_alone():
+    found = run("divided.py", "FOUND", ps=2)
+    check(found["differences"], 6)
+    # A look-up and a gradient between each two that have clones or rows.
+    for home, links in found["links"].items():
+        for ends, link in links.items():
+            source, _, target = ends.partition(" to ")
+            rows, ids = link["rows"], link["ids"]
+            if home != "greedy":
+                assert (rows, ids) == (2, 2)
+            elif source.startswith("worker") and target.startswith("ps"):
+                assert (rows, ids) == (1, 2)
+            elif source.startswith("ps") and target.startswith("worker"):
+                assert (rows, ids) == (1, 0)
+            else:
+                assert (rows, ids) == (0, 0)
+            assert abs(link["bytes"] - link.get("said", 0)) <= 100
+
+
+@pytest.mark.full
 def test_a_link_carries_parameters_and_gradients_once_a_host():
     found = launch("count.py")
     page = scale()

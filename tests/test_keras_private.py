@@ -215,6 +215,39 @@ def test_an_update_begins_with_the_decay_and_goes_by_one_step_a_weight():
     assert len(seen) == 15
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_an_optimizer_updates_parts_in_place_of_a_weight(wrapped):
+    one, other = keras.Variable([[1.0], [2.0]]), keras.Variable([3.0])
+    inner = keras.optimizers.SGD(1.0, momentum=0.5, weight_decay=0.1)
+    inner.exclude_from_weight_decay([one])
+    optimizer = inner
+    if wrapped:
+        optimizer = keras.optimizers.LossScaleOptimizer(inner, 1.0)
+    optimizer.build([one, other])
+    (slot,) = (v for v in inner.variables if v.shape == (2, 1))
+    parts = {
+        id(v): [keras.Variable(v[:1]), keras.Variable(v[1:])]
+        for v in (one, slot)
+    }
+    gradients = [tf.constant([[g]]) for g in (1.0, 2.0)], tf.constant([4.0])
+    kept = dict(vars(inner))
+    for _ in range(2):
+        with _keras.in_parts(optimizer, lambda v: parts.get(id(v))):
+            optimizer.apply(
+                [*gradients[0], gradients[1]], [*parts[id(one)], other]
+            )
+        assert all(vars(inner)[name] is kept[name] for name in kept)
+    found = np.concatenate(parts[id(one)]), np.concatenate(parts[id(slot)])
+    # Two steps with a momentum of a half: g, then 1.5 g.
+    np.testing.assert_allclose(found[0], [[1 - 2.5], [2 - 5.0]])
+    np.testing.assert_allclose(found[1], [[-1.5], [-3.0]])
+    np.testing.assert_allclose(one, [[1.0], [2.0]])
+    np.testing.assert_allclose(other, [(3 * 0.9 - 4) * 0.9 - 6])
+    with _keras.replaced(inner, "apply", len):
+        assert inner.apply([1, 2]) == 2
+    assert "apply" not in vars(inner)
+
+
 def test_weights_that_do_not_decay_are_found_after_they_have_moved():
     one, other = keras.Variable([1.0, 2.0]), keras.Variable([1.0, 2.0])
     optimizer = keras.optimizers.AdamW(1.0, weight_decay=0.5)

@@ -32,7 +32,8 @@ class Traffic(NamedTuple):
 
 
 def count_transfers(
-    function: Callable[[], Any], unknown: int | None = None
+    function: Callable[[], Any],
+    unknown: int | Callable[[tf.Tensor], int] | None = None,
 ) -> list[Transfer]:
     """Run a function once, and return what its graphs send across devices.
 
@@ -48,7 +49,8 @@ def count_transfers(
         function: Callable without arguments, which runs a `tf.function` for
             the first time.
         unknown: Integer, the bytes that a tensor without a static size counts
-            for. Defaults to `None`: it is refused.
+            for, or a function of the tensor that returns them. Defaults to
+            `None`: it is refused.
 
     Returns:
         List of `Transfer`s.
@@ -101,7 +103,7 @@ def traffic(transfers: Iterable[Transfer]) -> dict[str, Traffic]:
     return found
 
 
-def _transfers(graphs: Any, unknown: int | None) -> list[Transfer]:
+def _transfers(graphs: Any, unknown: Any) -> list[Transfer]:
     """Return the transfers of one function, cut into a graph a device."""
     graph, crossings = join(graphs)
     return [
@@ -111,7 +113,7 @@ def _transfers(graphs: Any, unknown: int | None) -> list[Transfer]:
     ]
 
 
-def _size(graph: tf.Graph, name: str, unknown: int | None) -> int | None:
+def _size(graph: tf.Graph, name: str, unknown: Any) -> int | None:
     """Return the bytes of a tensor by its inferred shape, `None` of a handle.
 
     A handle only says where a variable is.
@@ -122,7 +124,7 @@ def _size(graph: tf.Graph, name: str, unknown: int | None) -> int | None:
         return None
     if elements is None or tensor.dtype in (tf.string, tf.variant):
         if unknown is not None:
-            return unknown
+            return unknown(tensor) if callable(unknown) else unknown
         raise ValueError(
             "Expected tensors of a static size to cross devices. "
             f"Received: tensor={name}, shape={tensor.shape}, "

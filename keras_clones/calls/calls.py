@@ -23,6 +23,7 @@ from keras_clones.devices.homes import Homes
 from keras_clones.exchange.beside_data import beside_data
 from keras_clones.plan import at_home, build
 from keras_clones.plan.options import StepOptions
+from keras_clones.update.by_parts import by_parts
 from keras_clones.update.update import faster
 
 _METHODS = ("call", "quantized_call")
@@ -65,6 +66,8 @@ def run(
         if training:
             optimizers = _keras.optimizers(model)
             stack.enter_context(faster(optimizers, options.update))
+            if options.homes.tables:
+                stack.enter_context(by_parts(optimizers))
         _active.calls = made = sharing.Calls(model, options, training)
         stack.callback(setattr, _active, "calls", held)
         result = step()

@@ -10,6 +10,7 @@ import tensorflow as tf
 from keras_clones import _keras, _tf
 from keras_clones.clone import state
 from keras_clones.devices import placement
+from keras_clones.devices.divided import source_of
 from keras_clones.exchange import laying_out
 from keras_clones.plan import exactness, in_pieces, whole
 from keras_clones.plan.build import resolve_jit_compile
@@ -130,7 +131,7 @@ def read(
 
 
 def _still_holds(found: Mirrors, variables: state.Variables) -> bool:
-    known = [_keras.tf_variable(v) for v in variables.trainable]
+    known = [source_of(v) for v in variables.trainable]
     for variable in known:
         _tf.variable_accessed(variable)
     wanted = _tf.num_watching([v.handle for v in known]) if known else 0

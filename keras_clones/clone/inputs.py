@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from keras_clones import _keras
 from keras_clones.clone import draws
 from keras_clones.clone.state import Variables
+from keras_clones.devices.divided import source_of
 from keras_clones.tensors import sharding
 from keras_clones.tensors.traced import dependence
 
@@ -118,7 +118,7 @@ def sources(variables: Variables, inputs: TowerInput) -> list[Any]:
     """
     mirrors = inputs.mirrors[: len(variables.trainable)]
     return [
-        _keras.tf_variable(variable) if mirror is None else mirror
+        source_of(variable) if mirror is None else mirror
         for variable, mirror in zip(variables.trainable, mirrors, strict=True)
     ]
 

@@ -7,6 +7,7 @@ import keras
 import tensorflow as tf
 
 from keras_clones import _keras
+from keras_clones.devices.divided import Divided, parts_of
 from keras_clones.devices.moving import device_of
 
 # A smaller table is sent whole, packed or not: its rows would save little.
@@ -17,20 +18,27 @@ def large_tables(model: keras.Model) -> list[keras.Variable]:
     """Return the tables of a model that are large and only looked up.
 
     A table that is regularized, quantized or adapted by LoRA is read whole.
+    One that is divided is no mirror's, however large it is.
     """
     tables = [
         _keras.embedding_table(layer)
         for layer in _keras.layers(model)
-        if isinstance(layer, keras.layers.Embedding)
-        and layer.built
-        and not layer.lora_enabled
-        and layer.quantization_mode is None
+        if isinstance(layer, keras.layers.Embedding) and _is_plain(layer)
     ]
     return [
         table
         for table in tables
-        if table.regularizer is None and is_large(table)
+        if parts_of(table) is not None
+        or (table.regularizer is None and is_large(table))
     ]
+
+
+def _is_plain(layer: keras.layers.Embedding) -> bool:
+    return (
+        layer.built
+        and not layer.lora_enabled
+        and layer.quantization_mode is None
+    )
 
 
 def is_large(table: keras.Variable) -> bool:
@@ -60,19 +68,24 @@ def looked_up_at_home(
         def sparse_read(
             indices: tf.Tensor, name: str | None = None
         ) -> tf.Tensor:
+            value = _keras.tf_variable(table)
+            if isinstance(value, Divided):
+                return value.sparse_read(indices, name, by_rows)
             with tf.device(device_of(table)):
                 if by_rows:
-                    value = _keras.tf_variable(table)
                     return value.sparse_read(indices, name)
-                value = tf.convert_to_tensor(table.value)
-                return tf.gather(value, indices, name=name)
+                whole = tf.convert_to_tensor(table.value)
+                return tf.gather(whole, indices, name=name)
 
         return sparse_read
 
+    held = [vars(table).get("sparse_read") for table in tables]
     try:
         for table in tables:
             vars(table)["sparse_read"] = read(table)
         yield
     finally:
-        for table in tables:
+        for table, own in zip(tables, held, strict=True):
             vars(table).pop("sparse_read", None)
+            if own is not None:
+                vars(table)["sparse_read"] = own

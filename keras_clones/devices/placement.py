@@ -100,6 +100,27 @@ def find_homes(config: DeploymentConfig, strategy: str | None) -> Homes:
     return Homes(main, [host.cpu for host in ps], strategy or "greedy")
 
 
+def homes_of_rows(
+    homes: Homes, clones: Sequence[PlacedClone]
+) -> tuple[str, ...]:
+    """Return the devices that rows of tables can be divided over.
+
+    These are the parameter servers, if weights are at home there, or the CPUs
+    of all replicas. Without a cluster they are the clones' CPUs.
+
+    Args:
+        homes: `Homes` of the weights.
+        clones: Sequence of `PlacedClone`s.
+    """
+    found = hosts.cluster()
+    if found is None:
+        devices = [canonical_device(clone.device) for clone in clones]
+        return tuple(dict.fromkeys(d for d in devices if "CPU" in d))
+    if homes.devices != (homes.main,):
+        return homes.devices
+    return tuple(host.cpu for host in found.replicas)
+
+
 def _check_cluster(config: DeploymentConfig) -> None:
     found = hosts.cluster()
     if found is None:

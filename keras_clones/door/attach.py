@@ -1,6 +1,7 @@
 """Clone a model, take the clones off, and ask for its deployment."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -12,7 +13,7 @@ from keras_clones.devices.homes import Homes
 from keras_clones.door import option_checks, steps_on
 from keras_clones.door.deployed import Deployment
 from keras_clones.look import footprint
-from keras_clones.plan import in_pieces
+from keras_clones.plan import dividing, in_pieces
 from keras_clones.plan.options import StepOptions
 
 
@@ -36,6 +37,7 @@ def clone_model(
     variables: str | None = None,
     update: str = "auto",
     pieces: int | str = 1,
+    divided: Sequence[str | keras.Layer] = (),
 ) -> keras.Model:
     """Train, evaluate and predict a Keras model on clones of it.
 
@@ -124,6 +126,14 @@ def clone_model(
             layers compute of one piece. `"auto"` starts with 1 and doubles
             the pieces when a device runs out of memory, runs the same batch
             again and prints what it came to. Defaults to 1.
+        divided: List of `Embedding` layers, by name or as objects, whose
+            table is divided by rows over the CPUs of all replicas of a
+            cluster, or over the parameter servers where weights are on these.
+            Only rows that are looked up, and their gradients, travel, and are
+            updated where they are, with the optimizer's slots beside them.
+            Weights, files and checkpoints stay those of a plain `Embedding`.
+            On one machine it is the logical CPU devices of the clones.
+            Defaults to none.
 
     Returns:
         The same model.
@@ -169,9 +179,21 @@ def _attach(
     clones = placement.place_clones(config)
     options = options._replace(
         shares=option_checks.check_shares(model, options.shares, len(clones)),
-        homes=placement.find_homes(config, variables),
+        homes=_divide(
+            model,
+            placement.find_homes(config, variables),
+            clones,
+            options.divided,
+        ),
     )
     made = Deployment(config, clones, options, model)
+    if options.divided and not config.sync:
+        raise ValueError(
+            "Argument `divided` cannot be used with replicas that step by "
+            "themselves: leave it out, or pass a config with `sync=True`. "
+            f"Received: divided={list(options.divided)!r}, and a config with "
+            "sync=False"
+        )
     if made.pieces_grow and not config.sync:
         raise ValueError(
             "Argument `pieces='auto'` runs a batch again when memory ends, "
@@ -184,10 +206,26 @@ def _attach(
     steps_on.attach(model, made)
 
 
+def _divide(
+    model: keras.Model,
+    homes: Homes,
+    clones: Sequence[placement.PlacedClone],
+    named: Sequence[Any],
+) -> Homes:
+    """Return the homes with those that the rows of tables are divided over."""
+    if not named:
+        return homes
+    rows = placement.homes_of_rows(homes, clones)
+    tables = dividing.tables_of(model, named, rows)
+    dividing.check_optimizers(model)
+    return homes.dividing(tables, rows)
+
+
 def unclone_model(model: keras.Model) -> keras.Model:
     """Take the clones off a model: it is plain Keras again.
 
-    Its variables stay where they are, on `CPU:0`.
+    Its variables stay where they are, on `CPU:0`. A table that is divided
+    by rows is joined again, there.
 
     Args:
         model: A `keras.Model`. One without clones stays as it is.

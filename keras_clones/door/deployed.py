@@ -51,6 +51,8 @@ class Deployment:
         update: String, `"auto"` or `"keras"`, how optimizers update.
         pieces: Integer, in how many pieces each clone works through its
             shard by now.
+        divided: Tuple of the embeddings whose rows are divided over homes, as
+            they were given.
     """
 
     clones = _option("clones")
@@ -68,6 +70,7 @@ class Deployment:
     looks = _option("looks")
     update = _option("update")
     pieces = _option("pieces")
+    divided = _option("divided")
 
     def __init__(
         self,
@@ -232,13 +235,24 @@ class Deployment:
         made = report.deployment_page(
             self.clones, self._homes(), rows, size, why_not
         )
-        if not (self.pieces > 1 or self.pieces_grow):
-            return made
-        grow = " until memory ends" if self.pieces_grow else ""
-        note = (
-            f"Clones work through their shards in {self.pieces} piece(s){grow}."
-        )
-        return made._replace(notes=[*made.notes, note])
+        return made._replace(notes=[*made.notes, *self._notes()])
+
+    def _notes(self) -> list[str]:
+        """Return what else there is to know, a sentence each."""
+        notes = []
+        homes = self.options.homes
+        if homes.tables:
+            paths = ", ".join(table.path for table in homes.tables)
+            notes.append(
+                f"Rows of {paths} are divided over {short_names(homes.rows)}."
+            )
+        if self.pieces > 1 or self.pieces_grow:
+            grow = " until memory ends" if self.pieces_grow else ""
+            notes.append(
+                f"Clones work through their shards in {self.pieces} "
+                f"piece(s){grow}."
+            )
+        return notes
 
     def _rows(self, batch_size: int | None) -> list[int] | None:
         if batch_size is None:

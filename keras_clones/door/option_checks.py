@@ -51,6 +51,7 @@ def check_options(
         state=tuple(dict(asked.state or {}).items()),
         whole=whole,
         pieces=check_pieces(asked.pieces),
+        divided=check_divided(asked),
     )
 
 
@@ -162,6 +163,32 @@ def check_whole(model: keras.Model, value: Any) -> tuple[Any, ...]:
     if footprint.is_built(model):
         whole_layers.check(model, named)
     return named
+
+
+def check_divided(asked: StepOptions) -> tuple[Any, ...]:
+    """Return which embeddings are to be divided, as they were passed.
+
+    Raises:
+        TypeError: If it is no list of names and layers.
+        ValueError: If another option contradicts it.
+    """
+    value = asked.divided
+    kinds = (str, keras.Layer)
+    if not isinstance(value, (list, tuple)) or not all(
+        isinstance(one, kinds) for one in value
+    ):
+        raise TypeError(
+            "Argument `divided` must be a list of `Embedding` layers, by name "
+            f"or as objects, such as ['items']. Received: divided={value!r} "
+            f"(of type {type(value).__name__})"
+        )
+    if value and asked.jit_compile is True:
+        raise ValueError(
+            "Argument `divided` looks rows up on other devices, which XLA "
+            "cannot: leave `jit_compile` out. "
+            f"Received: jit_compile=True, divided={value!r}"
+        )
+    return tuple(value)
 
 
 def check_state(value: Any) -> None:

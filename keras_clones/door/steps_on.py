@@ -12,7 +12,7 @@ from keras_clones.devices import hosts
 from keras_clones.devices.homes import Homes
 from keras_clones.door import growing, guarded
 from keras_clones.door.deployed import Deployment
-from keras_clones.plan import at_home
+from keras_clones.plan import at_home, dividing
 from keras_clones.plan.watch import Watch
 from keras_clones.step import asynchronous, steps
 
@@ -57,7 +57,10 @@ def _put_steps(
 
 
 def detach(model: keras.Model) -> None:
-    """Take the clone steps off a model again."""
+    """Take the clone steps off a model again, and join what is divided."""
+    homes = vars(model)[_KEY].options.homes
+    if homes.tables:
+        _forget_moved(model, at_home.join(model, homes))
     for name in (*_STEPS, *_MAKERS, *_METHODS, "get_metrics_result", _KEY):
         vars(model).pop(name, None)
     _forget_functions(model)
@@ -79,6 +82,8 @@ def _maker(
 
     def make_function(force: bool = False) -> None:
         checks.check_no_strategy()
+        if made.options.homes.tables:
+            dividing.check_optimizers(model)
         move_home(model, made.options.homes)
         if getattr(model, name) is not None and not force:
             return
@@ -191,7 +196,10 @@ def move_home(model: keras.Model, homes: Homes) -> None:
     A function that was traced before reads a variable where it was. So every
     model that has one of those that moved forgets its functions.
     """
-    moved = at_home.move(model, homes)
+    _forget_moved(model, at_home.move(model, homes))
+
+
+def _forget_moved(model: keras.Model, moved: list[keras.Variable]) -> None:
     ids = {id(variable) for variable in moved}
     for other in _keras.living_models(model) if moved else []:
         if any(

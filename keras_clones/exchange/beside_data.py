@@ -41,7 +41,7 @@ class _Chooser:
     """Says on which device an operation of a graph is to run."""
 
     def __init__(self, homes: Homes) -> None:
-        self._known = {homes.main, *homes.devices}
+        self._known = homes.all
 
     def __call__(self, operation: tf.Operation) -> str:
         for tensor in operation.inputs:

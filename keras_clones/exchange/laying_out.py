@@ -12,6 +12,7 @@ from keras_clones.clone import state
 from keras_clones.clone.inputs import TowerInput
 from keras_clones.clone.state import Variables
 from keras_clones.devices.clocks import Clocks, seconds_now
+from keras_clones.devices.divided import source_of
 from keras_clones.devices.moving import device_of
 from keras_clones.devices.placement import PlacedClone
 from keras_clones.exchange import errors
@@ -60,7 +61,8 @@ def read_variables(
 
     def read(variable: keras.Variable) -> tf.Tensor:
         with tf.device(device_of(variable)):
-            return _keras.tf_variable(variable).read_value()
+            # Of a divided table this is nothing but what a tape knows it by.
+            return source_of(variable).read_value()
 
     return [
         None if any(variable is table for table in tables) else read(variable)

@@ -9,7 +9,8 @@ import tensorflow as tf
 
 from keras_clones import _keras
 from keras_clones.clone.state import Variables, model_variables
-from keras_clones.devices.moving import device_of
+from keras_clones.devices.divided import parts_of
+from keras_clones.devices.moving import device_of, home_of
 from keras_clones.look import row_bytes
 from keras_clones.plan import exactness
 from keras_clones.plan.options import StepOptions
@@ -18,6 +19,7 @@ from keras_clones.plan.plan import Plan, plan_step
 # What a clone gets besides: its share of the rows, the loss scale and its
 # index.
 _SHARE = 24
+_ID = row_bytes.ID_BYTES
 
 
 class Flow(NamedTuple):
@@ -33,6 +35,19 @@ class Flow(NamedTuple):
     def of(self, rows: int) -> int | None:
         """Return the bytes of a shard of so many rows, if they are known."""
         return None if self.a_row is None else self.fixed + rows * self.a_row
+
+
+class DividedRows(NamedTuple):
+    """Bytes of a divided table that a step moves, for a row of the batch.
+
+    `homes` are device strings, each of which has about as many of the rows.
+    `received` are bytes of rows to a clone, `sent` those of ids and gradients
+    from it.
+    """
+
+    homes: tuple[str, ...]
+    received: int
+    sent: int
 
 
 class Footprint(NamedTuple):
@@ -58,6 +73,7 @@ class Footprint(NamedTuple):
             `"trainable"`, `"others"` and `"slots"`.
         by_home: Dict of the bytes of mirrors and of dense gradients, by the
             device string of the home of the weights.
+        divided: List of the `DividedRows` of tables whose rows are divided.
     """
 
     trainable: int
@@ -73,6 +89,7 @@ class Footprint(NamedTuple):
     settled: bool
     devices: dict[str, dict[str, int]]
     by_home: dict[str, tuple[int, int]]
+    divided: list[DividedRows]
 
 
 def is_built(model: keras.Model) -> bool:
@@ -131,7 +148,23 @@ def measure(model: keras.Model, options: StepOptions) -> Footprint:
             "slots": _devices(slots),
         },
         by_home=_by_home(mirrored, variables.trainable),
+        divided=_divided(model),
     )
+
+
+def _divided(model: keras.Model) -> list[DividedRows]:
+    """Return what moves of divided tables, where the look-ups are known."""
+    found = []
+    for layer in _keras.layers(model):
+        if not isinstance(layer, keras.layers.Embedding) or not layer.built:
+            continue
+        table = _keras.embedding_table(layer)
+        homes, ids = home_of(table), row_bytes.num_ids(layer)
+        if isinstance(homes, tuple) and ids is not None:
+            rows, its = ids * row_bytes.of_table(table), ids * _ID
+            back = rows + its if table.trainable else 0
+            found.append(DividedRows(homes, rows, its + back))
+    return found
 
 
 def _by_home(
@@ -224,6 +257,7 @@ def _devices(variables: Sequence[keras.Variable]) -> dict[str, int]:
     """Return the bytes of variables by the device where they live."""
     found: dict[str, int] = {}
     for variable in variables:
-        device = device_of(variable)
-        found[device] = found.get(device, 0) + num_bytes([variable])
+        for part in parts_of(variable) or [variable]:
+            device = device_of(part)
+            found[device] = found.get(device, 0) + num_bytes([part])
     return dict(sorted(found.items()))

@@ -16,8 +16,9 @@ def bytes_by_link(
     """Return what a training step moves from one host to another.
 
     The mirrors of the weights at a home cross once to each host with clones,
-    and their gradients come back added up. The rows of the batch, and what is
-    computed of them at home, go to and from each clone.
+    and their gradients come back added up. Rows of a divided table come from
+    their homes, and their gradients go there. The rows of the batch, and what
+    is computed of them at home, go to and from each clone.
 
     Args:
         clones: Sequence of `PlacedClone`s.
@@ -40,8 +41,15 @@ def bytes_by_link(
         for home, (mirrors, gradients) in footprint.by_home.items():
             add(host_of(home), host, mirrors)
             add(host, host_of(home), gradients)
-        add(host_of(main), host, _rest(footprint.received, its))
-        add(host, host_of(main), _rest(footprint.sent, its))
+        for table in footprint.divided:
+            for home in table.homes:
+                number = len(table.homes)
+                add(host_of(home), host, _part(its, table.received, number))
+                add(host, host_of(home), _part(its, table.sent, number))
+        received = sum(one.received for one in footprint.divided)
+        sent = sum(one.sent for one in footprint.divided)
+        add(host_of(main), host, _rest(footprint.received, its, received))
+        add(host, host_of(main), _rest(footprint.sent, its, sent))
     return found
 
 
@@ -61,8 +69,19 @@ def _sum(one: int | None, other: int | None) -> int | None:
     return None if one is None or other is None else one + other
 
 
-def _rest(flow: Flow | None, rows: int | None) -> int | None:
-    """Return what depends on the rows: weights and gradients count by home."""
+def _part(rows: int | None, size: int, number: int) -> int | None:
+    """Return what one of some homes has of the bytes of rows."""
+    return None if rows is None else rows * size // number
+
+
+def _rest(flow: Flow | None, rows: int | None, divided: int) -> int | None:
+    """Return what depends on the rows: weights and gradients count by home.
+
+    Args:
+        flow: `Flow` to or from a clone, or `None`.
+        rows: Integer, the rows of the batch, or `None`.
+        divided: Integer, the bytes of a row that other homes have.
+    """
     if flow is None or not flow.a_row:
         return 0
-    return None if rows is None else rows * flow.a_row
+    return None if rows is None else rows * (flow.a_row - divided)

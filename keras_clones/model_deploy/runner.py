@@ -187,7 +187,8 @@ class Runner:
         weights = [v for v in read if not _keras.is_seed_state(v)]
         optimizers = [] if optimizer is None else [optimizer]
         moved = moving.move_variables(
-            at_home.homes_of(weights, optimizers, variables, self._homes)
+            at_home.homes_of(weights, optimizers, variables, self._homes),
+            self._homes.main,
         )
         if moved and optimizer is not None:
             _keras.reindex_optimizer(optimizer)

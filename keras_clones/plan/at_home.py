@@ -8,6 +8,7 @@ import tensorflow as tf
 from keras_clones import _keras
 from keras_clones.clone.state import model_variables
 from keras_clones.devices import moving
+from keras_clones.devices.divided import parts_of
 from keras_clones.devices.homes import Homes
 
 
@@ -20,8 +21,15 @@ def move(layer: keras.Layer, homes: Homes) -> list[keras.Variable]:
     weights = model_variables(layer).weights
     optimizers = _keras.optimizers(layer)
     return moving.move_variables(
-        homes_of(weights, optimizers, all_variables(layer), homes)
+        homes_of(weights, optimizers, all_variables(layer), homes), homes.main
     )
+
+
+def join(model: keras.Model, homes: Homes) -> list[keras.Variable]:
+    """Make one variable again of each that is divided; return these."""
+    divided = [v for v in all_variables(model) if parts_of(v) is not None]
+    pairs = [(variable, homes.main) for variable in divided]
+    return moving.move_variables(pairs, homes.main)
 
 
 def move_new(layer: keras.Layer, homes: Homes) -> None:
@@ -48,7 +56,7 @@ def homes_of(
     optimizers: Iterable[keras.optimizers.Optimizer],
     variables: Sequence[keras.Variable],
     homes: Homes,
-) -> list[tuple[keras.Variable, str]]:
+) -> list[tuple[keras.Variable, str | tuple[str, ...]]]:
     """Return variables with their homes: slots are beside their weights.
 
     Args:
@@ -58,7 +66,9 @@ def homes_of(
             weight nor of one is at the main home.
         homes: `Homes` of the model.
     """
-    chosen = {id(weight): home for weight, home in homes.choose(weights)}
+    chosen: dict[int, str | tuple[str, ...]] = {
+        id(weight): home for weight, home in homes.choose(weights)
+    }
     for optimizer in optimizers:
         for slot, weight in _keras.slots(optimizer):
             chosen[id(slot)] = chosen.get(id(weight), homes.main)

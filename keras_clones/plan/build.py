@@ -117,7 +117,13 @@ def _rehearse(model: keras.Model, x: Any, y: Any, sample_weight: Any) -> None:
 
 
 def resolve_jit_compile(model: keras.Model, options: StepOptions) -> bool:
-    """Say whether XLA compiles what each clone of a compiled model runs."""
+    """Say whether XLA compiles what each clone of a compiled model runs.
+
+    Rows of a divided table come from its homes, which compiled code does not
+    reach.
+    """
+    if options.homes.tables:
+        return False
     if options.jit_compile != "auto":
         return bool(options.jit_compile)
     # Keras settles its own "auto" by whether the machine has a GPU. Without

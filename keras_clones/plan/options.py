@@ -30,9 +30,9 @@ class StepOptions(NamedTuple):
     batch, `exact` whether what could differ from one device is refused, and
     `check_rows` whether layers that mix rows are looked for. `looks` is the
     `Looks` that does so, `None` where nothing is looked at. `update` says
-    how optimizers update.
-    `Looks` that does so, `None` where nothing is looked at. `pieces` is how
-    many pieces each clone works through, one after the other.
+    how optimizers update. `pieces` is how many pieces each clone works
+    through, one after the other. `divided` names the embeddings whose rows
+    are divided over homes.
     """
 
     clones: tuple[PlacedClone, ...]
@@ -54,6 +54,7 @@ class StepOptions(NamedTuple):
     looks: Any = None
     update: str = "auto"
     pieces: Any = 1
+    divided: tuple[Any, ...] = ()
 
     @property
     def home(self) -> str:

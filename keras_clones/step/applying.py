@@ -10,6 +10,8 @@ from keras_clones.exchange.beside_data import beside_data
 from keras_clones.plan.options import StepOptions
 from keras_clones.plan.watch import Watch
 from keras_clones.step.begin import Step
+from keras_clones.tensors.parted import Parted
+from keras_clones.update.by_parts import by_parts
 from keras_clones.update.update import faster
 
 
@@ -27,7 +29,7 @@ def record(step: Step, losses: Callable[[Watch], Any], gradients: Any) -> None:
         return
     watch.record(
         losses(watch),
-        gradients,
+        [g.join() if isinstance(g, Parted) else g for g in gradients],
         step.variables.trainable,
         step.model.optimizer.scale_loss(1.0),
     )
@@ -45,6 +47,7 @@ def apply(
         with (
             faster([optimizer], options.update),
             beside_data(optimizer, options.homes),
+            by_parts([optimizer]),
         ):
             optimizer.apply_gradients(zip(gradients, variables, strict=True))
     else:

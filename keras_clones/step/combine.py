@@ -13,6 +13,7 @@ from keras_clones.exchange import (
     bringing_home,
     in_turns,
     laying_out,
+    to_parts,
     tracing,
 )
 from keras_clones.plan import inexact
@@ -68,7 +69,7 @@ def run(
             step.model, notes.assigned, step.options, notes.unknown
         )
     layout = in_turns.by_clone(layout)
-    merged = bringing_home.merge_gradients(
+    merged = to_parts.merge_gradients(
         layout,
         [result.gradients for result in results],
         step.variables.trainable,
