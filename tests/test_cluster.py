@@ -66,28 +66,30 @@ def test_clones_of_two_hosts_train_as_one_device():
     check(found, 1)
 
 
-# Replicas, clones of each, parameter servers, and homes of the weights, of
-# which the cases take two, or one, in turn.
+# Replicas, clones of each, homes of the weights, which the cases take in turn,
+# and the cases: all of them once, and some elsewhere. `tests/cluster/train.py`
+# runs all of them anywhere.
 TOPOLOGIES = {
-    "2x2": (2, 2, 2, 2, "controller,spread,greedy,round_robin", "float64"),
-    "2x2-float32": (2, 2, 1, 1, "spread,greedy", "float32"),
-    "4x1": (4, 1, 1, 1, "spread,greedy", "float64"),
-    "1x4": (1, 4, 1, 1, "greedy", "float64"),
+    "2x2": (2, 2, "controller,spread,greedy,round_robin", ""),
+    "2x2-float32": (2, 2, "spread,greedy", "batch_norm,masked,own_step"),
+    "4x1": (4, 1, "spread,greedy", "dense,batch_norm,contrastive,own_step"),
+    "1x4": (1, 4, "greedy,spread", "clipped,accumulated,masked,batch_norm"),
 }
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", TOPOLOGIES)
 def test_all_cases_train_as_one_device(name):
-    replicas, clones, ps, each, homes, floatx = TOPOLOGIES[name]
+    replicas, clones, homes, cases = TOPOLOGIES[name]
+    floatx = "float32" if "float32" in name else "float64"
     found = launch(
         "train.py",
-        *("--clones", str(clones), "--floatx", floatx),
-        *("--variables", homes, "--each", str(each)),
+        *("--clones", str(clones), "--floatx", floatx, "--variables", homes),
+        *(("--cases", cases) if cases else ()),
         replicas=replicas,
-        ps=ps,
+        ps=2 if name == "2x2" else 1,
     )
-    check(found, 8 * each, floatx)
+    check(found, len(cases.split(",")) if cases else 8, floatx)
 
 
 @pytest.mark.full

@@ -258,8 +258,14 @@ def test_names_it_outside_of_a_graph(name):
 
 
 @pytest.mark.full_but("residual-float32")
-@pytest.mark.parametrize("policy", ["float32", "mixed_float16", "bfloat16"])
-@pytest.mark.parametrize("name", APART)
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [
+        *((name, "float32") for name in APART),
+        *(("block", "mixed_float16"), ("block", "bfloat16")),
+        *(("residual", "bfloat16"), ("time_major", "mixed_float16")),
+    ],
+)
 def test_says_nothing_of_rows_that_are_apart(name, policy):
     keras.config.set_dtype_policy(policy)
     try:

@@ -41,8 +41,12 @@ def plain(name, floatx):
     return train(name, eagerly=floatx == "float32")
 
 
-@pytest.mark.full_but("float64-two_by_two-3")
-@pytest.mark.parametrize("num_clones", [1, 2, 3, 4, 8])
+# Eagerly once a model: `test_equivalence.py` has float32 in a graph.
+WAYS = [*(("float64", n) for n in (1, 2, 3, 4, 8)), ("float32", 3)]
+
+
+@pytest.mark.full_but("two_by_two-float64-3")
+@pytest.mark.parametrize(("floatx", "num_clones"), WAYS, indirect=["floatx"])
 @pytest.mark.parametrize("name", cases.MODELS)
 def test_clones_train_the_same_model(name, num_clones, floatx):
     # Tracing takes most of the time, and float64 has shown the graph right.
@@ -501,6 +505,28 @@ def test_step_is_traced_once_a_signature():
     traced = len(traces)
     model.fit(cases.batches(x, y, [9, 2, 30, 1]), epochs=3, verbose=0)
     assert len(traces) == traced
+
+
+def test_a_tower_that_asserts_is_traced_no_more_often():
+    """As losses by time step of logits do, where rows are not known."""
+
+    class Counted(keras.layers.Layer):
+        def call(self, x):
+            traces.append(x.shape)
+            return x
+
+    x, y = cases.arrays(26)["mlp"][0], np.zeros((26, 2), int)
+    traces, found = [], []
+    for from_logits in (False, True):
+        inner = [keras.layers.Reshape((2, 3)), keras.layers.Dense(3)]
+        model = keras.Sequential([keras.Input((6,)), Counted(), *inner])
+        clone_model(model, 3, check_rows=False)
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits)
+        model.compile("adam", loss)
+        traces.clear()
+        model.fit(cases.batches(x, y, [16, 7, 3]), verbose=0)
+        found.append(len(traces))
+    assert found[1] == found[0] <= 2
 
 
 @pytest.mark.full_but("4")

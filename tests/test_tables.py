@@ -10,6 +10,7 @@ import tensorflow as tf
 from keras import layers, ops
 
 from keras_clones import clone_model
+from keras_clones.benchmark.transfers import count_transfers
 from keras_clones.clone import tables
 from keras_clones.update.update import writes_rows
 
@@ -164,6 +165,21 @@ def test_only_rows_of_a_large_table_travel(limit, dtype, monkeypatch):
         assert device == "/device:CPU:0"
     # Assignments of a variable that it looked up in copy it first.
     assert not any(n.op == "ResourceGather" for n in tower.node_def)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_only_rows_of_sparse_ids_travel(optimizer):
+    model = clone_model(sparse(), devices=["CPU:1", "CPU:2"])
+    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy())
+    x, y = data()
+    batch = tf.data.Dataset.from_tensors((tf.sparse.from_dense(x), y))
+    transfers = count_transfers(lambda: model.fit(batch, verbose=0), unknown=0)
+    table = model.layers[1].embeddings
+    assert 0 < sum(t.bytes for t in transfers) < 0.1 * 4 * 5000 * 64
+    # Rows, of a number that is not known before, travel from where they are.
+    gathers = [t for t in transfers if t.bytes == 0]
+    assert gathers
+    assert tables.is_large(table)
 
 
 def test_tables_that_are_read_whole_are_sent():

@@ -23,10 +23,9 @@ class TowerInput(NamedTuple):
     nest with the clone's rows: a batch `(x, y, sample_weight)`, or what a
     layer is called with. `numbers` holds three float64 numbers: the rows of
     the shard over those of the whole, the optimizer's loss scale, and the
-    index of the clone. `place` is a resource that keeps clones with a state
-    of their own from waiting for each other. Where layers draw what one device
-    draws, `total` is of shape (rows of the global batch, 0), and a fourth of
-    the `numbers` says which of these rows is the first of the clone.
+    index of the clone. Where layers draw what one device draws, `total` is of
+    shape (rows of the global batch, 0), and a fourth of the `numbers` says
+    which of these rows is the first of the clone.
     `counts` has a float64 number for each loss that does not divide by the
     number of entries, what it divides by on the global batch, and `None` for
     the others; it is `None` where all do.
@@ -36,7 +35,6 @@ class TowerInput(NamedTuple):
     seeds: list[tf.Tensor]
     data: Any
     numbers: tf.Tensor
-    place: tf.Tensor | None = None
     total: tf.Tensor | None = None
     counts: list[tf.Tensor | None] | None = None
 

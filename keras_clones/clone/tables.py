@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -58,34 +59,51 @@ def looked_up_at_home(
     every later assignment copy the table first. A gather from a plain read,
     which is what Keras does, leaves it in place.
 
+    A look-up of sparse ids takes the table as a tensor, and looks rows up
+    where that says it is: TensorFlow asks for each id once, and adds up the
+    rows of a bag by itself.
+
     Args:
         tables: Sequence of the variables that are looked up.
         by_rows: Boolean, whether updates write single rows: then it is the
             plain read that copies the table. Defaults to `False`.
     """
-
-    def read(table: keras.Variable) -> object:
-        def sparse_read(
-            indices: tf.Tensor, name: str | None = None
-        ) -> tf.Tensor:
-            value = _keras.tf_variable(table)
-            if isinstance(value, Divided):
-                return value.sparse_read(indices, name, by_rows)
-            with tf.device(device_of(table)):
-                if by_rows:
-                    return value.sparse_read(indices, name)
-                whole = tf.convert_to_tensor(table.value)
-                return tf.gather(whole, indices, name=name)
-
-        return sparse_read
-
-    held = [vars(table).get("sparse_read") for table in tables]
+    held = [
+        {name: vars(table)[name] for name in _READS if name in vars(table)}
+        for table in tables
+    ]
     try:
         for table in tables:
-            vars(table)["sparse_read"] = read(table)
+            vars(table).update(_reads(table, by_rows))
         yield
     finally:
         for table, own in zip(tables, held, strict=True):
-            vars(table).pop("sparse_read", None)
-            if own is not None:
-                vars(table)["sparse_read"] = own
+            for name in _READS:
+                vars(table).pop(name, None)
+            vars(table).update(own)
+
+
+_READS = ("sparse_read", "__tf_tensor__")
+
+
+def _reads(table: keras.Variable, by_rows: bool) -> dict[str, Any]:
+    """Return what reads a table where it is, by the names in `_READS`."""
+
+    def sparse_read(indices: tf.Tensor, name: str | None = None) -> tf.Tensor:
+        value = _keras.tf_variable(table)
+        if isinstance(value, Divided):
+            return value.sparse_read(indices, name, by_rows)
+        with tf.device(device_of(table)):
+            if by_rows:
+                return value.sparse_read(indices, name)
+            return tf.gather(tf.convert_to_tensor(table.value), indices)
+
+    def whole(dtype: Any = None, name: str | None = None) -> tf.Tensor:
+        with tf.device(device_of(table)):
+            value = table.value
+            if by_rows and isinstance(value, tf.Variable):
+                value = value.read_value_no_copy()
+            # A read has no device of its own, which look-ups go by.
+            return tf.identity(tf.convert_to_tensor(value, dtype), name)
+
+    return dict(zip(_READS, (sparse_read, whole), strict=True))

@@ -138,7 +138,7 @@ def trace(
         in_graph: Boolean, whether to trace outside of a graph, too. Defaults
             to `False`.
     """
-    function, returned, python, layer, exact = tower
+    _, returned, python, layer, exact = tower
     by_python = python
     if len(layout.clones) > 1:
         by_python = outside.telling(layer, python, exact)
@@ -162,12 +162,6 @@ def trace(
         return TracedTower(with_open_rows(python, layout), output, notes)
     call: Callable[[TowerInput], Any] = concrete
     if not in_graph and traced.has_state_of_no_variable(concrete):
-        place = tf.TensorSpec([], tf.resource)
-        concrete = _open_tower(tower, layout, place)
-        if concrete is None:
-            types = _common_types(layout)._replace(place=place)
-            concrete = function.get_concrete_function(types)
-        output, notes = returned
         call = apart(concrete)
     return TracedTower(call, output, notes, (), concrete)
 
@@ -206,7 +200,7 @@ def _draws_globally(layout: Layout) -> bool:
     return layout.inputs[0].total is not None
 
 
-def _open_tower(tower: CallableTower, layout: Layout, place: Any = None) -> Any:
+def _open_tower(tower: CallableTower, layout: Layout) -> Any:
     """Return the function for any number of rows, where clones draw globally.
 
     Only where that number is not known, shapes tell what is drawn for the rows
@@ -215,7 +209,7 @@ def _open_tower(tower: CallableTower, layout: Layout, place: Any = None) -> Any:
     """
     if not _draws_globally(layout):
         return None
-    types = _common_types(layout, any_rows=True)._replace(place=place)
+    types = _common_types(layout, any_rows=True)
     try:
         return tower.function.get_concrete_function(types)
     except warn.RefusedError:
@@ -278,8 +272,15 @@ def types_of(layout: Layout) -> tuple[Any, ...]:
 def apart(concrete: Any) -> Callable[[TowerInput], Any]:
     """Return a function whose calls do not wait for each other.
 
-    Each gets a resource of its own, which nothing is ever kept in.
+    Each gets a resource of its own, which nothing is ever kept in. A function
+    around the traced one takes it: tracing what layers do takes the time.
     """
+    around = tf.function(
+        lambda place, inputs: concrete(inputs), autograph=False
+    ).get_concrete_function(
+        tf.TensorSpec([], tf.resource),
+        concrete.structured_input_signature[0][0],
+    )
 
     def call(inputs: TowerInput) -> Any:
         place = tf.raw_ops.VarHandleOp(
@@ -287,6 +288,6 @@ def apart(concrete: Any) -> Callable[[TowerInput], Any]:
             shape=[],
             shared_name=f"keras_clones/{tf.get_current_name_scope()}",
         )
-        return concrete(inputs._replace(place=place))
+        return around(place, inputs)
 
     return call
