@@ -275,12 +275,10 @@ def apart(concrete: Any) -> Callable[[TowerInput], Any]:
     Each gets a resource of its own, which nothing is ever kept in. A function
     around the traced one takes it: tracing what layers do takes the time.
     """
+    (types,), _ = concrete.structured_input_signature
     around = tf.function(
         lambda place, inputs: concrete(inputs), autograph=False
-    ).get_concrete_function(
-        tf.TensorSpec([], tf.resource),
-        concrete.structured_input_signature[0][0],
-    )
+    ).get_concrete_function(tf.TensorSpec([], tf.resource), types)
 
     def call(inputs: TowerInput) -> Any:
         place = tf.raw_ops.VarHandleOp(
