@@ -385,6 +385,7 @@ def test_plain_keras_runs_in_a_process_of_its_own():
     assert (plain["bytes"], plain["transfers"]) == (0, 0)
 
 
+@pytest.mark.full
 def test_clones_run_in_a_process_of_their_own():
     cell = CLONES._replace(steps=2, transfers=True, threads=(1, 2))
     clones = processes.run_cell(cell)

@@ -199,6 +199,7 @@ class PairsRows(layers.Layer):
         return x + keras.ops.roll(x, 1, axis=0)
 
 
+@pytest.mark.full
 def test_layers_whose_rows_know_each_other_are_named_and_mended(untimed):
     found = compared(classifier(PairsRows(name="pairs")))
     [cause] = found.causes

@@ -129,7 +129,7 @@ def trained_alike(make, optimizer, options, **compile_options):
     return difference(expected, train(model))
 
 
-@pytest.mark.full_but("adamw", "adagrad", "momentum")
+@pytest.mark.full_but("adamw")
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_divided_table_trains_as_a_whole_one(name, float64):
     assert trained_alike(pooled, OPTIMIZERS[name], {}) < 1e-12

@@ -62,6 +62,7 @@ def test_compare_digits(tmp_path, capsys, monkeypatch):
         assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.full
 def test_custom_loop(tmp_path, capsys):
     custom_loop = load("custom_loop")
     accuracy = custom_loop.train(3, 3, 64, str(tmp_path))

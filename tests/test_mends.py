@@ -596,8 +596,6 @@ PLANS = {
 @pytest.mark.full_but(
     "in clones",
     "gathered",
-    "own loss",
-    "metric of all rows",
     "synchronized",
 )
 @pytest.mark.parametrize("name", PLANS)

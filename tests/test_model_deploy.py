@@ -112,7 +112,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.full_but("adam-True", "scaled-False")
+@pytest.mark.full_but("adam-True")
 @pytest.mark.parametrize("built", [False, True])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_training_equals_one_device(float64, optimizer, built):

@@ -181,6 +181,7 @@ def noted(notes):
     )
 
 
+@pytest.mark.full_but("auto")
 @pytest.mark.parametrize("loss", ["auto", "gather"])
 def test_a_device_holds_what_one_piece_computes(loss):
     """A piece goes forward when the one before it has gone backward."""

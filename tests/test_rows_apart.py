@@ -240,7 +240,7 @@ def fit(make, rows=27, compiled=None, epochs=1, batch=10, **options):
     return model, [str(w.message) for w in found]
 
 
-@pytest.mark.full_but("scores", "own_step", "two")
+@pytest.mark.full_but("scores", "own_step")
 @pytest.mark.parametrize("name", MIXING)
 def test_names_the_layer_that_mixes_rows(name):
     make, names = MIXING[name]

@@ -77,7 +77,7 @@ plain = functools.cache(train)
     "False-pooled-clones-3",
     "False-Tied-gather-3",
     "True-pooled-gather-2",
-    "True-sparse-clones-3",
+    "False-sparse-clones-3",
     "True-Tied-clones-3",
 )
 @pytest.mark.parametrize("num_clones", [2, 3])

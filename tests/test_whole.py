@@ -220,7 +220,7 @@ def test_trains_as_plain_keras(name, float64):
     assert gap(plain, cloned) < 1e-10
 
 
-@pytest.mark.full_but("nested")
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["counted", "nested", "operation"])
 def test_trains_as_plain_keras_eagerly(name, float64):
     make, whole = MODELS[name]

@@ -215,6 +215,7 @@ def test_rows_of_hosts_train_as_one_device(case, two_hosts, float64):
     check(plain, fit(make, data, {"num_clones": 5, **clones}, **options))
 
 
+@pytest.mark.full
 def test_hosts_whose_clones_are_elsewhere(two_hosts, float64):
     arrays = plain_arrays()
     data = two_hosts(of_host(arrays))
