@@ -528,6 +528,7 @@ def test_the_stopwatch_waits_after_the_warm_up(monkeypatch, capsys):
     assert stopwatch.ends == sorted(stopwatch.ends)
 
 
+@pytest.mark.full
 def test_every_model_fits_its_task():
     for name, task in cell.TASKS.items():
         model = task.make()

@@ -62,6 +62,7 @@ def test_clones_of_two_hosts_train_as_one_device():
     found = launch(
         "train.py",
         *("--cases", "batch_norm", "--variables", "spread"),
+        ps=0,
     )
     check(found, 1)
 

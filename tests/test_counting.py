@@ -188,6 +188,7 @@ def test_entries_count_as_on_one_device(name, num_clones, floatx, in_clones):
     assert in_clones and all(in_clones)
 
 
+@pytest.mark.full
 def test_masks_made_of_weights_are_not_known_before(float64, in_clones):
     class Picking(layers.Layer):
         supports_masking = True

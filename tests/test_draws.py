@@ -259,6 +259,7 @@ def test_recurrent_layers(float64):
     compare(lambda: of_times(kinds), TIMES)
 
 
+@pytest.mark.full
 def test_images():
     """`RandomRotation` of Keras takes float32 only."""
     compare(lambda: of_images(AUGMENTATIONS[:3]), IMAGES)
@@ -400,6 +401,7 @@ class FixedRows(keras.Model):
         return self.dense(x + random.normal(x.shape, seed=self.seed))
 
 
+@pytest.mark.full
 def test_models_that_must_know_the_rows(float64):
     compare(FixedRows, X, num_clones=(2,), steps=2)
 

@@ -56,6 +56,7 @@ ALSO_IN_FLOAT32 = (
 # `test_steps.py` (weights of outputs and of rows).
 MORE_OF_A_KIND = (
     "input_and_output_of_rank_1",
+    "input_nested_with_none",
     "input_sparse_bags",
     "input_sparse_ids",
     "input_strings",
@@ -83,6 +84,7 @@ MORE_OF_A_KIND = (
     "loss_added_by_row",
     "loss_added_gathered",
     "loss_added_mean",
+    "loss_ctc",
     "loss_forced_to_clones",
     "loss_forced_to_gather",
     "loss_function_of_a_scalar",
@@ -106,6 +108,7 @@ MORE_OF_A_KIND = (
     "metrics_of_classes",
     "metrics_of_one_hot_classes",
     "metrics_of_probabilities",
+    "metrics_overridden_compute_metrics",
     "optimizer_Adadelta",
     "optimizer_Adafactor",
     "optimizer_Adagrad",

@@ -78,7 +78,9 @@ def test_every_additive_metric_has_a_case():
     assert {kind.__name__ for kind in exactness.ADDITIVE} <= CASES.keys()
 
 
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(
+    "weighted", [pytest.param(False, marks=pytest.mark.full), True]
+)
 @pytest.mark.parametrize("name", CASES)
 def test_states_of_shards_add_up(name, weighted, float64):
     make, pair = CASES[name]

@@ -207,7 +207,7 @@ class Counter(keras.layers.Layer):
         return x * 2
 
 
-@pytest.mark.full_but("Model")
+@pytest.mark.full
 @BOTH_STEPS
 def test_a_count_of_batches_is_that_of_one_device(kind, float64, strictly):
     assert_same(lambda: model_of(Counter(), kind))
@@ -515,7 +515,7 @@ def test_an_error_of_rows_by_rows_says_so(known):
     assert (OF_ROWS.format(0) if known or KNOW_ROWS else AT_RUN) in found
 
 
-@pytest.mark.full_but("True-OwnStep", "False-Model")
+@pytest.mark.full_but("True-OwnStep")
 @BOTH_STEPS
 @pytest.mark.parametrize("eagerly", [True, False])
 def test_an_error_of_a_running_clone_says_so(kind, eagerly):

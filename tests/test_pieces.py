@@ -129,7 +129,7 @@ def test_trains_the_same_weights_however_it_runs(make, options, eager, float64):
     assert_same(make, {"num_clones": 2, "pieces": 3, **options}, eager=eager)
 
 
-@pytest.mark.full_but("auto")
+@pytest.mark.full
 @pytest.mark.parametrize("loss", ["auto", "gather"])
 def test_pieces_are_clones_that_take_turns(loss, float64):
     """What draws, and what normalizes its own rows, does so in each piece."""

@@ -243,6 +243,7 @@ def test_no_cost_when_off(tmp_path):
     assert num_nodes(model) == before < watched
 
 
+@pytest.mark.full
 def test_training_is_the_same_with_and_without(float64, tmp_path):
     summaries = CloneSummaries(True)
     without, model = (clone_model(cases.compiled("mlp"), 2) for _ in range(2))

@@ -276,8 +276,12 @@ def apart(concrete: Any) -> Callable[[TowerInput], Any]:
     around the traced one takes it: tracing what layers do takes the time.
     """
     (types,), _ = concrete.structured_input_signature
+    # In line, what it waits for would not be waited for by the one inside.
+    inline = "_noinline" not in concrete.function_def.attr
     around = tf.function(
-        lambda place, inputs: concrete(inputs), autograph=False
+        lambda place, inputs: concrete(inputs),
+        autograph=False,
+        **function_options(inline, jit_compile=False),
     ).get_concrete_function(tf.TensorSpec([], tf.resource), types)
 
     def call(inputs: TowerInput) -> Any:
