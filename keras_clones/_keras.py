@@ -144,6 +144,20 @@ def adding_at_once(variables: Iterable[keras.Variable]) -> Iterator[None]:
             vars(variable).pop("assign_add", None)
 
 
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Let an object have another attribute under a name for a time."""
+    own = vars(owner).get(name)
+    # `vars` passes by Keras's own tracking of what an object is given.
+    vars(owner)[name] = value
+    try:
+        yield
+    finally:
+        vars(owner).pop(name, None)
+        if own is not None:
+            vars(owner)[name] = own
+
+
 def unreduced(
     optimizer: keras.optimizers.Optimizer,
 ) -> contextlib.AbstractContextManager[None]:
@@ -155,21 +169,7 @@ def unreduced(
     inner = getattr(optimizer, "inner_optimizer", None)
     if inner is not None:
         return unreduced(inner)
-
-    @contextlib.contextmanager
-    def swapped() -> Iterator[None]:
-        name = "_all_reduce_sum_gradients"
-        own = vars(optimizer).get(name)
-        # `vars` passes by the optimizer's own tracking of what it is given.
-        vars(optimizer)[name] = list
-        try:
-            yield
-        finally:
-            del vars(optimizer)[name]
-            if own is not None:
-                vars(optimizer)[name] = own
-
-    return swapped()
+    return replaced(optimizer, "_all_reduce_sum_gradients", list)
 
 
 # The variables that an optimizer keeps of each weight, in lists in the order
@@ -242,20 +242,6 @@ def momentum_product(optimizer: keras.optimizers.Nadam) -> keras.Variable:
 
 
 KNOWN_OPTIMIZERS = tuple(_SLOTS)
-
-
-@contextlib.contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Let an optimizer have another method, or list, under a name."""
-    own = vars(owner).get(name)
-    # `vars` passes by the optimizer's own tracking of what it is given.
-    vars(owner)[name] = value
-    try:
-        yield
-    finally:
-        del vars(owner)[name]
-        if own is not None:
-            vars(owner)[name] = own
 
 
 @contextlib.contextmanager
@@ -336,16 +322,12 @@ def updating(
         decay: Function of the optimizer's own weight decay and the variables.
             Each update begins with it, also where nothing decays.
     """
-    swapped = {"update_step": update_step, "_apply_weight_decay": decay}
-    for name, function in swapped.items():
-        own = getattr(optimizer, name)
-        # `vars` passes by the optimizer's own tracking of what it is given.
-        vars(optimizer)[name] = functools.partial(function, own)
-    try:
+    functions = {"update_step": update_step, "_apply_weight_decay": decay}
+    with contextlib.ExitStack() as stack:
+        for name, function in functions.items():
+            instead = functools.partial(function, getattr(optimizer, name))
+            stack.enter_context(replaced(optimizer, name, instead))
         yield
-    finally:
-        for name in swapped:
-            del vars(optimizer)[name]
 
 
 def slots(
@@ -953,11 +935,8 @@ def shuffle_arrays(epochs: Any, shuffle: Callable[[Any], Any]) -> Any:
     adapter = epochs.data_adapter
     if hasattr(adapter, "_tf_shuffle"):
         # Keras 3.16 has a method for it.
-        adapter._tf_shuffle = shuffle
-        try:
+        with replaced(adapter, "_tf_shuffle", shuffle):
             return adapter.get_tf_dataset()
-        finally:
-            del adapter._tf_shuffle
     held, mine = tf.random.shuffle, threading.get_ident()
 
     def instead(value: Any, *args: Any, **kwargs: Any) -> Any:

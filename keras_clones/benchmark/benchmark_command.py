@@ -19,12 +19,12 @@ from keras_clones.benchmark import results as table
 from keras_clones.benchmark.cells import (
     CONTROLS,
     PEERS,
-    UPDATES,
     leave_out_jax,
     make_cells,
 )
 from keras_clones.benchmark.models import TASKS
 from keras_clones.benchmark.timed_fit import Cell
+from keras_clones.update.update import CHOICES
 
 _LEGEND = """\
 Each figure is the best of the repeats. A step is the median of a fit's steps,
@@ -77,10 +77,10 @@ def _add_cells(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--update",
-        type=_names(UPDATES),
+        type=_names(CHOICES),
         default=["auto"],
         metavar="NAMES",
-        help=f"which of {','.join(UPDATES)}, options of clones; default: auto",
+        help=f"which of {','.join(CHOICES)}, options of clones; default: auto",
     )
     parser.add_argument(
         "--pieces",

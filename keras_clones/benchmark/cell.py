@@ -84,11 +84,10 @@ def _model(cell: Cell, task: Task) -> keras.Model:
 
 def _options(cell: Cell, task: Task) -> dict[str, Any]:
     """Return what `clone_model` gets besides the number of clones."""
-    loss = {"loss": "gather"} if cell.peer == "gather" else {}
-    return {
-        **{"update": cell.update, "pieces": cell.pieces},
-        **{**task.options, **loss},
-    }
+    options = {"update": cell.update, "pieces": cell.pieces, **task.options}
+    if cell.peer == "gather":
+        options["loss"] = "gather"
+    return options
 
 
 def _peak_memory(before: int | None) -> float | None:

@@ -8,7 +8,6 @@ from keras_clones.benchmark.models import TASKS
 from keras_clones.benchmark.timed_fit import Cell
 
 PEERS = ("plain", "gather", "mirrored", "central", "jax")
-UPDATES = ("auto", "keras")
 REDUCTIONS = (
     "ReductionToOneDevice",
     "HierarchicalCopyAllReduce",

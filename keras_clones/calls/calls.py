@@ -18,7 +18,6 @@ import tensorflow as tf
 
 from keras_clones import _keras
 from keras_clones.calls import sharded_call, sharing
-from keras_clones.calls.undone import swapped
 from keras_clones.devices.homes import Homes
 from keras_clones.exchange.beside_data import beside_data
 from keras_clones.plan import at_home, build
@@ -173,4 +172,4 @@ def _around(
     """Call a function with a method, in place of the method, of one object."""
     method = getattr(owner, name)
     calling = functools.wraps(method)(functools.partial(function, method))
-    return swapped(owner, name, calling)
+    return _keras.replaced(owner, name, calling)

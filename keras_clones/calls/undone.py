@@ -13,20 +13,6 @@ from keras_clones import _keras
 
 
 @contextlib.contextmanager
-def swapped(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Let an object have another attribute under a name for a time."""
-    own = vars(owner).get(name)
-    # `vars` passes by a layer's own tracking of what it is given.
-    vars(owner)[name] = value
-    try:
-        yield
-    finally:
-        vars(owner).pop(name, None)
-        if own is not None:
-            vars(owner)[name] = own
-
-
-@contextlib.contextmanager
 def through(
     layer: keras.Layer,
     wrap: Callable[..., Callable[..., Any] | None],
@@ -37,7 +23,7 @@ def through(
         for one in filter(is_meant, _keras.layers(layer)):
             wrapped = wrap(one, one.call)
             if wrapped is not None:
-                stack.enter_context(swapped(one, "call", wrapped))
+                stack.enter_context(_keras.replaced(one, "call", wrapped))
         yield
 
 

@@ -68,26 +68,15 @@ def looked_up_at_home(
         by_rows: Boolean, whether updates write single rows: then it is the
             plain read that copies the table. Defaults to `False`.
     """
-    held = [
-        {name: vars(table)[name] for name in _READS if name in vars(table)}
-        for table in tables
-    ]
-    try:
+    with contextlib.ExitStack() as stack:
         for table in tables:
-            vars(table).update(_reads(table, by_rows))
+            for name, read in _reads(table, by_rows).items():
+                stack.enter_context(_keras.replaced(table, name, read))
         yield
-    finally:
-        for table, own in zip(tables, held, strict=True):
-            for name in _READS:
-                vars(table).pop(name, None)
-            vars(table).update(own)
-
-
-_READS = ("sparse_read", "__tf_tensor__")
 
 
 def _reads(table: keras.Variable, by_rows: bool) -> dict[str, Any]:
-    """Return what reads a table where it is, by the names in `_READS`."""
+    """Return what reads a table where it is, by the name of the method."""
 
     def sparse_read(indices: tf.Tensor, name: str | None = None) -> tf.Tensor:
         value = _keras.tf_variable(table)
@@ -106,4 +95,4 @@ def _reads(table: keras.Variable, by_rows: bool) -> dict[str, Any]:
             # A read has no device of its own, which look-ups go by.
             return tf.identity(tf.convert_to_tensor(value, dtype), name)
 
-    return dict(zip(_READS, (sparse_read, whole), strict=True))
+    return {"sparse_read": sparse_read, "__tf_tensor__": whole}

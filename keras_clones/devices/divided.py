@@ -17,6 +17,17 @@ from keras_clones import _keras, _tf
 _numbers = itertools.count()
 
 
+def split(value: Any, number: int) -> list[Any]:
+    """Return the rows of each of some parts."""
+    return [value[j::number] for j in range(number)]
+
+
+def locate(ids: tf.Tensor, number: int) -> tuple[tf.Tensor, tf.Tensor]:
+    """Return of rows which of some parts has each, and where it is there."""
+    owners = tf.cast(tf.math.floormod(ids, number), tf.int32)
+    return owners, tf.math.floordiv(ids, number)
+
+
 class Divided:
     """What a Keras variable holds in place of a `tf.Variable`.
 
@@ -52,7 +63,9 @@ class Divided:
             empty = tf.zeros([0, *self.shape[1:]], self.dtype)
             self.source = tf.Variable(empty, name=f"{name}_source")
         self.parts = []
-        for rows, home in zip(self._split(value), self.homes, strict=True):
+        for rows, home in zip(
+            split(value, len(self.homes)), self.homes, strict=True
+        ):
             with tf.device(home):
                 # A tape must not see them: `source` stands for all of them.
                 part = tf.Variable(rows, trainable=False, name=name)
@@ -121,12 +134,10 @@ class Divided:
     def _look_up(self, ids: tf.Tensor, by_rows: bool) -> tf.Tensor:
         """Return rows by their ids, of each home those that it has."""
         number = len(self.homes)
-        owners = tf.cast(tf.math.floormod(ids, number), tf.int32)
+        owners, local = locate(ids, number)
         every = tf.range(tf.size(ids))
         places = tf.dynamic_partition(every, owners, number)
-        wanted = tf.dynamic_partition(
-            tf.math.floordiv(ids, number), owners, number
-        )
+        wanted = tf.dynamic_partition(local, owners, number)
         rows = []
         for home, part, one in zip(
             self.homes, self.values(), wanted, strict=True
@@ -138,11 +149,6 @@ class Divided:
         # Where a row is in no part, its look-up has failed by now.
         return tf.dynamic_stitch(places, rows)
 
-    def _split(self, value: Any) -> list[tf.Tensor]:
-        """Return the rows of each part."""
-        number = len(self.homes)
-        return [value[j::number] for j in range(number)]
-
     def assign(self, value: Any, *_: Any, **__: Any) -> "Divided":
         """Give each part its rows of a value."""
         if isinstance(value, keras.Variable):
@@ -151,7 +157,8 @@ class Divided:
             rows = value.values()
         else:
             with tf.device(self.device):
-                rows = self._split(tf.convert_to_tensor(value, self.dtype))
+                whole = tf.convert_to_tensor(value, self.dtype)
+                rows = split(whole, len(self.homes))
         for part, new in zip(self.values(), rows, strict=True):
             part.assign(new)
         return self

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from keras_clones.devices import divided
 from keras_clones.tensors.traced import RowGradient
 
 
@@ -38,8 +39,7 @@ class Parted(NamedTuple):
 def split(gradient: Any, number: int, shape: tf.TensorShape) -> list[Any]:
     """Return what of a gradient is of each part of a divided table.
 
-    Part `j` of `k` has rows `j`, `j + k`, `j + 2 k` and so on. Rows of a
-    part stay in their order.
+    Which these are `devices.divided` says. Rows of a part stay in their order.
 
     Args:
         gradient: Tensor, `tf.IndexedSlices`, `RowGradient`, `Parted` or
@@ -61,15 +61,13 @@ def split(gradient: Any, number: int, shape: tf.TensorShape) -> list[Any]:
         ]
     if isinstance(gradient, tf.IndexedSlices):
         return _split_rows(gradient, number, shape)
-    return [gradient[j::number] for j in range(number)]
+    return divided.split(gradient, number)
 
 
 def _split_rows(
     gradient: tf.IndexedSlices, number: int, shape: tf.TensorShape
 ) -> list[tf.IndexedSlices]:
-    ids = gradient.indices
-    owners = tf.cast(tf.math.floormod(ids, number), tf.int32)
-    local = tf.math.floordiv(ids, number)
+    owners, local = divided.locate(gradient.indices, number)
     values = tf.dynamic_partition(gradient.values, owners, number)
     indices = tf.dynamic_partition(local, owners, number)
     total, *row = shape.as_list()
