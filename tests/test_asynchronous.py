@@ -273,46 +273,34 @@ def test_config_of_replicas_that_step_by_themselves():
 
 
 def check(found):
-    assert found["accuracy"] > 0.97
+    assert found["accuracy"] > 0.96
     assert np.all(np.array(found["rows"]) >= 1400)
     assert np.all(np.array(found["least"]) >= 1)
 
 
 @pytest.mark.full
 def test_digits_with_replicas_that_step_by_themselves():
-    found = run("asynchronous.py", "FOUND", replicas=2)
-    check(found)
-    assert set(found["rows"]) == {1400.0}
-    assert found["steps"] == 44 * len(found["rows"])
-    assert found["told"] == []
+    """As they like, no staler than a bound, and with rows of their own."""
+    trainings = run("asynchronous.py", "FOUND", "none", "1", "hosts")
+    assert [*trainings] == ["none", "1", "hosts"]
+    for found in trainings.values():
+        check(found)
+        assert set(found["rows"]) == {1400.0}
+        assert found["told"] == []
+    assert trainings["none"]["steps"] == 44 * 8
 
 
 @pytest.mark.full
-def test_a_bounded_training_counts_every_row():
-    found = run("asynchronous.py", "FOUND", "1", replicas=3)
-    check(found)
-    assert set(found["rows"]) == {1400.0}
-
-
-@pytest.mark.full
-def test_replicas_that_read_their_own_rows_count_every_one():
-    found = run("asynchronous.py", "FOUND", "none", "hosts", replicas=2)
-    check(found)
-    assert set(found["rows"]) == {1400.0}
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("reader", ["controller", "hosts"])
+@pytest.mark.parametrize("reader", ["none", "hosts"])
 def test_a_training_goes_on_without_a_replica_that_dies(tmp_path, reader):
     *workers, ps = free_addresses(4)
     cluster = {"worker": workers, "ps": [ps]}
-    own = ["none", "hosts"] if reader == "hosts" else []
-    command = [HERE / "asynchronous.py", *own]
+    command = [HERE / "asynchronous.py", reader]
     _, printed = run_tasks(cluster, tmp_path, *command, seconds=240)
-    found = json.loads(re.search(r"^FOUND (.*)$", printed, re.M)[1])
+    found = json.loads(re.search(r"^FOUND (.*)$", printed, re.M)[1])[reader]
     check(found)
     # The step that was lost ran again, after some of its rows were counted,
     # or all that its host had read in the epoch.
-    twice = 32 if reader == "controller" else 467
+    twice = 32 if reader == "none" else 467
     assert sum(found["rows"]) <= 1400 * len(found["rows"]) + twice
     assert "worker 1 is lost" in found["told"][0]

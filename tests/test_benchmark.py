@@ -231,18 +231,12 @@ def test_texts_are_padded_and_their_targets_are_the_next_words():
 
 @pytest.mark.full
 def test_only_gradients_leave_the_clones_of_a_language_model():
-    sent = {}
-    for peer in ("clones", "gather"):
-        asked = Cell("masked", peer, 2, steps=2, transfers=True)
-        found = processes.run_cell(asked)
-        sent[peer] = found["devices"]["/device:CPU:1"]["bytes_sent"]
-    dense, rows, outputs = (
-        4 * 64 * 20_000,
-        4 * 16 * 32 * 64,
-        4 * 16 * 32 * 20_000,
-    )
-    assert dense < sent["clones"] < 1.1 * (dense + rows)
-    assert sent["gather"] > outputs + dense
+    asked = Cell("masked", "clones", 2, steps=2, transfers=True)
+    found = processes.run_cell(asked)
+    sent = found["devices"]["/device:CPU:1"]["bytes_sent"]
+    dense, rows = 4 * 64 * 20_000, 4 * 16 * 32 * 64
+    # The outputs of a shard would be 4 * 16 * 32 * 20_000 more.
+    assert dense < sent < 1.1 * (dense + rows)
 
 
 def test_controls_run_for_the_models_that_have_one(

@@ -72,9 +72,8 @@ def test_clones_of_two_hosts_train_as_one_device():
 # runs all of them anywhere.
 TOPOLOGIES = {
     "2x2": (2, 2, "controller,spread,greedy,round_robin", ""),
-    "2x2-float32": (2, 2, "spread,greedy", "batch_norm,masked,own_step"),
-    "4x1": (4, 1, "spread,greedy", "dense,batch_norm,contrastive,own_step"),
-    "1x4": (1, 4, "greedy,spread", "clipped,accumulated,masked,batch_norm"),
+    "4x1": (4, 1, "spread,greedy", "batch_norm,contrastive,own_step"),
+    "1x4-float32": (1, 4, "greedy,spread", "clipped,accumulated,masked"),
 }
 
 
@@ -96,7 +95,7 @@ def test_all_cases_train_as_one_device(name):
 @pytest.mark.full
 def test_a_divided_table_trains_as_one_device_and_sends_rows_alone():
     found = run("divided.py", "FOUND", ps=2)
-    check(found["differences"], 6)
+    check(found["differences"], 4)
     # A look-up and a gradient between each two that have clones or rows.
     for home, links in found["links"].items():
         for ends, link in links.items():
@@ -159,9 +158,6 @@ def test_the_page_on_growth_has_what_is_computed():
 @pytest.mark.full
 def test_a_training_that_is_restarted_comes_to_the_same_weights(tmp_path):
     # Of 28 batches, in the third epoch, two after a backup.
-    killed = run(
-        "restarted.py", "FOUND", tmp_path / "a", "20", ps=0, restarts=1
-    )
-    whole = run("restarted.py", "FOUND", tmp_path / "b", ps=0)
-    assert (killed["life"], whole["life"]) == ("1", "0")
-    assert killed["weights"] == whole["weights"]
+    found = run("restarted.py", "FOUND", tmp_path, "20", ps=0, restarts=1)
+    assert found["life"] == "1"
+    assert found["killed"] == found["whole"]

@@ -174,7 +174,7 @@ def plain(name, floatx):
     return train(CASES[name])
 
 
-WAYS = [("float64", 3), ("float64", 4), ("float32", 2)]
+WAYS = [("float64", 3), ("float32", 2)]
 
 
 @pytest.mark.full_but("two_outputs-float64-3")

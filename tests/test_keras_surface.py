@@ -27,59 +27,73 @@ def learn(num_clones, callbacks, epochs=5, optimizer=None, model=None, **fit):
 
 
 def stopping(folder):
-    return keras.callbacks.EarlyStopping(
-        "loss", patience=0, min_delta=10.0, restore_best_weights=True
-    )
+    return [
+        keras.callbacks.EarlyStopping(
+            "loss", patience=0, min_delta=10.0, restore_best_weights=True
+        )
+    ]
+
+
+def logging(folder):
+    """Return callbacks that do not get in each other's way."""
+    return [
+        keras.callbacks.ReduceLROnPlateau(
+            "loss", patience=0, min_delta=10.0, min_lr=1e-5
+        ),
+        keras.callbacks.TerminateOnNaN(),
+        keras.callbacks.CSVLogger(folder / "log.csv"),
+        keras.callbacks.TensorBoard(
+            folder / "logs", histogram_freq=1, update_freq="batch"
+        ),
+    ]
+
+
+def averaging(folder):
+    return [
+        keras.callbacks.SwapEMAWeights(),
+        keras.callbacks.LearningRateScheduler(lambda epoch: 0.1 / (epoch + 1)),
+    ]
 
 
 CALLBACKS = {
-    "EarlyStopping": stopping,
-    "ReduceLROnPlateau": lambda folder: keras.callbacks.ReduceLROnPlateau(
-        "loss", patience=0, min_delta=10.0, min_lr=1e-5
-    ),
-    "TerminateOnNaN": lambda folder: keras.callbacks.TerminateOnNaN(),
-    "ModelCheckpoint": lambda folder: keras.callbacks.ModelCheckpoint(
-        folder / "best.keras", monitor="loss", save_best_only=True
-    ),
-    "CSVLogger": lambda folder: keras.callbacks.CSVLogger(folder / "log.csv"),
-    "TensorBoard": lambda folder: keras.callbacks.TensorBoard(
-        folder / "logs", histogram_freq=1, update_freq="batch"
-    ),
-    "SwapEMAWeights": lambda folder: keras.callbacks.SwapEMAWeights(),
-    "LearningRateScheduler": lambda folder: (
-        keras.callbacks.LearningRateScheduler(lambda epoch: 0.1 / (epoch + 1))
-    ),
-    "BackupAndRestore": lambda folder: keras.callbacks.BackupAndRestore(
-        folder / "backup"
-    ),
+    "stopping": stopping,
+    "logging": logging,
+    "averaging": averaging,
+    "checkpoints": lambda folder: [
+        keras.callbacks.ModelCheckpoint(
+            folder / "best.keras", monitor="loss", save_best_only=True
+        )
+    ],
+    "backup": lambda folder: [
+        keras.callbacks.BackupAndRestore(folder / "backup")
+    ],
 }
 
 
-@pytest.mark.full_but("ModelCheckpoint")
+@pytest.mark.full_but("checkpoints")
 @pytest.mark.parametrize("name", CALLBACKS)
 def test_callbacks(name, tmp_path, float64):
     runs = []
     for num_clones in (None, 3):
         folder = tmp_path / str(num_clones)
         folder.mkdir()
-        optimizer = keras.optimizers.Adam(0.01, use_ema=name.startswith("Swap"))
+        optimizer = keras.optimizers.Adam(0.01, use_ema=name == "averaging")
         model, history = learn(
-            num_clones, [CALLBACKS[name](folder)], optimizer=optimizer
+            num_clones, CALLBACKS[name](folder), epochs=3, optimizer=optimizer
         )
         runs.append((cases.weights(model), history))
     (expected, logs), (received, clone_logs) = runs
     assert cases.difference(expected, received) < 1e-10
     assert cases.difference(logs, clone_logs) < 1e-10
-    if name == "EarlyStopping":
+    if name == "stopping":
         assert len(clone_logs["loss"]) == 2
-    if name == "ModelCheckpoint":
+    if name == "checkpoints":
         plain = keras.models.load_model(tmp_path / "3" / "best.keras")
         assert deployment(plain) is None
         assert cases.difference(expected, cases.weights(plain)) < 1e-10
-    if name == "CSVLogger":
+    if name == "logging":
         rows = list(csv.DictReader((tmp_path / "3" / "log.csv").open()))
         assert float(rows[-1]["loss"]) == pytest.approx(logs["loss"][-1])
-    if name == "TensorBoard":
         assert list((tmp_path / "3" / "logs" / "train").glob("events*"))
 
 

@@ -194,8 +194,7 @@ def sentences():
 
 @pytest.mark.full
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-@pytest.mark.parametrize("num_clones", [1, 2, 3])
-@pytest.mark.parametrize("deployed", [False, True])
+@pytest.mark.parametrize(("num_clones", "deployed"), [(1, True), (3, False)])
 def test_rows_by_position_add_up(float64, optimizer, num_clones, deployed):
     """On one device they are looked up once, whatever the batch."""
     batches = [data(7, True), data(5, True, seed=1)]

@@ -182,7 +182,7 @@ def data():
     return rng.normal(size=(ROWS, 4)), rng.normal(size=(ROWS, 1))
 
 
-def train(make, cloned, whole=(), compiled=None, **options):
+def train(make, cloned, whole=(), compiled=None, evaluated=False, **options):
     """Train on batches of 10, 10 and 7 rows of no known number."""
     keras.backend.clear_session()
     keras.utils.set_random_seed(1)
@@ -194,12 +194,14 @@ def train(make, cloned, whole=(), compiled=None, **options):
         cases.build_optimizer(model)
     batches = tf.data.Dataset.from_tensor_slices(data()).batch(10)
     history = model.fit(batches, epochs=2, verbose=0, shuffle=False)
-    return [
+    found = [
         *(np.array(v) for v in model.variables),
         *(np.array(v) for v in history.history.values()),
-        *(np.array(v) for v in model.evaluate(batches, verbose=0)),
-        model.predict(batches, verbose=0),
     ]
+    if evaluated:
+        found += map(np.array, model.evaluate(batches, verbose=0))
+        found.append(model.predict(batches, verbose=0))
+    return found
 
 
 def gap(ones, others):
@@ -215,8 +217,10 @@ def gap(ones, others):
 @pytest.mark.parametrize("name", MODELS)
 def test_trains_as_plain_keras(name, float64):
     make, whole = MODELS[name]
-    plain = train(make, False)
-    cloned = train(make, True, whole, layer_losses="mean", check_rows=False)
+    evaluated = name in ("nested", "operation", "counted")
+    plain = train(make, False, evaluated=evaluated)
+    options = {"layer_losses": "mean", "check_rows": False}
+    cloned = train(make, True, whole, evaluated=evaluated, **options)
     assert gap(plain, cloned) < 1e-10
 
 

@@ -1,11 +1,11 @@
 """Train on digits with replicas that step by themselves.
 
     python -m keras_clones launch --replicas 2 --ps 1 \
-        tests/cluster/asynchronous.py [max_staleness|none [hosts]]
+        tests/cluster/asynchronous.py (none|hosts|max_staleness) ...
 
-prints a line of JSON: the accuracy, and the rows that each epoch counted. Where
-`hosts` is given, each reads its own part of the rows. Where there is a folder
-`FAULT_FOLDER`, worker 1 is killed in the second epoch.
+prints a line of JSON: of each training the accuracy, and the rows that each
+epoch counted. In one of `hosts`, each reads its own part of the rows. Where
+there is a folder `FAULT_FOLDER`, worker 1 is killed in the second epoch.
 """
 
 import json
@@ -24,6 +24,8 @@ from sklearn.datasets import load_digits
 
 import keras_clones
 from keras_clones import DeploymentConfig, clone_model
+
+EPOCHS = 8
 
 
 @keras.saving.register_keras_serializable("cluster")
@@ -94,6 +96,12 @@ def main():
             path = pathlib.Path(folder, str(task["index"]))
             path.write_text(str(os.getpid()))
     cluster = keras_clones.connect()
+    found = {how: train(cluster, how) for how in sys.argv[1:]}
+    print("FOUND", json.dumps(found), flush=True)
+
+
+def train(cluster, how):
+    """Return what a training comes to."""
     keras.utils.set_random_seed(0)
     digits = load_digits()
     order = np.random.default_rng(0).permutation(len(digits.target))
@@ -109,25 +117,22 @@ def main():
             keras.layers.Dense(10, activation="softmax"),
         ]
     )
-    bound = None
-    if sys.argv[1:] and sys.argv[1] != "none":
-        bound = int(sys.argv[1])
     config = DeploymentConfig(
         1,
         num_replicas=len(cluster.replicas),
         num_ps_tasks=len(cluster.ps),
         sync=False,
-        max_staleness=bound,
+        max_staleness=int(how) if how.isdigit() else None,
     )
     clone_model(model, config=config)
     model.compile(
-        keras.optimizers.Adam(1e-3),
+        keras.optimizers.Adam(2e-3),
         loss,
         metrics=[right, Rows(), Least()],
     )
     y = y + 10 * np.arange(len(y))
     data = (x[:1400], y[:1400])
-    if sys.argv[2:]:
+    if how == "hosts":
 
         def read(context):
             own = slice(
@@ -141,21 +146,20 @@ def main():
         warnings.simplefilter("always")
         history = model.fit(
             *data,
-            batch_size=None if sys.argv[2:] else 32,
-            epochs=14,
+            batch_size=None if how == "hosts" else 32,
+            epochs=EPOCHS,
             verbose=0,
-            callbacks=[Kill()] if folder else [],
+            callbacks=[Kill()] if "FAULT_FOLDER" in os.environ else [],
             validation_data=(x[1400:], y[1400:]),
         ).history
     accuracy = model.evaluate(x[1400:], y[1400:], verbose=0)[1]
-    found = {
+    return {
         "accuracy": accuracy,
         "rows": history["rows"],
         "least": history["least"],
         "steps": int(model.optimizer.iterations),
         "told": [str(one.message) for one in told if "lost" in str(one)],
     }
-    print("FOUND", json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Train on a cluster, and be killed in a first life if told to.
+"""Train on a cluster, be killed, go on, and train once more as a whole.
 
     python -m keras_clones launch --replicas 2 --restarts 1 \
-        tests/cluster/restarted.py FOLDER [BATCH]
+        tests/cluster/restarted.py FOLDER BATCH
 
-prints a line of JSON: the weights, and in which life it ends. With `BATCH` the
+prints a line of JSON: the weights that both come to, and in which life. The
 controller is killed at that batch of its first life.
 """
 
@@ -34,11 +34,9 @@ class Kill(keras.callbacks.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def main():
-    keras_clones.connect()
-    keras.config.set_floatx("float64")
+def train(folder, *callbacks):
+    """Return the weights that a training comes to."""
     keras.utils.set_random_seed(0)
-    life = os.environ.get("KERAS_CLONES_RESTART", "0")
     random = np.random.default_rng(0)
     x, y = random.normal(size=(50, 6)), random.normal(size=(50, 1))
     model = keras.Sequential(
@@ -51,13 +49,23 @@ def main():
     )
     clone_model(model, exact=True, variables="spread")
     model.compile("adam", "mse")
-    folder = pathlib.Path(sys.argv[1])
-    callbacks = [Backup(folder, save_freq=3)]
-    if len(sys.argv) > 2 and life == "0":
-        callbacks.append(Kill(int(sys.argv[2])))
+    callbacks = [Backup(folder, save_freq=3), *callbacks]
     model.fit(x, y, batch_size=8, epochs=4, callbacks=callbacks, verbose=0)
-    weights = [weight.tolist() for weight in model.get_weights()]
-    print("FOUND", json.dumps({"life": life, "weights": weights}), flush=True)
+    return [weight.tolist() for weight in model.get_weights()]
+
+
+def main():
+    keras_clones.connect()
+    keras.config.set_floatx("float64")
+    life = os.environ.get("KERAS_CLONES_RESTART", "0")
+    folder = pathlib.Path(sys.argv[1])
+    kill = [Kill(int(sys.argv[2]))] if life == "0" else []
+    found = {
+        "life": life,
+        "killed": train(folder / "killed", *kill),
+        "whole": train(folder / "whole"),
+    }
+    print("FOUND", json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":
