@@ -9,7 +9,13 @@ import pytest
 import tensorflow as tf
 from keras import layers, ops
 
-from keras_clones import _keras, clone_model, deployment, unclone_model
+from keras_clones import (
+    DeploymentConfig,
+    _keras,
+    clone_model,
+    deployment,
+    unclone_model,
+)
 from keras_clones.benchmark.transfers import count_transfers
 from keras_clones.callbacks import backup_variables
 from keras_clones.devices import moving
@@ -321,6 +327,9 @@ def of_lamb():
     return model
 
 
+ALONE = DeploymentConfig(num_replicas=2, sync=False)
+
+
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [
@@ -341,6 +350,7 @@ def of_lamb():
         (adapted, {}, "LoRA"),
         (quantized, {}, "quantized"),
         (of_lamb, {}, "Received: optimizer 'Lamb'"),
+        (pooled, {"devices": None, "config": ALONE}, "step by themselves"),
     ],
 )
 def test_what_cannot_be_divided_leaves_the_model_as_it_was(

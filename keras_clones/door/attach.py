@@ -176,6 +176,13 @@ def _attach(
     variables: str | None,
 ) -> None:
     """Put clones on a model, which what is wrong leaves as it is."""
+    if options.divided and not config.sync:
+        raise ValueError(
+            "Argument `divided` cannot be used with replicas that step by "
+            "themselves: leave it out, or pass a config with `sync=True`. "
+            f"Received: divided={list(options.divided)!r}, and a config with "
+            "sync=False"
+        )
     clones = placement.place_clones(config)
     options = options._replace(
         shares=option_checks.check_shares(model, options.shares, len(clones)),
@@ -187,13 +194,6 @@ def _attach(
         ),
     )
     made = Deployment(config, clones, options, model)
-    if options.divided and not config.sync:
-        raise ValueError(
-            "Argument `divided` cannot be used with replicas that step by "
-            "themselves: leave it out, or pass a config with `sync=True`. "
-            f"Received: divided={list(options.divided)!r}, and a config with "
-            "sync=False"
-        )
     if made.pieces_grow and not config.sync:
         raise ValueError(
             "Argument `pieces='auto'` runs a batch again when memory ends, "

@@ -25,7 +25,7 @@ from sklearn.datasets import load_digits
 import keras_clones
 from keras_clones import DeploymentConfig, clone_model
 
-EPOCHS = 8
+EPOCHS = 10
 
 
 @keras.saving.register_keras_serializable("cluster")
