@@ -41,12 +41,14 @@ def float64():
 def _fresh_names():
     """Let every test number its layers from zero.
 
-    A collection of garbage takes 0.3 s once some hundred tests have run, so
-    that one a test took half of the time of all tests: here is one in ten.
+    A collection of garbage looks at all that is kept, which takes up to 2 s
+    once some hundred tests have run: it took half of the time of all tests.
+    Here is one in ten tests, and what it leaves is not looked at again.
     """
     keras.backend.clear_session(free_memory=False)
     if next(STARTED) % 10 == 0:
         gc.collect()
+        gc.freeze()
 
 
 def pytest_addoption(parser):

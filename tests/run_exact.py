@@ -30,7 +30,7 @@ def own_rounding(name, expected):
     """Return how far plain Keras is from itself, by its inputs' last bits."""
     found = []
     for seed in range(3):
-        keras.backend.clear_session()
+        keras.backend.clear_session(free_memory=False)
         made = equivalence.CASES[name]()
         x, *rest = made.data
         last = np.random.default_rng(seed).choice([-1, 0, 1], x.shape)
@@ -57,7 +57,7 @@ def judge(name, floatx, expected, received):
 
 def run(name, floatx, drops):
     """Return the largest difference by number of clones, or what is wrong."""
-    keras.backend.clear_session()
+    keras.backend.clear_session(free_memory=False)
     keras.config.set_floatx(floatx)
     found = {}
     with pytest.MonkeyPatch.context() as patch:
@@ -66,7 +66,7 @@ def run(name, floatx, drops):
         if dropping == []:
             return {}
         for num_clones in NUM_CLONES:
-            keras.backend.clear_session()
+            keras.backend.clear_session(free_memory=False)
             gc.collect()
             try:
                 received = test_exact.exactly(name, num_clones)

@@ -272,8 +272,8 @@ def test_config_of_replicas_that_step_by_themselves():
         clone_model(model, config=DeploymentConfig(num_replicas=2, sync=False))
 
 
-def check(found):
-    assert found["accuracy"] > 0.97
+def check(found, least=0.97):
+    assert found["accuracy"] > least
     assert np.all(np.array(found["rows"]) >= 1400)
     assert np.all(np.array(found["least"]) >= 1)
 
@@ -298,7 +298,8 @@ def test_a_training_goes_on_without_a_replica_that_dies(tmp_path, reader):
     command = [HERE / "asynchronous.py", reader]
     _, printed = run_tasks(cluster, tmp_path, *command, seconds=240)
     found = json.loads(re.search(r"^FOUND (.*)$", printed, re.M)[1])[reader]
-    check(found)
+    # After half as many epochs.
+    check(found, 0.95)
     # The step that was lost ran again, after some of its rows were counted,
     # or all that its host had read in the epoch.
     twice = 32 if reader == "none" else 467

@@ -254,7 +254,6 @@ def own():
 CASES = {
     "arrays": Case(mlp, arrays),
     "arrays_by_batch": Case(mlp, functools.partial(arrays, shuffle="batch")),
-    "arrays_in_order": Case(mlp, functools.partial(arrays, shuffle=False)),
     "arrays_over_epochs": Case(
         mlp,
         functools.partial(arrays, steps_per_epoch=4, epochs=2),
@@ -268,22 +267,17 @@ CASES = {
     "dataset_unknown": Case(
         mlp, functools.partial(dataset, unknown=True), stops=(7, 8)
     ),
-    "dataset_over_epochs": Case(
-        mlp, functools.partial(dataset, repeated=True, steps_per_epoch=5)
-    ),
     "dataset_unknown_over_epochs": Case(
         mlp,
         functools.partial(dataset, unknown=True, steps_per_epoch=2),
         stops=(2, 3),
     ),
-    "sequence": Case(mlp, lambda: {"x": Sequence()}),
-    "sequence_in_order": Case(mlp, lambda: {"x": Sequence(), "shuffle": False}),
+    "sequence": Case(mlp, lambda: {"x": Sequence(), "shuffle": False}),
     "generator": Case(mlp, lambda: {"x": generator(), "steps_per_epoch": 4}),
     "dropout": Case(dropping, arrays),
     "averages": Case(averaging, arrays),
-    "two_at_once": Case(two_at_once, arrays, stops=(4, 8)),
-    "two_at_once_unknown": Case(
-        two_at_once, functools.partial(dataset, unknown=True), stops=(8,)
+    "two_at_once": Case(
+        two_at_once, functools.partial(dataset, unknown=True), stops=(4, 8)
     ),
     "clones": Case(cloned, arrays, stops=(8,)),
     "stopping": Case(

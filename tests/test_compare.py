@@ -446,7 +446,7 @@ def test_the_model_stays_as_it_is(ends, monkeypatch, untimed):
 @pytest.mark.full
 def test_training_goes_on_as_without(untimed):
     def trained(look):
-        keras.backend.clear_session()
+        keras.backend.clear_session(free_memory=False)
         keras.utils.set_random_seed(3)
         model = classifier(layers.Dropout(0.2))
         x, y = arrays()

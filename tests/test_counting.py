@@ -174,12 +174,16 @@ def plain(name, floatx):
     return train(CASES[name])
 
 
-WAYS = [("float64", 3), ("float32", 2)]
+WAYS = [
+    *((name, "float64", 3) for name in CASES),
+    *((name, "float32", 2) for name in ("weighted", "two_outputs")),
+]
 
 
 @pytest.mark.full_but("two_outputs-float64-3")
-@pytest.mark.parametrize(("floatx", "num_clones"), WAYS, indirect=["floatx"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "floatx", "num_clones"), WAYS, indirect=["floatx"]
+)
 def test_entries_count_as_on_one_device(name, num_clones, floatx, in_clones):
     expected = plain(name, floatx)
     options = {"layer_losses": "mean", "random": "global"}

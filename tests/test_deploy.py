@@ -524,7 +524,7 @@ def test_saved_files_are_what_plain_keras_writes(tmp_path, float64):
     x, y = cases.arrays(16)["mlp"]
     files = []
     for num_clones in (None, 1):
-        keras.backend.clear_session()
+        keras.backend.clear_session(free_memory=False)
         model = cases.make("mlp")
         if num_clones:
             clone_model(model, num_clones)

@@ -185,7 +185,7 @@ class PenaltyModel(keras.Model):
 
 def cloned(make, num_clones, **options):
     # Draws without a seed: Keras 3.12 goes on with them after a new seed.
-    keras.backend.clear_session()
+    keras.backend.clear_session(free_memory=False)
     keras.utils.set_random_seed(0)
     model = make()
     if num_clones:

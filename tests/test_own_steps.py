@@ -261,7 +261,7 @@ def come_to(make, data, num_clones, compile_with=None, epochs=2, **kwargs):
 
     Models of `TRAIN_ALL` have all their variables, and one optimizer for them.
     """
-    keras.backend.clear_session()
+    keras.backend.clear_session(free_memory=False)
     keras.utils.set_random_seed(3)
     model = make()
     if num_clones:

@@ -227,7 +227,7 @@ def data(rows=27):
 
 def fit(make, rows=27, compiled=None, epochs=1, batch=10, **options):
     """Train on clones, and return the model and what was warned of."""
-    keras.backend.clear_session()
+    keras.backend.clear_session(free_memory=False)
     keras.utils.set_random_seed(1)
     model = clone_model(make(), 3, **options)
     model.compile("adam", "mse", **(compiled or {}))

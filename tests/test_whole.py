@@ -184,7 +184,7 @@ def data():
 
 def train(make, cloned, whole=(), compiled=None, evaluated=False, **options):
     """Train on batches of 10, 10 and 7 rows of no known number."""
-    keras.backend.clear_session()
+    keras.backend.clear_session(free_memory=False)
     keras.utils.set_random_seed(1)
     model = make()
     if cloned:
@@ -225,7 +225,7 @@ def test_trains_as_plain_keras(name, float64):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["counted", "nested", "operation"])
+@pytest.mark.parametrize("name", ["counted", "nested"])
 def test_trains_as_plain_keras_eagerly(name, float64):
     make, whole = MODELS[name]
     eagerly = {"run_eagerly": True}
@@ -351,10 +351,8 @@ def test_operations_by_rows_stay_in_the_clones(monkeypatch):
     [
         lambda x: ops.cumsum(x, axis=0),
         lambda x: x - ops.take(x, [0], axis=0),
-        lambda x: ops.flip(x, axis=0),
         lambda x: ops.matmul(x, ops.matmul(ops.transpose(x), x)),
         lambda x: x / ops.max(x),
-        lambda x: ops.softmax(x, axis=0),
         lambda x: ops.roll(x, 1, axis=0),
     ],
 )
