@@ -74,8 +74,17 @@ def test_readme_code_runs(tmp_path, monkeypatch):
     assert np.isfinite(losses).all()
 
 
+# Takes as long as all other pages.
+LONG = {"looking.md"}
+
+
 @pytest.mark.parametrize(
-    "name", [name for name, text in PAGES.items() if blocks("python", text)]
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.full] * (name in LONG))
+        for name, text in PAGES.items()
+        if blocks("python", text)
+    ],
 )
 def test_code_of_pages_runs(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

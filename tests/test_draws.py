@@ -361,6 +361,7 @@ def test_sparse_rows(float64):
     assert cases.difference(*found) < 1e-10
 
 
+@pytest.mark.full
 def test_a_saved_model_goes_on_with_other_clones(tmp_path, float64):
     def fit(model):
         model.fit(X, Y, batch_size=10, epochs=1, shuffle=False, verbose=0)

@@ -77,8 +77,7 @@ plain = functools.cache(train)
     "False-pooled-clones",
     "False-Tied-gather",
     "True-pooled-gather",
-    "False-sparse-clones",
-    "True-Tied-clones",
+    "True-sparse-clones",
 )
 @pytest.mark.parametrize("loss", ["clones", "gather"])
 @pytest.mark.parametrize("make", [pooled, sparse, Tied])
