@@ -77,7 +77,7 @@ plain = functools.cache(train)
     "False-pooled-clones",
     "False-Tied-gather",
     "True-pooled-gather",
-    "True-sparse-clones",
+    "False-sparse-clones",
 )
 @pytest.mark.parametrize("loss", ["clones", "gather"])
 @pytest.mark.parametrize("make", [pooled, sparse, Tied])
