@@ -14,14 +14,14 @@ HOME = "/device:CPU:0"
 CLONE = "/device:CPU:1"
 
 
-def away(model, num_clones):
+def away(model, num_clones, xla=False):
     """Put every clone on a device that is not the variables' home."""
     devices = [f"CPU:{i + 1}" for i in range(num_clones)]
-    return clone_model(model, num_clones, devices=devices)
+    return clone_model(model, num_clones, devices=devices, jit_compile=xla)
 
 
-def compiled(model, num_clones, **kwargs):
-    away(model, num_clones)
+def compiled(model, num_clones, xla=False, **kwargs):
+    away(model, num_clones, xla)
     options = {**cases.DEFAULT_COMPILE, **kwargs}
     model.compile(optimizer="adam", jit_compile=False, **options)
     return model
@@ -102,8 +102,10 @@ def test_graph_hardly_grows_with_the_clones(update, most):
     assert nodes(8) <= most * nodes(1)
 
 
+@pytest.mark.full_but("False-16", "False-15", "True-15")
 @pytest.mark.parametrize("rows", [16, 15])
-def test_only_the_rows_of_a_large_embedding_travel(rows):
+@pytest.mark.parametrize("xla", [False, True])
+def test_only_the_rows_of_a_large_embedding_travel(xla, rows):
     model = keras.Sequential(
         [
             keras.Input((5,), dtype="int32"),
@@ -112,7 +114,8 @@ def test_only_the_rows_of_a_large_embedding_travel(rows):
             keras.layers.Dense(3, "softmax"),
         ]
     )
-    step = step_of(compiled(model, 2), (5,), rows=rows, dtype="int32")
+    compiled(model, 2, xla)
+    step = step_of(model, (5,), rows=rows, dtype="int32")
     moved = traffic(count_transfers(step))[CLONE]
     needed = 8 * 5 * 64 * 4
     rest = 2_000

@@ -84,9 +84,7 @@ class Given(NamedTuple):
                 raise NotForeseenError(table.path)
 
 
-def give(
-    weights: Sequence[keras.Variable], look_ups: LookUps | None
-) -> Given:
+def give(weights: Sequence[keras.Variable], look_ups: LookUps | None) -> Given:
     """Return what a clone is given, before it has asked for anything.
 
     Args:
@@ -136,7 +134,8 @@ def by_table(
         is_alike: Function that says whether a tensor is alike in all clones.
     """
     return [
-        _of_table(gradient, given, i, is_alike) if i in given.tables
+        _of_table(gradient, given, i, is_alike)
+        if i in given.tables
         else gradient
         for i, gradient in enumerate(gradients)
     ]
@@ -175,5 +174,8 @@ def _of_look_up(
     flat = tf.reshape(asked, [-1])
     kinds = row_gradient(tf.IndexedSlices(values, flat, shape), is_alike)
     return RowGradient(
-        *([tf.IndexedSlices(values, ids, shape) for _ in kind] for kind in kinds)
+        *(
+            [tf.IndexedSlices(values, ids, shape) for _ in kind]
+            for kind in kinds
+        )
     )
