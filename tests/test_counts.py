@@ -150,14 +150,15 @@ def test_an_own_step_moves_what_the_gathered_step_moves():
     assert own.sent + own.received <= 12
 
 
-def test_a_large_table_stays_home_in_an_own_step():
+@pytest.mark.parametrize("xla", [False, True])
+def test_a_large_table_stays_home_in_an_own_step(xla):
     layers = [
         keras.Input((5,), dtype="int32"),
         keras.layers.Embedding(200_000, 64),
         keras.layers.GlobalAveragePooling1D(),
         keras.layers.Dense(3, "softmax"),
     ]
-    model = compiled(OwnStep(layers), 2, metrics=None)
+    model = compiled(OwnStep(layers), 2, xla, metrics=None)
     moved = traffic(count_transfers(step_of(model, (5,), dtype="int32")))
     assert moved[CLONE].bytes_received + moved[CLONE].bytes_sent < 25_000
 

@@ -71,6 +71,20 @@ class Dropping(Twice):
     rate = 0.3
 
 
+class Own(Twice):
+    """Has a step of its own, which calls the model twice."""
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            first = self(x, training=True)
+            second = self(x // 3, training=True)
+            loss = self.compute_loss(x, y, first + ops.tanh(second))
+        variables = self.trainable_variables
+        self.optimizer.apply(tape.gradient(loss, variables), variables)
+        return self.compute_metrics(x, y, first)
+
+
 class Half(Model):
     """Reads its table in half precision, and computes in single."""
 
@@ -136,7 +150,7 @@ def train(make, optimizer, num_clones=None, **options):
     )
     if not num_clones:
         cases.build_optimizer(model)
-    logs = model.fit(batches, epochs=1, verbose=0).history
+    logs = model.fit(batches, verbose=0).history
     slots = [np.asarray(v) for v in model.optimizer.variables]
     return [*cases.weights(model), *slots, *logs.values()]
 
@@ -153,6 +167,18 @@ def test_clones_train_the_same(
     received = train(make, optimizer, num_clones, **options)
     assert cases.difference(expected, received) < cases.TOLERANCE[floatx]
     # It was traced once for batches of all sizes.
+    assert found == [{0: 2, 1: 1}]
+
+
+@pytest.mark.full_but("float64-Own-2")
+@pytest.mark.parametrize("num_clones", [1, 2, 3])
+@pytest.mark.parametrize("make", [Twice, Dropping, Own])
+def test_steps_by_calls_do(make, num_clones, found, floatx):
+    options = {} if make is Own else {"loss": "gather"}
+    expected = train(make, "adam")
+    received = train(make, "adam", num_clones, **options)
+    assert cases.difference(expected, received) < cases.TOLERANCE[floatx]
+    # Two calls of one kind are foreseen once.
     assert found == [{0: 2, 1: 1}]
 
 

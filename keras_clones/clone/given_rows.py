@@ -171,8 +171,8 @@ def _of_look_up(
     the ids they were looked up by.
     """
     shape = tf.constant([*table.shape], tf.int64)
-    flat = tf.reshape(asked, [-1])
-    kinds = row_gradient(tf.IndexedSlices(values, flat, shape), is_alike)
+    # Nothing is computed of them here.
+    kinds = row_gradient(tf.IndexedSlices(values, asked, shape), is_alike)
     return RowGradient(
         *(
             [tf.IndexedSlices(values, ids, shape) for _ in kind]

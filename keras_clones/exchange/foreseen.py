@@ -47,6 +47,20 @@ class Foreseen(NamedTuple):
             inputs=[one._replace(look_ups=self.types) for one in layout.inputs]
         )
 
+    def filled(self, layout: Layout, by_rows: bool) -> Layout:
+        """Return a layout whose inputs have the rows.
+
+        Args:
+            layout: `Layout` of the rows of the batch.
+            by_rows: Boolean, whether updates write single rows of tables.
+        """
+        inputs = []
+        for clone, one in zip(layout.clones, layout.inputs, strict=True):
+            with tf.device(clone.device):
+                rows = self.look_up(one.data, by_rows)
+            inputs.append(one._replace(look_ups=rows))
+        return layout._replace(inputs=inputs)
+
     def giving(self, tower: TracedTower, by_rows: bool) -> TracedTower:
         """Return a tower that gets its rows when it is called.
 
@@ -97,10 +111,14 @@ def _look_up(
 
 
 class _Seen(NamedTuple):
-    """What look-ups in a table ask for, and in which type they read it."""
+    """What look-ups in a table ask for, and in which type they read it.
+
+    `wholes` has the tensor that stood for all of the table.
+    """
 
     ids: list[tf.Tensor]
     dtypes: list[tf.DType]
+    wholes: list[tf.Tensor]
 
 
 def foresee(
@@ -124,19 +142,12 @@ def foresee(
     """
     wanted = {id(table) for table in tables}
     places = {i: v for i, v in enumerate(weights) if id(v) in wanted}
-    seen = {i: _Seen([], []) for i in places}
-    data, rest = _dense(types.data), _dense(types._replace(data=None))
-    wholes: dict[int, tf.Tensor] = {}
-
-    def run(*tensors: tf.Tensor) -> list[tf.Tensor]:
-        inputs = _pack(types, tensors)
-        wholes.update({i: inputs.mirrors[i] for i in places})
-        with _watching(places, seen):
-            look(inputs)
-        return [ids for one in seen.values() for ids in one.ids]
-
+    data = _dense(types.data)
+    if not data:
+        return None
+    seen = {i: _Seen([], [], []) for i in places}
     try:
-        traced = tf.compat.v1.wrap_function(run, [*data, *rest])
+        traced = _trace(look, places, types, seen)
     except Exception:
         # The trace of what clones run says what is wrong.
         return None
@@ -144,7 +155,7 @@ def foresee(
     kept = {
         i: one
         for i, one in seen.items()
-        if not is_used(wholes[i])
+        if not any(map(is_used, one.wholes))
         and all(made_of(ids, given, _OF_ANY_SIZE) for ids in one.ids)
     }
     if not kept:
@@ -155,6 +166,26 @@ def foresee(
         {i: _types(places[i], one) for i, one in kept.items()},
         traced.prune(given, asked) if asked else lambda *_: [],
     )
+
+
+def _trace(
+    look: Callable[[TowerInput], Any],
+    tables: dict[int, keras.Variable],
+    types: TowerInput,
+    seen: dict[int, _Seen],
+) -> Any:
+    """Trace what a clone runs forward, its data first, and see look-ups."""
+
+    def run(*tensors: tf.Tensor) -> list[tf.Tensor]:
+        inputs = _pack(types, tensors)
+        for i, one in seen.items():
+            one.wholes.append(inputs.mirrors[i])
+        with _watching(tables, seen):
+            look(inputs)
+        return [ids for one in seen.values() for ids in one.ids]
+
+    data, rest = _dense(types.data), _dense(types._replace(data=None))
+    return tf.compat.v1.wrap_function(run, [*data, *rest])
 
 
 def _pack(types: TowerInput, tensors: Sequence[tf.Tensor]) -> TowerInput:

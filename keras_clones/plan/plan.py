@@ -57,7 +57,6 @@ class Plan(NamedTuple):
             reason=reason,
             metrics_in_clones=False,
             outputs_leave=True,
-            tables=[] if self.jit_compile else self.tables,
         )
 
 
@@ -90,7 +89,7 @@ def plan_step(
         metrics_in_clones=metrics,
         outputs_leave=not in_clones or (needed and not metrics),
         synchronized=synchronized,
-        tables=large_tables(model) if in_clones or not jit_compile else [],
+        tables=large_tables(model),
         jit_compile=jit_compile,
         may_change=may_change,
         apart=apart,
