@@ -147,35 +147,22 @@ def _of_table(
     i: int,
     is_alike: Callable[..., bool],
 ) -> RowGradient | None:
-    table = given.tables[i]
-    columns = zip(gradients, given.look_ups[i], given.asked[i], strict=False)
-    parts = [
-        _of_look_up(table, tf.cast(values, table.dtype), one.ids, ids, is_alike)
-        for values, one, ids in columns
-        if values is not None
-    ]
-    kinds = [[s for part in parts for s in part[k]] for k in range(3)]
-    return RowGradient(*kinds) if parts else None
-
-
-def _of_look_up(
-    table: keras.Variable,
-    values: tf.Tensor,
-    ids: tf.Tensor,
-    asked: tf.Tensor,
-    is_alike: Callable[..., bool],
-) -> RowGradient:
-    """Return the gradient of a look-up, of the kind that its ids tell.
-
-    These are the ids that the clone itself asked for. The rows are those of
-    the ids they were looked up by.
-    """
+    table, look_ups = given.tables[i], given.look_ups[i]
+    types = {one.ids.dtype for one in look_ups}
+    # TensorFlow lists rows by ids of several types as those of the widest.
+    kind = tf.int64 if len(types) > 1 else None
     shape = tf.constant([*table.shape], tf.int64)
-    # Nothing is computed of them here.
-    kinds = row_gradient(tf.IndexedSlices(values, asked, shape), is_alike)
-    return RowGradient(
-        *(
-            [tf.IndexedSlices(values, ids, shape) for _ in kind]
-            for kind in kinds
-        )
-    )
+    found = RowGradient([], [], [])
+    columns = zip(gradients, look_ups, given.asked[i], strict=False)
+    for gradient, one, asked in columns:
+        if gradient is not None:
+            values = tf.cast(gradient, table.dtype)
+            ids = tf.cast(one.ids, kind or one.ids.dtype)
+            # The ids that the clone asked for tell of which kind a look-up
+            # is, and those that it was looked up by which rows it had.
+            told = tf.IndexedSlices(values, asked, shape)
+            for all_, own in zip(
+                found, row_gradient(told, is_alike), strict=True
+            ):
+                all_ += [tf.IndexedSlices(values, ids, shape) for _ in own]
+    return found if any(found) else None
