@@ -14,14 +14,14 @@ HOME = "/device:CPU:0"
 CLONE = "/device:CPU:1"
 
 
-def away(model, num_clones):
+def away(model, num_clones, xla=False):
     """Put every clone on a device that is not the variables' home."""
     devices = [f"CPU:{i + 1}" for i in range(num_clones)]
-    return clone_model(model, num_clones, devices=devices)
+    return clone_model(model, num_clones, devices=devices, jit_compile=xla)
 
 
-def compiled(model, num_clones, **kwargs):
-    away(model, num_clones)
+def compiled(model, num_clones, xla=False, **kwargs):
+    away(model, num_clones, xla)
     options = {**cases.DEFAULT_COMPILE, **kwargs}
     model.compile(optimizer="adam", jit_compile=False, **options)
     return model
@@ -100,8 +100,10 @@ def test_graph_hardly_grows_with_the_clones():
     assert nodes(8) <= 1.2 * nodes(1)
 
 
+@pytest.mark.full_but("False-16", "False-15", "True-15")
 @pytest.mark.parametrize("rows", [16, 15])
-def test_only_the_rows_of_a_large_embedding_travel(rows):
+@pytest.mark.parametrize("xla", [False, True])
+def test_only_the_rows_of_a_large_embedding_travel(xla, rows):
     model = keras.Sequential(
         [
             keras.Input((5,), dtype="int32"),
@@ -110,7 +112,8 @@ def test_only_the_rows_of_a_large_embedding_travel(rows):
             keras.layers.Dense(3, "softmax"),
         ]
     )
-    step = step_of(compiled(model, 2), (5,), rows=rows, dtype="int32")
+    compiled(model, 2, xla)
+    step = step_of(model, (5,), rows=rows, dtype="int32")
     moved = traffic(count_transfers(step))[CLONE]
     needed = 8 * 5 * 64 * 4
     rest = 2_000
@@ -145,14 +148,15 @@ def test_an_own_step_moves_what_the_gathered_step_moves():
     assert own.sent + own.received <= 12
 
 
-def test_a_large_table_stays_home_in_an_own_step():
+@pytest.mark.parametrize("xla", [False, True])
+def test_a_large_table_stays_home_in_an_own_step(xla):
     layers = [
         keras.Input((5,), dtype="int32"),
         keras.layers.Embedding(200_000, 64),
         keras.layers.GlobalAveragePooling1D(),
         keras.layers.Dense(3, "softmax"),
     ]
-    model = compiled(OwnStep(layers), 2, metrics=None)
+    model = compiled(OwnStep(layers), 2, xla, metrics=None)
     moved = traffic(count_transfers(step_of(model, (5,), dtype="int32")))
     assert moved[CLONE].bytes_received + moved[CLONE].bytes_sent < 25_000
 

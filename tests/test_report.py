@@ -104,13 +104,19 @@ def crossentropy(reduction):
         (convolution, {}, "sparse_categorical_crossentropy", True),
         (next_word, {"loss": "gather"}, crossentropy("mean"), True),
         (words, {}, "sparse_categorical_crossentropy", True),
+        (
+            words,
+            {"jit_compile": True},
+            "sparse_categorical_crossentropy",
+            True,
+        ),
         (lambda: next_word(True), {}, crossentropy("mean"), True),
         (next_word, {}, crossentropy("mean"), True),
         # That its loss is gathered shows when Keras has built it.
         (next_word, {}, crossentropy("sum"), False),
     ],
     ids=[
-        *("convolution", "gathered", "table"),
+        *("convolution", "gathered", "table", "table_by_xla"),
         *("masked_words", "next_word", "next_word_sum"),
     ],
 )

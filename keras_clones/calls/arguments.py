@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_clones import _keras
-from keras_clones.tensors import sharding, traced
+from keras_clones.tensors import origins, sharding
 
 # Stands where an argument is a tensor.
 TENSOR = object()
@@ -144,4 +144,4 @@ def _is_a_bank(leaf: Any) -> bool:
     """
     if tf.executing_eagerly() or sharding.is_composite(leaf):
         return False
-    return traced.comes_from_variables(leaf)
+    return origins.comes_from_variables(leaf)

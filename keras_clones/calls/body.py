@@ -10,8 +10,8 @@ import tensorflow as tf
 from keras_clones import _keras
 from keras_clones.calls.arguments import TENSOR, LayerCall
 from keras_clones.calls.joining import Joining
-from keras_clones.clone import layer_losses
-from keras_clones.clone.changes import Ran, find_changes
+from keras_clones.clone import given_rows, layer_losses
+from keras_clones.clone.changes import Ran, by_rows, find_changes
 from keras_clones.clone.inputs import (
     TowerInput,
     Weights,
@@ -59,7 +59,8 @@ class CallNotes(NamedTuple):
     returns of the joined values, and leaves on layers what it leaves.
     `backward` says how to run the traced call backward, and `extra` has the
     variables of nobody that it uses. `ends` says where the values of outputs
-    end, and where those of losses begin.
+    end, and where those of losses begin. `looked_up` is what the clone was
+    given of tables, and has asked for.
     """
 
     assigned: list[keras.Variable]
@@ -70,6 +71,7 @@ class CallNotes(NamedTuple):
     backward: Backward | None = None
     extra: Sequence[tf.Variable] = ()
     ends: tuple[int, int] = (0, 0)
+    looked_up: given_rows.Given = given_rows.NOTHING_GIVEN
 
 
 class Body:
@@ -112,9 +114,27 @@ class Body:
             _fingerprint(self.layer),
         )
 
-    def alike_in_all(self, inputs: TowerInput) -> Callable[[tf.Tensor], bool]:
+    def alike_in_all(
+        self, inputs: TowerInput, looked_up: given_rows.Given
+    ) -> Callable[[tf.Tensor], bool]:
         """Return what says whether a tensor is alike in all clones."""
-        return alike_in_all(inputs, self.given.differing(inputs.data))
+        shards = self.given.differing(inputs.data)
+        return alike_in_all(inputs, shards, looked_up)
+
+    def by_rows(
+        self, gradients: list[Any], inputs: TowerInput, notes: CallNotes
+    ) -> list[Any]:
+        """Take gradients by rows apart, as a clone's sources have them."""
+        is_alike = self.alike_in_all(inputs, notes.looked_up)
+        num = len(self.variables.trainable)
+        tables = given_rows.by_table(gradients[:num], notes.looked_up, is_alike)
+        return by_rows([*tables, *gradients[num:]], is_alike)
+
+    def look(self, inputs: TowerInput) -> None:
+        """Call the layer alone, for what is looked up in it."""
+        args, kwargs = self.given.pack(inputs.data)
+        with CloneScope(mapping(self.variables, inputs)):
+            self._method(*args, **kwargs)
 
     def __call__(self, inputs: TowerInput) -> tuple[CallOutput, CallNotes]:
         """Call the layer as a clone does."""
@@ -133,15 +153,16 @@ class Body:
         weights = Weights(inputs, self._may_be_idle)
         before = kept_tensors(layer)
         args, kwargs = self.given.pack(inputs.data)
-        scope = CloneScope(mapping(self.variables, inputs))
-        with scope, first_writes(inputs):
+        tables = given_rows.give(self.variables.weights, inputs.look_ups)
+        scope = CloneScope([*mapping(self.variables, inputs), *tables.mapping])
+        with scope, tables.looked_up(), first_writes(inputs):
             with layer_losses.marking(layer) as marks:
                 outputs = self._method(*args, **kwargs)
             losses = layer_losses.own(
                 layer, marks, options.scalar_losses, options.exact
             )
             _keras.clear_losses(layer)
-        is_alike = self.alike_in_all(inputs)
+        is_alike = self.alike_in_all(inputs, tables)
         ran = Ran(inputs, scope, weights, is_alike)
         changes, notes = find_changes(
             layer, self.variables, ran, options.policies
@@ -150,7 +171,7 @@ class Body:
         joining = Joining(layer, inputs, weights, many, is_alike)
         finish, ends = _join(joining, outputs, before, losses)
         return CallOutput(joining.values, changes), CallNotes(
-            *notes[:3], joining.kinds, finish, ends=ends
+            *notes[:3], joining.kinds, finish, ends=ends, looked_up=tables
         )
 
 

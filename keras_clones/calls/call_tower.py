@@ -89,7 +89,7 @@ def _keeping(body: Body, how: Tracing) -> Callable[[TowerInput], Any]:
         if how.watched and floating(output.values):
             # In the notes, it stays with the trace that it belongs to.
             backward, extra, residuals = trace_backward(
-                body, inputs, output, tape, options
+                body, inputs, (output, notes), tape, options
             )
             notes = notes._replace(backward=backward, extra=extra)
         return (output, residuals), notes

@@ -23,7 +23,8 @@ class Sharded(NamedTuple):
     `values` are what was read of the variables, `mirrors` what the clones
     got of them. `lay_out` makes a `Layout` of shards and mirrors, `trace` a
     `CallTower` for it, with or without a way back, in a graph or not. What
-    calls layers again runs within `busy`.
+    calls layers again runs within `busy`. `foreseen` has the tables whose rows
+    the clones are given, and `look_up` returns a `Layout` with these rows.
     """
 
     body: Body
@@ -34,6 +35,16 @@ class Sharded(NamedTuple):
     trace: Callable[[laying_out.Layout, bool, bool], CallTower]
     busy: Callable[[], AbstractContextManager[None]]
     is_synchronized: bool
+    foreseen: dict[int, keras.Variable]
+    look_up: Callable[[laying_out.Layout], laying_out.Layout]
+
+    def ready(
+        self, data: list[Any], watched: bool
+    ) -> tuple[CallTower, laying_out.Layout]:
+        """Return a tower for the clones' data, and what it is to run on."""
+        layout = self.lay_out(data, self.mirrors)
+        made = self.trace(layout, watched, False)
+        return made, self.look_up(layout)
 
 
 class Run(NamedTuple):

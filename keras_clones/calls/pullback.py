@@ -38,8 +38,7 @@ def run(sharded: Sharded, watched: bool) -> Joined:
     given = sharded.body.given
     if not watched:
         data = given.split(sharded.shards)
-        layout = sharded.lay_out(data, sharded.mirrors)
-        made = sharded.trace(layout, False, False)
+        made, layout = sharded.ready(data, watched=False)
         runs = run_each(made, sharded.body, layout, False)
         return Joined(layout, runs, join(sharded.body.layer, runs))
     with _tf.stop_recording():
@@ -51,8 +50,7 @@ def run(sharded: Sharded, watched: bool) -> Joined:
     with _own_tape() as tape:
         tape.watch(floating(leaves))
         data = given.split(sharded.shards)
-    layout = sharded.lay_out(data, sharded.mirrors)
-    made = sharded.trace(layout, True, False)
+    made, layout = sharded.ready(data, watched=True)
     if layout.takes_turns:
         run_again.check(sharded, made, layout)
         runs = run_without_residuals(sharded, layout)

@@ -12,12 +12,16 @@ from keras_clones import _keras, _tf
 from keras_clones.calls import call_tower, forward, looks, pullback, sharing
 from keras_clones.calls.arguments import Arguments, LayerCall
 from keras_clones.calls.body import Body
+from keras_clones.calls.undone import left_as_it_is
 from keras_clones.clone import layer_losses, state
+from keras_clones.clone.given_rows import NotForeseenError
+from keras_clones.clone.inputs import input_types
 from keras_clones.clone.tables import large_tables, looked_up_at_home
 from keras_clones.devices import balance
 from keras_clones.exchange import (
     arrivals,
     bringing_home,
+    foreseen,
     in_turns,
     laying_out,
     tracing,
@@ -65,16 +69,21 @@ def _look_first(
     return looks.look_at(one._replace(method=one.layer), calls.options)
 
 
-def _call(calls: sharing.Calls, one: LayerCall) -> Any:
-    sharded = _shard(calls, one)
+def _call(calls: sharing.Calls, one: LayerCall, foresees: bool = True) -> Any:
+    sharded = _shard(calls, one, foresees)
     watched = _is_watched([*sharded.values, *one.given.components()])
-    joined = pullback.run(sharded, watched)
+    try:
+        joined = pullback.run(sharded, watched)
+    except NotForeseenError:
+        return _call(calls, one, foresees=False)
     _assign_changes(calls, one.layer, joined)
     _observe(calls, joined)
     return joined.runs[0].notes.finish(joined.values)
 
 
-def _shard(calls: sharing.Calls, one: LayerCall) -> forward.Sharded:
+def _shard(
+    calls: sharing.Calls, one: LayerCall, foresees: bool
+) -> forward.Sharded:
     """Divide a call's rows, and read and send what it takes on the clones."""
     options, layer = calls.options, one.layer
     rows = one.given.count_rows()
@@ -85,7 +94,10 @@ def _shard(calls: sharing.Calls, one: LayerCall) -> forward.Sharded:
     )
     pieces, turns = options.divide(shards, clones)
     variables = state.model_variables(layer)
-    tables = _tables(calls, layer)
+    tables, found = _tables(calls, layer), None
+    if calls.jit_compile and foresees:
+        found = _foresee(calls, Body(one, variables, options), shards)
+        tables = [] if found is None else list(found.tables.values())
     read = sharing.read(calls, layer, variables, tables, clones)
     # Read once: a call that a tape runs again draws the same again.
     seeds = laying_out.read_seeds(variables)
@@ -104,15 +116,56 @@ def _shard(calls: sharing.Calls, one: LayerCall) -> forward.Sharded:
         values=read.values,
         mirrors=pieces.spread(read.mirrors),
         lay_out=functools.partial(laying_out.lay_out, divided, group, seeds),
-        trace=functools.partial(_trace, calls, body),
+        trace=functools.partial(_trace, calls, body, found),
         busy=_busy(calls),
         is_synchronized=bool(_synchronized(calls, layer, turns)),
+        foreseen={} if found is None else found.tables,
+        look_up=functools.partial(_look_up, calls, found),
     )
 
 
 def _tables(calls: sharing.Calls, layer: keras.Layer) -> list[keras.Variable]:
     """Return the tables of a layer that its clones look up at home."""
     return [] if calls.jit_compile else large_tables(layer)
+
+
+def _foresee(
+    calls: sharing.Calls, body: Body, shards: sharding.Shards
+) -> foreseen.Foreseen | None:
+    """Foresee look-ups in large tables, for clones that XLA compiles.
+
+    Pieces would all have their rows at once.
+    """
+    tables = large_tables(body.layer)
+    if not tables or tf.executing_eagerly() or calls.options.pieces > 1:
+        return None
+    with _tf.stop_recording():
+        types = input_types(body.variables, body.given.split(shards))
+    key = ("foreseen", body.key(), tuple(tf.nest.flatten(types)))
+    if key not in calls.towers:
+
+        def look(inputs: Any) -> None:
+            with left_as_it_is(body.layer):
+                body.look(inputs)
+
+        with _tf.stop_recording():
+            found = foreseen.foresee(
+                look, body.variables.weights, tables, types
+            )
+        calls.towers[key] = calls.options.towers[key] = found
+    return calls.towers[key]
+
+
+def _look_up(
+    calls: sharing.Calls,
+    found: foreseen.Foreseen | None,
+    layout: laying_out.Layout,
+) -> laying_out.Layout:
+    """Return a layout with the rows of tables that clones are given."""
+    if found is None:
+        return layout
+    with _tf.stop_recording():
+        return found.filled(layout, writes_rows(calls.model))
 
 
 def _busy(
@@ -136,11 +189,14 @@ def _busy(
 def _trace(
     calls: sharing.Calls,
     body: Body,
+    found: foreseen.Foreseen | None,
     layout: laying_out.Layout,
-    watched: bool,
-    in_graph: bool,
+    *how: bool,
 ) -> call_tower.CallTower:
     """Return the tower of a call, traced once for all calls that are alike."""
+    watched, in_graph = how
+    if found is not None:
+        layout = found.typed(layout)
     synchronized = _synchronized(calls, body.layer, layout.clones)
     key = (
         body.key(),
@@ -154,18 +210,16 @@ def _trace(
     if known and key in calls.towers:
         return calls.towers[key]
     devices = [clone.device for clone in layout.clones]
+    inline = not layout.takes_turns and tracing.inlines(
+        devices, len(body.variables.trainable)
+    )
     tables = _tables(calls, body.layer)
     with looked_up_at_home(tables, writes_rows(calls.model)):
         made = call_tower.trace(
             body,
             layout,
             call_tower.Tracing(
-                watched,
-                calls.jit_compile,
-                not layout.takes_turns
-                and tracing.inlines(devices, len(body.variables.trainable)),
-                synchronized,
-                in_graph,
+                watched, calls.jit_compile, inline, synchronized, in_graph
             ),
         )
     calls.towers[key] = made

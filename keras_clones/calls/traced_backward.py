@@ -5,8 +5,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_clones.calls.body import Backward, Body, CallOutput
-from keras_clones.clone.changes import by_rows
+from keras_clones.calls.body import Backward, Body, CallNotes, CallOutput
 from keras_clones.clone.inputs import TowerInput, sources
 from keras_clones.tensors import traced
 
@@ -29,7 +28,7 @@ def wanted(body: Body, inputs: TowerInput) -> list[Any]:
 def trace_backward(
     body: Body,
     inputs: TowerInput,
-    output: CallOutput,
+    ran: tuple[CallOutput, CallNotes],
     tape: tf.GradientTape,
     options: dict[str, Any],
 ) -> tuple[Backward, list[tf.Variable], list[tf.Tensor]]:
@@ -39,18 +38,17 @@ def trace_backward(
         `Backward`, the variables of nobody, and the residuals that the call
         has to give back.
     """
+    output, notes = ran
     targets = floating(output.values)
     known = wanted(body, inputs)
     extra = [
         v for v in tape.watched_variables() if not any(v is k for k in known)
     ]
     found = [*known, *floating(inputs.data), *extra]
-    is_alike = body.alike_in_all(inputs)
 
     def backward(gradients: list[tf.Tensor]) -> list[Any]:
-        return by_rows(
-            tape.gradient(targets, found, output_gradients=gradients), is_alike
-        )
+        pulled = tape.gradient(targets, found, output_gradients=gradients)
+        return body.by_rows(pulled, inputs, notes)
 
     types = [tf.TensorSpec(t.shape, t.dtype) for t in targets]
     function = tf.function(backward, autograph=False, **options)
@@ -85,15 +83,19 @@ def _reach(targets: list[tf.Tensor], found: list[Any]) -> list[set[int]]:
     """Return which sources each target can have a gradient with respect to."""
     graph = tf.compat.v1.get_default_graph()
     inner = {id(out): id(i) for out, i in graph.captures}
+    # Of a table there may be several look-ups.
     ids = [
-        inner.get(id(s.handle)) if isinstance(s, tf.Variable) else id(s)
+        {inner.get(id(s.handle)) if isinstance(s, tf.Variable) else id(s)}
+        if not isinstance(s, list)
+        else {id(rows) for rows in s}
         for s in found
     ]
-    reach = []
-    for target in targets:
-        reached = traced.reaching([target]) if len(targets) > 1 else set(ids)
-        reach.append({i for i, one in enumerate(ids) if one in reached})
-    return reach
+    if len(targets) == 1:
+        return [set(range(len(ids)))]
+    return [
+        {i for i, one in enumerate(ids) if one & traced_from}
+        for traced_from in (traced.reaching([target]) for target in targets)
+    ]
 
 
 def run_backward(

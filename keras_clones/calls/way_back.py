@@ -11,7 +11,6 @@ from keras_clones.calls.body import Body
 from keras_clones.calls.call_tower import CallTower
 from keras_clones.calls.forward import Run, Sharded, join, run_each
 from keras_clones.calls.traced_backward import floating, run_backward, wanted
-from keras_clones.clone.changes import by_rows
 from keras_clones.exchange import (
     arrivals,
     bringing_home,
@@ -150,7 +149,7 @@ class WayBack(NamedTuple):
         found = _gradient(
             run.tape, [pair for pair in pairs if pair[1] is not None], sources
         )
-        return by_rows(found, self.sharded.body.alike_in_all(inputs))
+        return self.sharded.body.by_rows(found, inputs, run.notes)
 
     def _has_hidden_rows(self, pulled: list["Pulled"]) -> bool:
         """Say whether only a graph tells how gradients by rows merge."""
@@ -266,13 +265,16 @@ def _check_again(sharded: Sharded) -> None:
 
 
 def _plain_mirrors(sharded: Sharded, read: list[tf.Tensor]) -> list[list[Any]]:
-    """Return mirrors that tapes see come from what was read."""
+    """Return mirrors that tapes see come from what was read.
+
+    Of a table whose rows clones were given, it is the whole.
+    """
     body = sharded.body
     trained = len(body.variables.trainable)
     places = [*range(trained), *(trained + i for i in body.watched_others)]
     mirrors = [list(one) for one in sharded.mirrors]
     for one in mirrors:
         for place, tensor in zip(places, read, strict=True):
-            if one[place] is not None:
+            if one[place] is not None or place in sharded.foreseen:
                 one[place] = tf.identity(tensor)
     return mirrors

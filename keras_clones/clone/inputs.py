@@ -9,6 +9,7 @@ import keras
 import tensorflow as tf
 
 from keras_clones.clone import draws
+from keras_clones.clone.given_rows import NOTHING_GIVEN, Given, LookUps
 from keras_clones.clone.state import Variables
 from keras_clones.devices.divided import source_of
 from keras_clones.tensors import sharding
@@ -29,6 +30,8 @@ class TowerInput(NamedTuple):
     `counts` has a float64 number for each loss that does not divide by the
     number of entries, what it divides by on the global batch, and `None` for
     the others; it is `None` where all do.
+    `look_ups` has the rows of the tables that stay home, by their positions
+    among the mirrors, and is `None` where the clone looks them up itself.
     """
 
     mirrors: list[tf.Tensor | None]
@@ -37,6 +40,7 @@ class TowerInput(NamedTuple):
     numbers: tf.Tensor
     total: tf.Tensor | None = None
     counts: list[tf.Tensor | None] | None = None
+    look_ups: LookUps | None = None
 
 
 class Weights:
@@ -111,18 +115,23 @@ def mapping(
 def sources(variables: Variables, inputs: TowerInput) -> list[Any]:
     """Return what a clone's gradients are with respect to.
 
-    These are the mirrors of the trainable variables, or the variable itself
-    where it is a table that stays home.
+    These are the mirrors of the trainable variables. Of a table that stays
+    home it is the variable itself, or a list of the rows that the clone is
+    given of it, look-up by look-up.
     """
-    mirrors = inputs.mirrors[: len(variables.trainable)]
-    return [
-        source_of(variable) if mirror is None else mirror
-        for variable, mirror in zip(variables.trainable, mirrors, strict=True)
-    ]
+    given = inputs.look_ups or {}
+
+    def source(i: int, variable: keras.Variable) -> Any:
+        if i in given:
+            return [one.rows for one in given[i]]
+        mirror = inputs.mirrors[i]
+        return source_of(variable) if mirror is None else mirror
+
+    return [source(i, v) for i, v in enumerate(variables.trainable)]
 
 
 def alike_in_all(
-    inputs: TowerInput, shards: Any = None
+    inputs: TowerInput, shards: Any = None, given: Given = NOTHING_GIVEN
 ) -> Callable[[tf.Tensor], bool]:
     """Return what says whether a tensor is alike in all clones.
 
@@ -132,6 +141,7 @@ def alike_in_all(
         inputs: `TowerInput` of a clone.
         shards: Nest of what in its data differs by clone. Defaults to `None`:
             all of it.
+        given: `Given` to it of tables. Defaults to nothing.
     """
     if tf.executing_eagerly():
         return lambda tensor: False
@@ -143,7 +153,43 @@ def alike_in_all(
     # With draws of the global batch, what is drawn for no rows is alike.
     drawn = inputs.seeds if inputs.total is None else [inputs.numbers]
     depends = dependence([*rows, *drawn])
+    looked_up = given.rows_of(depends)
+    if looked_up:
+        depends = dependence([*rows, *drawn, *looked_up])
     return lambda tensor: not depends(tensor)
+
+
+def common_types(nests: Sequence[Any]) -> Any:
+    """Return the types that the tensors of some nests have in common."""
+
+    def type_of(value: Any) -> Any:
+        # What will be looked up for a clone is of a known type by now.
+        known = isinstance(value, tf.TypeSpec)
+        return value if known else tf.type_spec_from_value(value)
+
+    types = [tf.nest.map_structure(type_of, nest) for nest in nests]
+    return tf.nest.map_structure(
+        lambda one, *more: one.most_specific_common_supertype(more), *types
+    )
+
+
+def input_types(variables: Variables, data: Sequence[Any]) -> TowerInput:
+    """Return the types of what clones get, with a mirror of every variable.
+
+    Args:
+        variables: `Variables` of what they run.
+        data: Sequence with one nest a clone: its rows.
+    """
+
+    def types(found: Sequence[keras.Variable]) -> list[tf.TensorSpec]:
+        return [tf.TensorSpec(v.shape, v.dtype) for v in found]
+
+    return TowerInput(
+        mirrors=types(variables.weights),
+        seeds=types(variables.seeds),
+        data=common_types(data),
+        numbers=tf.TensorSpec([3], tf.float64),
+    )
 
 
 def first_writes(inputs: TowerInput) -> contextlib.AbstractContextManager[Any]:

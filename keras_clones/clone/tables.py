@@ -75,6 +75,17 @@ def looked_up_at_home(
         yield
 
 
+def look_up(table: keras.Variable, ids: tf.Tensor, by_rows: bool) -> tf.Tensor:
+    """Return rows of a table, looked up where it is.
+
+    Args:
+        table: Variable that is looked up.
+        ids: Tensor of integers, of any shape.
+        by_rows: Boolean, whether updates write single rows.
+    """
+    return _reads(table, by_rows)["sparse_read"](ids)
+
+
 def _reads(table: keras.Variable, by_rows: bool) -> dict[str, Any]:
     """Return what reads a table where it is, by the name of the method."""
 

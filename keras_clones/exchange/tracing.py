@@ -7,7 +7,7 @@ import keras
 import tensorflow as tf
 
 from keras_clones import warn
-from keras_clones.clone.inputs import TowerInput
+from keras_clones.clone.inputs import TowerInput, common_types
 from keras_clones.exchange import errors, outside
 from keras_clones.exchange.laying_out import Layout
 from keras_clones.tensors import traced
@@ -219,13 +219,7 @@ def _open_tower(tower: CallableTower, layout: Layout) -> Any:
 
 
 def _common_types(layout: Layout, any_rows: bool = False) -> TowerInput:
-    types = [
-        tf.nest.map_structure(tf.type_spec_from_value, inputs)
-        for inputs in layout.inputs
-    ]
-    common = tf.nest.map_structure(
-        lambda one, *more: one.most_specific_common_supertype(more), *types
-    )
+    common = common_types(layout.inputs)
     if not any_rows:
         return common
     sizes = {s for s in layout.shards.sizes if isinstance(s, int)}

@@ -223,10 +223,13 @@ def _flows(
     ]
     in_clones = plan.loss_in_clones
     metrics = _keras.metric_variables(model) if plan.metrics_in_clones else []
-    out = row_bytes.total_of(inputs, rows, targets if in_clones else gradients)
+    others = targets if in_clones else gradients
+    # XLA's clones are given rows with the ids, others ask for them.
+    to, back_home = (ids, 0) if plan.jit_compile else (0, ids)
+    out = row_bytes.total_of(inputs, rows, to, others)
     if in_clones:
         outputs = row_bytes.of_tensors(getattr(model, "outputs", None))
-    back = row_bytes.total_of(ids, outputs if plan.outputs_leave else 0)
+    back = row_bytes.total_of(back_home, outputs if plan.outputs_leave else 0)
     return (
         Flow(_SHARE, out),
         Flow(num_bytes([*statistics, *metrics]), back),

@@ -63,7 +63,7 @@ def looked_up(
 ) -> tuple[int | None, int | None]:
     """Return the bytes of the rows that large tables send to a clone.
 
-    The second number is that of the ids, which come home to look them up.
+    The second number is that of the ids that they are looked up by.
     Both are for a row of the batch.
     """
     rows, total = 0, 0

@@ -25,7 +25,8 @@ class Plan(NamedTuple):
         metrics_in_clones: Boolean, whether the clones update the metrics.
         outputs_leave: Boolean, whether outputs are brought home.
         synchronized: List of the layers that share sums over the clones.
-        tables: List of the variables that stay home.
+        tables: List of the variables that stay home. Where XLA compiles what
+            a clone runs, those do that a step foresees all look-ups in.
         jit_compile: Boolean, whether XLA compiles what a clone runs.
         may_change: Boolean, whether the loss leaves the clones where a
             reason shows.
@@ -88,7 +89,7 @@ def plan_step(
         metrics_in_clones=metrics,
         outputs_leave=not in_clones or (needed and not metrics),
         synchronized=synchronized,
-        tables=[] if jit_compile else large_tables(model),
+        tables=large_tables(model),
         jit_compile=jit_compile,
         may_change=may_change,
         apart=apart,

@@ -2,6 +2,7 @@
 
 import contextlib
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -9,9 +10,13 @@ import tensorflow as tf
 
 from keras_clones import _keras
 from keras_clones.calls import looks
+from keras_clones.calls.undone import left_as_it_is
+from keras_clones.clone.given_rows import NotForeseenError
+from keras_clones.clone.inputs import TowerInput, input_types
 from keras_clones.clone.tables import looked_up_at_home
 from keras_clones.exchange import (
     bringing_home,
+    foreseen,
     from_hosts,
     laying_out,
     tracing,
@@ -45,13 +50,7 @@ def trace_towers(
         if not plan.loss_in_clones:
             return None
     counted = any(one is not None for one in counts or ())
-    layout = _lay_out(step)
-    if counted:
-        inputs = [one._replace(counts=counts) for one in layout.inputs]
-        layout = layout._replace(inputs=inputs)
-    with _tables_at_home(step):
-        towers = _towers(step, layout)
-        tower = tracing.trace(towers, layout, plan.synchronized)
+    layout, tower = _trace(step, counts if counted else None)
     if tower.returns is not None:
         plan = plan.knowing(_why_not(step, tower, counted))
     if not plan.loss_in_clones:
@@ -92,7 +91,34 @@ def _why_not(
     )
 
 
-def _lay_out(step: Step) -> laying_out.Layout:
+def _trace(
+    step: Step, counts: list[Any] | None, foresees: bool = True
+) -> tuple[laying_out.Layout, tracing.TracedTower]:
+    """Lay the rows of a batch out over the clones, and trace their towers."""
+    layout, found = _lay_out(step, foresees)
+    inputs = [one._replace(counts=counts) for one in layout.inputs]
+    layout = layout._replace(inputs=inputs)
+    towers, synchronized = _towers(step, layout), step.plan.synchronized
+    if found is None:
+        with _tables_at_home(step):
+            return layout, tracing.trace(towers, layout, synchronized)
+    try:
+        tower = tracing.trace(towers, found.typed(layout), synchronized)
+    except NotForeseenError:
+        return _trace(step, counts, foresees=False)
+    return layout, found.giving(tower, writes_rows(step.model))
+
+
+def _lay_out(
+    step: Step, foresees: bool
+) -> tuple[laying_out.Layout, foreseen.Foreseen | None]:
+    """Lay the rows of a batch out over the clones.
+
+    Args:
+        step: `Step` of Keras.
+        foresees: Boolean, whether tables may stay home from clones that XLA
+            compiles.
+    """
     options, variables = step.options, step.variables
     num = sharding.enough(step.rows, len(options.clones))
     clones = options.clones[:num]
@@ -101,17 +127,37 @@ def _lay_out(step: Step) -> laying_out.Layout:
         shards, data = _split(step, num)
         pieces, turns = options.divide(shards, clones)
         data = pieces.split(data, devices)
+    tables, found = step.plan.tables, None
+    if step.plan.jit_compile:
+        found = _foresee(step, data) if foresees and tables else None
+        tables = [] if found is None else list(found.tables.values())
     mirrors = laying_out.send_mirrors(
-        laying_out.read_variables(variables, step.plan.tables),
+        laying_out.read_variables(variables, tables),
         laying_out.homes_of(variables),
         clones,
     )
     scale = step.model.optimizer.scale_loss(1.0) if step.training else 1.0
     group = options.group(turns, step.training, scale, pieces.turns)
     seeds = laying_out.read_seeds(variables)
-    return laying_out.lay_out(
+    layout = laying_out.lay_out(
         pieces.shards, group, seeds, data, pieces.spread(mirrors)
     )
+    return layout, found
+
+
+def _foresee(step: Step, data: Sequence[Any]) -> foreseen.Foreseen | None:
+    """Foresee look-ups in large tables, for clones that XLA compiles."""
+    if tf.executing_eagerly():
+        return None
+    tower = Tower(step, may_be_idle=False)
+
+    def look(inputs: TowerInput) -> None:
+        with left_as_it_is(step.model):
+            tower.look(inputs)
+
+    weights, tables = step.variables.weights, step.plan.tables
+    types = input_types(step.variables, data)
+    return foreseen.foresee(look, weights, tables, types)
 
 
 def _split(step: Step, num: int) -> tuple[sharding.Shards, list[Any]]:
@@ -167,7 +213,8 @@ def run_by_towers(
 
 
 def _tables_at_home(step: Step) -> contextlib.AbstractContextManager[None]:
-    return looked_up_at_home(step.plan.tables, writes_rows(step.model))
+    tables = [] if step.plan.jit_compile else step.plan.tables
+    return looked_up_at_home(tables, writes_rows(step.model))
 
 
 def _look_at_rows(step: Step) -> contextlib.AbstractContextManager[None]:

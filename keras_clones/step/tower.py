@@ -7,7 +7,7 @@ import keras
 import tensorflow as tf
 
 from keras_clones import _keras
-from keras_clones.clone import layer_losses
+from keras_clones.clone import given_rows, layer_losses
 from keras_clones.clone.changes import Notes, Ran, by_rows, find_changes
 from keras_clones.clone.inputs import (
     TowerInput,
@@ -46,11 +46,16 @@ class TowerOutput(NamedTuple):
 
 
 class _Forward(NamedTuple):
-    """What a forward pass came to: outputs, the loss, and who was watched."""
+    """What a forward pass came to: outputs, the loss, and who was watched.
+
+    `scope` is what it ran in, `given` what it got of tables.
+    """
 
     outputs: Any
     loss: tf.Tensor
     tape: tf.GradientTape
+    scope: CloneScope
+    given: given_rows.Given
 
 
 class Tower:
@@ -88,37 +93,46 @@ class Tower:
         with drawing(inputs, rows, self._options.exact):
             return self._run(inputs)
 
+    def look(self, inputs: TowerInput) -> None:
+        """Run the forward pass alone, for what is looked up in it."""
+        self._run_forward(inputs, Weights(inputs, self._may_be_idle))
+
     def _run(self, inputs: TowerInput) -> tuple[TowerOutput, Notes]:
         weights = Weights(inputs, self._may_be_idle)
-        from_zero = [v for m in self._trackers for v in m.variables]
-        from_zero += self._metrics
-        zeros = [(v, tf.zeros(v.shape, v.dtype)) for v in from_zero]
-        scope = CloneScope([*mapping(self._variables, inputs), *zeros])
         before = kept_tensors(self._model)
-        forward = self._run_forward(inputs, scope, weights)
-        is_alike = alike_in_all(inputs)
+        forward = self._run_forward(inputs, weights)
+        scope, given = forward.scope, forward.given
+        is_alike = alike_in_all(inputs, given=given)
         gradients = []
         if self._training:
             found = self._run_backward(inputs, forward)
+            found = given_rows.by_table(found, given, is_alike)
             gradients = by_rows(found, is_alike)
         changes, notes = find_changes(
             self._model,
             self._variables,
             Ran(inputs, scope, weights, is_alike),
             self._options.policies,
-            from_zero,
+            self._from_zero(),
         )
         output = self._weigh(scope, weights, forward, changes, gradients)
         keeps = kept_tensors(self._model) != before
         return output, notes._replace(keeps=keeps)
 
-    def _run_forward(
-        self, inputs: TowerInput, scope: CloneScope, weights: Weights
-    ) -> _Forward:
+    def _from_zero(self) -> list[keras.Variable]:
+        """Return the variables that the clone updates from zero."""
+        trackers = [v for m in self._trackers for v in m.variables]
+        return [*trackers, *self._metrics]
+
+    def _run_forward(self, inputs: TowerInput, weights: Weights) -> _Forward:
         model, options, training = self._model, self._options, self._training
         x, y, sample_weight = inputs.data
+        zeros = [(v, tf.zeros(v.shape, v.dtype)) for v in self._from_zero()]
+        given = given_rows.give(self._variables.weights, inputs.look_ups)
+        mirrors = mapping(self._variables, inputs)
+        scope = CloneScope([*mirrors, *given.mapping, *zeros])
         tape = tf.GradientTape(watch_accessed_variables=False)
-        with tape, scope, first_writes(inputs):
+        with tape, scope, given.looked_up(), first_writes(inputs):
             if training:
                 tape.watch(sources(self._variables, inputs))
             with layer_losses.marking(model) as marks:
@@ -138,7 +152,7 @@ class Tower:
                     _keras.update_compiled_metrics(
                         model, y, outputs, sample_weight
                     )
-        return _Forward(outputs, loss, tape)
+        return _Forward(outputs, loss, tape, scope, given)
 
     def _counting(
         self, inputs: TowerInput

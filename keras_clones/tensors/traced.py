@@ -8,11 +8,6 @@ import tensorflow as tf
 
 _SAME_VALUES = ("Identity", "Cast", "Reshape")
 _UNIQUE = ("Unique", "UniqueV2")
-# What a function is given, or another one gives back.
-_GIVEN = (
-    *("Placeholder", "IteratorGetNext", "OptionalGetValue"),
-    *("PartitionedCall", "StatefulPartitionedCall"),
-)
 # What draws by a state of TensorFlow's. By a seed alone, `Stateless...` do.
 _DRAWS = re.compile(
     r"(Random(Uniform|StandardNormal|Gamma|Poisson|Shuffle)(Int|V2)?"
@@ -115,27 +110,6 @@ def dependence(sources: Iterable[tf.Tensor]) -> Callable[[tf.Tensor], bool]:
         return False
 
     return depends
-
-
-def comes_from_variables(tensor: tf.Tensor) -> bool:
-    """Say whether a tensor is made of variables, and of no data or numbers.
-
-    In a graph, that is what reads variables, but nothing that a function is
-    given and nothing that is drawn.
-    """
-    reads, stack, seen = False, [tensor], set()
-    while stack:
-        one = stack.pop()
-        if id(one) in seen:
-            continue
-        seen.add(id(one))
-        if one.op.type == "ReadVariableOp":
-            reads = True
-        elif "Random" in one.op.type or one.op.type in _GIVEN:
-            return False
-        else:
-            stack += one.op.inputs
-    return reads
 
 
 def reaching(targets: Sequence[tf.Tensor]) -> set[int]:
