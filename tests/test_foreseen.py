@@ -158,25 +158,43 @@ def train(make, optimizer, num_clones=None, **options):
     return [*cases.weights(model), *slots, *logs.values()]
 
 
-@pytest.mark.full_but("float64-Twice-adam-2-options0")
-@pytest.mark.parametrize("options", [{}, {"pieces": 2}])
-@pytest.mark.parametrize("num_clones", [1, 2, 3])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("make", [Twice, Dropping])
-def test_clones_train_the_same(
-    make, optimizer, num_clones, options, found, floatx
-):
+@pytest.mark.full_but("Twice-adam-2-float64")
+@pytest.mark.parametrize(
+    ("make", "optimizer", "num_clones", "floatx"),
+    [
+        *((Twice, "adam", n, "float64") for n in (1, 2)),
+        *((Twice, name, 3, "float64") for name in ("momentum", "adagrad")),
+        (Twice, "sgd", 3, "float32"),
+        (Dropping, "adam", 2, "float64"),
+    ],
+    indirect=["floatx"],
+)
+def test_clones_train_the_same(make, optimizer, num_clones, floatx, found):
     expected = train(make, optimizer)
-    received = train(make, optimizer, num_clones, **options)
+    received = train(make, optimizer, num_clones)
     assert cases.difference(expected, received) < cases.TOLERANCE[floatx]
     # It was traced once for batches of all sizes.
     assert found == [{0: 2, 1: 1}]
 
 
-@pytest.mark.full_but("float64-Own-2")
-@pytest.mark.parametrize("num_clones", [1, 2, 3])
-@pytest.mark.parametrize("make", [Twice, Dropping, Own])
-def test_steps_by_calls_do(make, num_clones, found, floatx):
+@pytest.mark.full
+def test_pieces_do(found, float64):
+    expected = train(Twice, "adam")
+    received = train(Twice, "adam", 2, pieces=2)
+    assert cases.difference(expected, received) < 1e-10
+    assert found == [{0: 2, 1: 1}]
+
+
+@pytest.mark.full_but("Own-2-float64")
+@pytest.mark.parametrize(
+    ("make", "num_clones", "floatx"),
+    [
+        *((Own, 2, "float64"), (Own, 3, "float32")),
+        *((Twice, 3, "float64"), (Dropping, 2, "float64")),
+    ],
+    indirect=["floatx"],
+)
+def test_steps_by_calls_do(make, num_clones, floatx, found):
     options = {} if make is Own else {"loss": "gather"}
     expected = train(make, "adam")
     received = train(make, "adam", num_clones, **options)

@@ -367,7 +367,8 @@ def test_serve_ends_with_0(start):
     controller = start("-c", LEADS, json.dumps(config[0]), "killed")
     assert controller.stdout.readline() == "2.0\n"
     controller.kill()
-    assert task.wait(5) == 0
+    # Within seconds, of which a busy machine has more.
+    assert task.wait(30) == 0
     assert "worker 1 serves worker 0 at" in task.stdout.read()
 
 
