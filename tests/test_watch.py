@@ -7,23 +7,24 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 
+import keras
+import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_clones.cluster import watch
+from keras_clones import clone_model
+from keras_clones.cluster import hello, watch
+from keras_clones.cluster.launch import free_ports
 from keras_clones.devices.hosts import Host
 
 SCRIPT = pathlib.Path(__file__).parent / "cluster" / "fault.py"
 
 
 def free_addresses(count):
-    with_ports = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    found = [f"127.0.0.1:{one.getsockname()[1]}" for one in with_ports]
-    for one in with_ports:
-        one.close()
-    return found
+    return [f"127.0.0.1:{port}" for port in free_ports(count)]
 
 
 def run_tasks(cluster, folder, *command, seconds=120):
@@ -129,6 +130,37 @@ def test_an_error_of_a_lost_host_says_so(watching, pair):
     pair[1].close()
     found = watch.explain(error)
     assert "worker 1 (10.0.0.1:2222) has ended" in str(found)
+
+
+def test_threads_ask_whether_a_process_has_ended_without_waiting(pair):
+    def ask():
+        found.append(any(hello.has_ended(pair[0]) for _ in range(2000)))
+
+    found = []
+    threads = [threading.Thread(target=ask, daemon=True) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert found == [False] * 3
+
+
+def test_a_lost_host_is_named_where_no_step_fails(watching, pair, monkeypatch):
+    monkeypatch.setattr(watch, "_PAUSE", 0.05)
+    monkeypatch.setattr(watch._tf.Apart, "run", lambda self, function: 2.0)
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    clone_model(model, 2)
+    model.compile("sgd", "mse")
+    x, y = np.ones((4, 2)), np.ones((4, 1))
+    watching.start()
+    model.train_on_batch(x, y)
+    pair[1].close()
+    deadline = time.monotonic() + 10
+    while not watching.seen_lost and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for call in (model.train_on_batch, model.test_on_batch):
+        with pytest.raises(ConnectionError, match=r"worker 1 .* has ended"):
+            call(x, y)
 
 
 def test_errors_of_the_users_own_are_left_alone(watching, pair):

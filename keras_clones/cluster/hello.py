@@ -9,6 +9,7 @@ over it, and its end is the end of the process that held it.
 import errno
 import ipaddress
 import json
+import selectors
 import socket
 import sys
 import time
@@ -68,17 +69,19 @@ def receive(line: socket.socket) -> dict[str, Any] | None:
 
 
 def has_ended(line: socket.socket) -> bool:
-    """Return whether the process at the other end is gone."""
-    timeout = line.gettimeout()
-    line.setblocking(False)
+    """Return whether the process at the other end is gone.
+
+    Several threads ask this of one line. So it is left as blocking as it is:
+    one that is made to block again by another thread would be waited for.
+    """
     try:
+        with selectors.DefaultSelector() as selector:
+            selector.register(line, selectors.EVENT_READ)
+            if not selector.select(0):
+                return False
         return not line.recv(1, socket.MSG_PEEK)
-    except BlockingIOError:
-        return False
-    except OSError:
+    except (OSError, ValueError):
         return True
-    finally:
-        line.settimeout(timeout)
 
 
 def named(hosts: Iterable[Host]) -> str:

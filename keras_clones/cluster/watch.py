@@ -59,6 +59,7 @@ class Watch:
         self, lines: dict[Host, socket.socket], timeout: float
     ) -> None:
         self._watched = [_Watched(host, line) for host, line in lines.items()]
+        self.seen_lost: list[str] = []
         self._timeout = timeout
         self._over = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -126,6 +127,7 @@ class Watch:
                 one.silent = 0.0 if recent else one.silent + passed
                 if one.silent > self._timeout:
                     _disconnect(one.host)
+            self.seen_lost = self.lost()
 
 
 _watches: list[Watch] = []
@@ -185,17 +187,32 @@ def explain(error: BaseException) -> ConnectionError | None:
     deadline = time.monotonic() + _SECONDS_TO_NOTICE
     while _watches and time.monotonic() < deadline:
         if lost := [what for watch in _watches for what in watch.lost()]:
-            return ConnectionError(
-                "Expected every host of the cluster to compute its part of "
-                f"the step. Received: {', and '.join(lost)}. What was "
-                "assigned until then is kept, where variables are on hosts "
-                "that are there. Start all tasks again and go on from a "
-                "backup (`keras_clones.Backup`), as `launch --restarts` does. "
-                "Look at what the host printed, and at its memory; raise "
-                "`timeout` of `connect` if it was only slow."
-            )
+            return _lost(lost)
         time.sleep(_PAUSE / 5)
     return None
+
+
+def check() -> None:
+    """Raise if a host is seen to be gone or stuck.
+
+    TensorFlow does not always say so of one that has no part in the step.
+
+    Raises:
+        ConnectionError: If a host is lost.
+    """
+    if lost := [what for watch in _watches for what in watch.seen_lost]:
+        raise _lost(lost)
+
+
+def _lost(hosts: list[str]) -> ConnectionError:
+    return ConnectionError(
+        "Expected every host of the cluster to compute its part of the step. "
+        f"Received: {', and '.join(hosts)}. What was assigned until then is "
+        "kept, where variables are on hosts that are there. Start all tasks "
+        "again and go on from a backup (`keras_clones.Backup`), as `launch "
+        "--restarts` does. Look at what the host printed, and at its memory; "
+        "raise `timeout` of `connect` if it was only slow."
+    )
 
 
 def _disconnect(host: Host) -> None:

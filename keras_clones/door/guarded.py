@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from keras_clones import _keras
 from keras_clones.calls import looks, rows_apart, undone
+from keras_clones.cluster import watch
 from keras_clones.door.deployed import Deployment
 from keras_clones.exchange import errors
 from keras_clones.plan import exactness
@@ -51,6 +52,8 @@ def guard(step: StepFunction) -> Callable[..., Any]:
 
     def step_function(*args: Any) -> Any:
         try:
+            if made.config.sync:
+                watch.check()
             result = run(*args)
             made.report_balance()
             return result
