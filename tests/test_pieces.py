@@ -9,6 +9,7 @@ from keras import layers
 
 from keras_clones import clone_model, deployment
 from keras_clones.benchmark.transfers import count_transfers, traffic
+from keras_clones.door import growing
 
 ROWS, SIZES = 29, (10, 10, 7, 2)
 
@@ -349,6 +350,35 @@ def test_pieces_grow_where_memory_ends(
     said = capsys.readouterr().out
     assert said.count("pieces='auto'") == 1
     assert "in 4 pieces" in said
+
+
+@pytest.mark.parametrize("most", [2, 0])
+def test_pieces_grow_where_only_others_are_said_to_be_cancelled(
+    most, monkeypatch
+):
+    """TensorFlow tells of the device or of those that wait for it."""
+
+    def cancelled(self, again, undo):
+        try:
+            return tried(self, again, undo)
+        except tf.errors.ResourceExhaustedError:
+            message = "RecvAsync is cancelled."
+            raise tf.errors.CancelledError(None, None, message) from None
+
+    tried = growing.Growing._try
+    monkeypatch.setattr(growing.Growing, "_try", cancelled)
+    model = clone_model(limited(most), 1, pieces="auto", check_rows=False)
+    model.compile("adam", "sparse_categorical_crossentropy")
+    x, y = rows_of_texts(4)
+    if most:
+        model.fit(x, y, verbose=0)
+        assert deployment(model).pieces == 2
+        return
+    before = [np.array(v) for v in model.variables]
+    with pytest.raises(tf.errors.CancelledError):
+        model.fit(x, y, verbose=0)
+    for one, other in zip(before, model.variables, strict=True):
+        assert np.array_equal(one, other)
 
 
 def test_pieces_grow_no_further_than_to_one_row():

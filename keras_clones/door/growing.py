@@ -18,7 +18,7 @@ from keras_clones.door.deployed import Deployment
 from keras_clones.tensors import by_host, sharding
 
 # How often a step is run again that was only told to be cancelled.
-_TRIES = 8
+_TRIES = 4
 
 
 class Growing:
@@ -66,12 +66,20 @@ class Growing:
             undo = guarded.remember(self._model, self._variables())
         try:
             result = self._try(again, undo)
-        except tf.errors.ResourceExhaustedError as error:
+        except (
+            tf.errors.ResourceExhaustedError,
+            tf.errors.CancelledError,
+        ) as error:
+            is_known = isinstance(error, tf.errors.ResourceExhaustedError)
             if undo is None:
-                raise out_of_memory.later(error) from error
+                if is_known:
+                    raise out_of_memory.later(error) from error
+                raise
             undo()
             if made.pieces >= _most_rows(made, batch):
-                raise out_of_memory.for_good(error, made.clones) from error
+                if is_known:
+                    raise out_of_memory.for_good(error, made.clones) from error
+                raise
             made.grow()
             self._regrown()
             function = getattr(self._model, self._name)
@@ -87,7 +95,8 @@ class Growing:
         """Run a step, once more where it is not told what it failed by.
 
         When one device runs out of memory, TensorFlow may only tell that
-        others were cancelled, which wait for it.
+        others were cancelled, which wait for it. If that is all it tells,
+        time and again, memory is what it most likely is.
         """
         for _ in range(_TRIES):
             try:
