@@ -165,7 +165,6 @@ def train(make, optimizer, num_clones=None, **options):
         *((Twice, "adam", n, "float64") for n in (1, 2)),
         *((Twice, name, 3, "float64") for name in ("momentum", "adagrad")),
         (Twice, "sgd", 3, "float32"),
-        (Dropping, "adam", 2, "float64"),
     ],
     indirect=["floatx"],
 )
@@ -189,8 +188,7 @@ def test_pieces_do(found, float64):
 @pytest.mark.parametrize(
     ("make", "num_clones", "floatx"),
     [
-        *((Own, 2, "float64"), (Own, 3, "float32")),
-        *((Twice, 3, "float64"), (Dropping, 2, "float64")),
+        *((Own, 2, "float64"), (Dropping, 3, "float64")),
     ],
     indirect=["floatx"],
 )
