@@ -253,7 +253,6 @@ def own():
 
 CASES = {
     "arrays": Case(mlp, arrays),
-    "arrays_by_batch": Case(mlp, functools.partial(arrays, shuffle="batch")),
     "arrays_over_epochs": Case(
         mlp,
         functools.partial(arrays, steps_per_epoch=4, epochs=2),
@@ -290,7 +289,12 @@ CASES = {
         averaging, arrays, callbacks=scheduling, stops=(4, 4, 8)
     ),
     "own_step": Case(own, functools.partial(dataset, unknown=True), stops=(7,)),
-    "epochs": Case(mlp, arrays, save_freq="epoch", stops=(8, 8)),
+    "epochs": Case(
+        mlp,
+        functools.partial(arrays, shuffle="batch"),
+        save_freq="epoch",
+        stops=(8, 8),
+    ),
     "every_fourth": Case(mlp, arrays, save_freq=4, stops=(7, 7, 9)),
     "all_of_it": Case(
         averaging,

@@ -284,7 +284,7 @@ def test_compiled(float64):
 @pytest.mark.full
 @pytest.mark.parametrize(
     ("steps", "kinds"),
-    [(2, [NoiseShapes]), (None, FUNCTIONS)],
+    [(2, [NoiseShapes]), (None, [Functions])],
     ids=["of_known_rows", "of_any_rows"],
 )
 def test_own_step(steps, kinds, float64):
