@@ -8,7 +8,7 @@ held. Once a batch of some size fits, nothing is kept for others of that size.
 
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import keras
 import tensorflow as tf
@@ -19,6 +19,7 @@ from keras_clones.tensors import by_host, sharding
 
 # How often a step is run again that was only told to be cancelled.
 _TRIES = 4
+_ENDED = (tf.errors.ResourceExhaustedError, tf.errors.CancelledError)
 
 
 class Growing:
@@ -66,20 +67,13 @@ class Growing:
             undo = guarded.remember(self._model, self._variables())
         try:
             result = self._try(again, undo)
-        except (
-            tf.errors.ResourceExhaustedError,
-            tf.errors.CancelledError,
-        ) as error:
-            is_known = isinstance(error, tf.errors.ResourceExhaustedError)
+        except _ENDED as error:
             if undo is None:
-                if is_known:
-                    raise out_of_memory.later(error) from error
-                raise
+                _fail(error, out_of_memory.later)
             undo()
             if made.pieces >= _most_rows(made, batch):
-                if is_known:
-                    raise out_of_memory.for_good(error, made.clones) from error
-                raise
+                for_good = out_of_memory.for_good
+                _fail(error, lambda error: for_good(error, made.clones))
             made.grow()
             self._regrown()
             function = getattr(self._model, self._name)
@@ -108,6 +102,15 @@ class Growing:
                 # The guard took it off.
                 setattr(self._model, self._name, self)
         return self._function(again())
+
+
+def _fail(
+    error: tf.errors.OpError, why: Callable[[Any], Exception]
+) -> NoReturn:
+    """Raise why memory ended, or what TensorFlow told if it did not tell."""
+    if isinstance(error, tf.errors.CancelledError):
+        raise error
+    raise why(error) from error
 
 
 def _sizes(batch: Any) -> list[tuple[Any, ...]]:
