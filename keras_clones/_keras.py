@@ -134,14 +134,9 @@ def adding_at_once(variables: Iterable[keras.Variable]) -> Iterator[None]:
 
         return assign_add
 
-    swapped = {id(variable): variable for variable in variables}
-    try:
-        for variable in swapped.values():
-            vars(variable)["assign_add"] = adds(variable)
+    unique = {id(variable): variable for variable in variables}.values()
+    with all_replaced((v, "assign_add", adds(v)) for v in unique):
         yield
-    finally:
-        for variable in swapped.values():
-            vars(variable).pop("assign_add", None)
 
 
 @contextlib.contextmanager
@@ -156,6 +151,15 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         vars(owner).pop(name, None)
         if own is not None:
             vars(owner)[name] = own
+
+
+@contextlib.contextmanager
+def all_replaced(attributes: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
+    """Let objects have other attributes: owners, names and values."""
+    with contextlib.ExitStack() as stack:
+        for owner, name, value in attributes:
+            stack.enter_context(replaced(owner, name, value))
+        yield
 
 
 def unreduced(
@@ -263,8 +267,8 @@ def in_parts(
     with contextlib.ExitStack() as stack:
         if inner is not None:
             stack.enter_context(in_parts(inner, parts_of))
-        for name, value in _in_parts(optimizer, parts_of).items():
-            stack.enter_context(replaced(optimizer, name, value))
+        swapped = _in_parts(optimizer, parts_of).items()
+        stack.enter_context(all_replaced((optimizer, *one) for one in swapped))
         yield
 
 
@@ -307,12 +311,11 @@ def _in_parts(
     return made
 
 
-@contextlib.contextmanager
 def updating(
     optimizer: keras.optimizers.Optimizer,
     update_step: Callable[..., None],
     decay: Callable[..., None],
-) -> Iterator[None]:
+) -> contextlib.AbstractContextManager[None]:
     """Let functions update the variables of an optimizer.
 
     Args:
@@ -323,11 +326,10 @@ def updating(
             Each update begins with it, also where nothing decays.
     """
     functions = {"update_step": update_step, "_apply_weight_decay": decay}
-    with contextlib.ExitStack() as stack:
-        for name, function in functions.items():
-            instead = functools.partial(function, getattr(optimizer, name))
-            stack.enter_context(replaced(optimizer, name, instead))
-        yield
+    return all_replaced(
+        (optimizer, name, functools.partial(function, getattr(optimizer, name)))
+        for name, function in functions.items()
+    )
 
 
 def slots(

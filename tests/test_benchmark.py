@@ -69,9 +69,9 @@ def fake_cells(monkeypatch):
     [
         (
             "--models mlp,vgg",
-            "mlp,cnn,own,transformer,wide,embedding,masked,mobilenet",
+            "mlp,mlp-norm,cnn,own,transformer,wide,embedding,masked,blocks",
         ),
-        ("--models=", "mlp,cnn"),
+        ("--models=", "mlp,mlp-norm"),
         ("--models mlp,mlp", "once"),
         ("--against horovod", "plain,gather,mirrored,central"),
         ("--against plain,plain", "once"),
@@ -227,6 +227,14 @@ def test_texts_are_padded_and_their_targets_are_the_next_words():
     assert lengths.min() < 8 and lengths.max() > task.shape[0] - 8
     np.testing.assert_array_equal(x > 0, np.arange(32) < lengths[:, None])
     np.testing.assert_array_equal(y[:, :-1], x[:, 1:])
+
+
+def test_the_last_batch_has_fewer_rows_where_a_task_says_so():
+    sizes = {
+        name: [len(x) for x, _ in timed_fit.make_data(cell.TASKS[name]).take(4)]
+        for name in ("blocks", "masked")
+    }
+    assert sizes == {"blocks": [32, 32, 32, 22], "masked": [32] * 4}
 
 
 @pytest.mark.full

@@ -246,6 +246,10 @@ def test_an_optimizer_updates_parts_in_place_of_a_weight(wrapped):
     with _keras.replaced(inner, "apply", len):
         assert inner.apply([1, 2]) == 2
     assert "apply" not in vars(inner)
+    swapped = [(inner, "apply", len), (optimizer, "build", sum)]
+    with _keras.all_replaced(swapped):
+        assert inner.apply([1, 2]) == 2 and optimizer.build([1, 2]) == 3
+    assert "apply" not in vars(inner) and "build" not in vars(optimizer)
 
 
 def test_weights_that_do_not_decay_are_found_after_they_have_moved():

@@ -19,7 +19,8 @@ class Task(NamedTuple):
     `None` for numbers between 0 and 1. `options` are those of `clone_model`.
     `own_step` says whether it has a train step of its own, which is written
     for TensorFlow. `masked` says whether inputs are texts of different
-    lengths, padded with 0, and targets their words.
+    lengths, padded with 0, and targets their words. `partial` says whether
+    the last of its batches has fewer rows.
     """
 
     make: Callable[[], keras.Model]
@@ -30,6 +31,7 @@ class Task(NamedTuple):
     options: Mapping[str, Any] = {}
     own_step: bool = False
     masked: bool = False
+    partial: bool = False
 
 
 def mlp() -> keras.Model:
@@ -38,6 +40,18 @@ def mlp() -> keras.Model:
         [
             keras.Input((784,)),
             keras.layers.Dense(128, "relu"),
+            keras.layers.Dense(CLASSES, "softmax"),
+        ]
+    )
+
+
+def normalized() -> keras.Model:
+    """Return the small model, normalized over the batch."""
+    return keras.Sequential(
+        [
+            keras.Input((784,)),
+            keras.layers.Dense(128, "relu"),
+            keras.layers.BatchNormalization(),
             keras.layers.Dense(CLASSES, "softmax"),
         ]
     )
@@ -103,19 +117,20 @@ def embedding() -> keras.Model:
     )
 
 
-def language_model() -> keras.Model:
+def language_model(blocks: int = 1, words: int = WORDS) -> keras.Model:
     """Return a model of padded texts, whose outputs are larger than it is."""
     width = 64
     inputs = keras.Input((32,), dtype="int32")
-    x = keras.layers.Embedding(WORDS, width, mask_zero=True)(inputs)
-    attention = keras.layers.MultiHeadAttention(4, width // 4)
-    # `Add` passes the mask on, which `+` would not.
-    x = keras.layers.Add()([x, attention(x, x, use_causal_mask=True)])
-    x = keras.layers.LayerNormalization()(x)
-    hidden = keras.layers.Dense(4 * width, "gelu")(x)
-    x = keras.layers.Add()([x, keras.layers.Dense(width)(hidden)])
-    x = keras.layers.LayerNormalization()(x)
-    return keras.Model(inputs, keras.layers.Dense(WORDS, "softmax")(x))
+    x = keras.layers.Embedding(words, width, mask_zero=True)(inputs)
+    for _ in range(blocks):
+        attention = keras.layers.MultiHeadAttention(4, width // 4)
+        # `Add` passes the mask on, which `+` would not.
+        x = keras.layers.Add()([x, attention(x, x, use_causal_mask=True)])
+        x = keras.layers.LayerNormalization()(x)
+        hidden = keras.layers.Dense(4 * width, "gelu")(x)
+        x = keras.layers.Add()([x, keras.layers.Dense(width)(hidden)])
+        x = keras.layers.LayerNormalization()(x)
+    return keras.Model(inputs, keras.layers.Dense(words, "softmax")(x))
 
 
 def mobilenet() -> keras.Model:
@@ -234,12 +249,22 @@ _EXACT = {
 }
 TASKS = {
     "mlp": Task(mlp, (784,), 256, 200),
+    "mlp-norm": Task(normalized, (784,), 256, 200),
     "cnn": Task(cnn, (32, 32, 3), 64, 40),
     "own": Task(own, (32, 32, 3), 64, 40, own_step=True),
     "transformer": Task(transformer, (64,), 32, 40, 1000),
     "wide": Task(wide, (784,), 64, 30),
     "embedding": Task(embedding, (16,), 256, 20, 200_000),
     "masked": Task(language_model, (32,), 32, 10, WORDS, masked=True),
+    "blocks": Task(
+        lambda: language_model(6, 1000),
+        (32,),
+        32,
+        20,
+        1000,
+        masked=True,
+        partial=True,
+    ),
     "mobilenet": Task(mobilenet, (96, 96, 3), 32, 10),
     **_EXACT,
 }

@@ -85,7 +85,8 @@ def time_fit(
 def make_data(task: Task) -> tf.data.Dataset:
     """Return batches of a task, again and again."""
     rng = np.random.default_rng(0)
-    shape = (_BATCHES * task.batch, *task.shape)
+    missing = task.batch // 3 if task.partial else 0
+    shape = (_BATCHES * task.batch - missing, *task.shape)
     x: Any = rng.random(shape, "float32")
     if task.ids is not None:
         x = rng.integers(0, task.ids, shape, "int32")
@@ -93,7 +94,7 @@ def make_data(task: Task) -> tf.data.Dataset:
     if task.masked:
         x, y = _padded(x, rng)
     data = tf.data.Dataset.from_tensor_slices((x, y))
-    data = data.batch(task.batch, drop_remainder=True).cache()
+    data = data.batch(task.batch, drop_remainder=not task.partial).cache()
     return data.repeat().prefetch(2)
 
 

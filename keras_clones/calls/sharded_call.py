@@ -116,7 +116,7 @@ def _shard(
         values=read.values,
         mirrors=pieces.spread(read.mirrors),
         lay_out=functools.partial(laying_out.lay_out, divided, group, seeds),
-        trace=functools.partial(_trace, calls, body, found),
+        trace=_tracing(calls, body, found),
         busy=_busy(calls),
         is_synchronized=bool(_synchronized(calls, layer, turns)),
         foreseen={} if found is None else found.tables,
@@ -186,17 +186,28 @@ def _busy(
     return busy
 
 
+def _tracing(
+    calls: sharing.Calls, body: Body, found: foreseen.Foreseen | None
+) -> Callable[[laying_out.Layout, bool, bool], call_tower.CallTower]:
+    """Return what traces the tower of a call, for a layout of any rows."""
+
+    def trace(
+        layout: laying_out.Layout, watched: bool, in_graph: bool
+    ) -> call_tower.CallTower:
+        typed = layout if found is None else found.typed(layout)
+        return _trace(calls, body, typed, watched, in_graph)
+
+    return trace
+
+
 def _trace(
     calls: sharing.Calls,
     body: Body,
-    found: foreseen.Foreseen | None,
     layout: laying_out.Layout,
-    *how: bool,
+    watched: bool,
+    in_graph: bool,
 ) -> call_tower.CallTower:
     """Return the tower of a call, traced once for all calls that are alike."""
-    watched, in_graph = how
-    if found is not None:
-        layout = found.typed(layout)
     synchronized = _synchronized(calls, body.layer, layout.clones)
     key = (
         body.key(),

@@ -12,19 +12,15 @@ import tensorflow as tf
 from keras_clones import _keras
 
 
-@contextlib.contextmanager
 def through(
     layer: keras.Layer,
     wrap: Callable[..., Callable[..., Any] | None],
     is_meant: Callable[[keras.Layer], bool] = lambda layer: True,
-) -> Iterator[None]:
+) -> contextlib.AbstractContextManager[None]:
     """Let the calls of layers go through others."""
-    with contextlib.ExitStack() as stack:
-        for one in filter(is_meant, _keras.layers(layer)):
-            wrapped = wrap(one, one.call)
-            if wrapped is not None:
-                stack.enter_context(_keras.replaced(one, "call", wrapped))
-        yield
+    layers = list(filter(is_meant, _keras.layers(layer)))
+    wrapped = [(one, "call", wrap(one, one.call)) for one in layers]
+    return _keras.all_replaced(one for one in wrapped if one[-1] is not None)
 
 
 @contextlib.contextmanager

@@ -74,10 +74,11 @@ class Given(NamedTuple):
             NotForeseenError: If there are more look-ups, or if a table is
                 read as a whole.
         """
-        with contextlib.ExitStack() as stack:
-            for i, table in self.tables.items():
-                read = _giving(table, self.look_ups[i], self.asked[i])
-                stack.enter_context(_keras.replaced(table, "sparse_read", read))
+        reads = [
+            (t, "sparse_read", _giving(t, self.look_ups[i], self.asked[i]))
+            for i, t in self.tables.items()
+        ]
+        with _keras.all_replaced(reads):
             yield
         for i, table in self.tables.items():
             if is_used(self.wholes[i]):

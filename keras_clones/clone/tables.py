@@ -1,7 +1,7 @@
 """Large embedding tables: they stay home, and only their rows travel."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -48,10 +48,9 @@ def is_large(table: keras.Variable) -> bool:
     return table.shape.num_elements() * size >= LARGE_BYTES
 
 
-@contextlib.contextmanager
 def looked_up_at_home(
     tables: Sequence[keras.Variable], by_rows: bool = False
-) -> Iterator[None]:
+) -> contextlib.AbstractContextManager[None]:
     """Look rows up where the table is, for the time of a trace.
 
     `tf.gather` asks its first argument for `sparse_read`, which TensorFlow's
@@ -68,11 +67,11 @@ def looked_up_at_home(
         by_rows: Boolean, whether updates write single rows: then it is the
             plain read that copies the table. Defaults to `False`.
     """
-    with contextlib.ExitStack() as stack:
-        for table in tables:
-            for name, read in _reads(table, by_rows).items():
-                stack.enter_context(_keras.replaced(table, name, read))
-        yield
+    return _keras.all_replaced(
+        (table, name, read)
+        for table in tables
+        for name, read in _reads(table, by_rows).items()
+    )
 
 
 def look_up(table: keras.Variable, ids: tf.Tensor, by_rows: bool) -> tf.Tensor:

@@ -6,7 +6,7 @@ computed before it runs, and it gets the rows with its data.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -212,16 +212,14 @@ def _types(table: keras.Variable, seen: _Seen) -> list[LookUp]:
     ]
 
 
-@contextlib.contextmanager
 def _watching(
     tables: dict[int, keras.Variable], seen: dict[int, _Seen]
-) -> Iterator[None]:
+) -> contextlib.AbstractContextManager[None]:
     """Let look-ups tell what they ask for, and return rows of no values."""
-    with contextlib.ExitStack() as stack:
-        for i, table in tables.items():
-            read = _telling(table, seen[i])
-            stack.enter_context(_keras.replaced(table, "sparse_read", read))
-        yield
+    return _keras.all_replaced(
+        (table, "sparse_read", _telling(table, seen[i]))
+        for i, table in tables.items()
+    )
 
 
 def _telling(table: keras.Variable, seen: _Seen) -> Callable[..., tf.Tensor]:

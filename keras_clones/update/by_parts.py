@@ -6,7 +6,7 @@ norms of gradients where they clip, so parts come to what the whole comes to.
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import keras
@@ -17,21 +17,19 @@ from keras_clones.devices.divided import parts_of
 from keras_clones.tensors import parted
 
 
-@contextlib.contextmanager
 def by_parts(
     optimizers: Iterable[keras.optimizers.Optimizer | None],
-) -> Iterator[None]:
+) -> contextlib.AbstractContextManager[None]:
     """Let optimizers update divided tables part by part.
 
     Args:
         optimizers: Iterable of optimizers, also wrapped ones.
     """
-    with contextlib.ExitStack() as stack:
-        for one in optimizers:
-            if one is not None:
-                apply = functools.partial(_apply, one, one.apply)
-                stack.enter_context(_keras.replaced(one, "apply", apply))
-        yield
+    return _keras.all_replaced(
+        (one, "apply", functools.partial(_apply, one, one.apply))
+        for one in optimizers
+        if one is not None
+    )
 
 
 def _apply(
