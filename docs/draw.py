@@ -208,7 +208,7 @@ def rows_of_table():
     """Return the rows of the table of steps in `benchmark.md`."""
     text = (DOCS / "benchmark.md").read_text()
     text, _, _ = text.partition("![")  # the table above the picture
-    lines = re.findall(r"^\| (\w+) \| (\d[^\n]*) \|$", text, re.MULTILINE)
+    lines = re.findall(r"^\| ([\w-]+) \| (\d[^\n]*) \|$", text, re.MULTILINE)
     peers = ("clones 1", "clones 2", "mirrored 2", "clones 4", "mirrored 4")
     rows = []
     for model, cells in lines:
