@@ -60,7 +60,7 @@ class CallNotes(NamedTuple):
     `backward` says how to run the traced call backward, and `extra` has the
     variables of nobody that it uses. `ends` says where the values of outputs
     end, and where those of losses begin. `looked_up` is what the clone was
-    given of tables, and has asked for.
+    given of tables, and has asked for. `doubt` is what `Joining` found.
     """
 
     assigned: list[keras.Variable]
@@ -72,6 +72,7 @@ class CallNotes(NamedTuple):
     extra: Sequence[tf.Variable] = ()
     ends: tuple[int, int] = (0, 0)
     looked_up: given_rows.Given = given_rows.NOTHING_GIVEN
+    doubt: str | None = None
 
 
 class Body:
@@ -156,7 +157,9 @@ class Body:
         tables = given_rows.give(self.variables.weights, inputs.look_ups)
         scope = CloneScope([*mapping(self.variables, inputs), *tables.mapping])
         with scope, tables.looked_up(), first_writes(inputs):
-            with layer_losses.marking(layer) as marks:
+            with layer_losses.marking(
+                layer, weights, options.num_turns > 1
+            ) as marks:
                 outputs = self._method(*args, **kwargs)
             losses = layer_losses.own(
                 layer, marks, options.scalar_losses, options.exact
@@ -171,7 +174,12 @@ class Body:
         joining = Joining(layer, inputs, weights, many, is_alike)
         finish, ends = _join(joining, outputs, before, losses)
         return CallOutput(joining.values, changes), CallNotes(
-            *notes[:3], joining.kinds, finish, ends=ends, looked_up=tables
+            *notes[:3],
+            joining.kinds,
+            finish,
+            ends=ends,
+            looked_up=tables,
+            doubt=joining.doubt,
         )
 
 

@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from keras_clones import _keras
 from keras_clones.calls import calls
-from keras_clones.plan import exactness
+from keras_clones.plan import exactness, whole
 from keras_clones.plan.options import StepOptions
 from keras_clones.step.begin import as_tensors, begin, unpack
 from keras_clones.step.by_calls import run_by_calls
@@ -51,7 +51,8 @@ def run_prediction(model: keras.Model, options: StepOptions, data: Any) -> Any:
     """Run Keras's own predict step on one global batch."""
     with tf.device(options.home):
         batch = unpack(joined(data), with_targets=False)
-        sharding.count_rows({"x": batch[0]})
+        if not _is_apart(model, options):
+            sharding.count_rows({"x": batch[0]})
         step = keras.Model.predict_step
         return calls.run(model, options, False, lambda: step(model, batch[:1]))
 
@@ -69,6 +70,15 @@ def run_own_step(
         )
 
 
+def _is_apart(model: keras.Model, options: StepOptions) -> bool:
+    """Say whether the user has a model see the global batch as it is.
+
+    What it gets may then have rows of other kinds: nodes and edges of graphs.
+    """
+    apart = whole.find(model, options.whole, options.num_turns)
+    return bool(options.whole) and apart.is_apart(model)
+
+
 @tf.autograph.experimental.do_not_convert
 def run_step(
     model: keras.Model, options: StepOptions, data: Any, training: bool
@@ -77,7 +87,10 @@ def run_step(
     with tf.device(options.home):
         batch = unpack(joined(data), with_targets=True)
         named = dict(zip(("x", "y", "sample_weight"), batch, strict=True))
-        rows = count_rows(data, named)
+        if _is_apart(model, options) and not isinstance(data, HostBatch):
+            rows = sharding.first_rows(batch[0])
+        else:
+            rows = count_rows(data, named)
         step = begin(model, options, batch, rows, training)
         if isinstance(data, HostBatch):
             step = step._replace(hosts=data)

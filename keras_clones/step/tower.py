@@ -117,7 +117,12 @@ class Tower:
         )
         output = self._weigh(scope, weights, forward, changes, gradients)
         keeps = kept_tensors(self._model) != before
-        return output, notes._replace(keeps=keeps)
+        rowless = any(
+            tf.is_symbolic_tensor(one) and is_alike(one)
+            for one in keras.tree.flatten(forward.outputs)
+            if not sharding.is_composite(one)
+        )
+        return output, notes._replace(keeps=keeps, rowless=rowless)
 
     def _from_zero(self) -> list[keras.Variable]:
         """Return the variables that the clone updates from zero."""
@@ -135,7 +140,9 @@ class Tower:
         with tape, scope, given.looked_up(), first_writes(inputs):
             if training:
                 tape.watch(sources(self._variables, inputs))
-            with layer_losses.marking(model) as marks:
+            with layer_losses.marking(
+                model, weights, options.num_turns > 1
+            ) as marks:
                 outputs = _keras.call(model, x, training)
             local = layer_losses.local(
                 model, marks, options.scalar_losses, weights, options.exact
