@@ -792,3 +792,45 @@ def test_rows_whose_number_is_known(float64):
         loss = model.train_on_batch(x, x[:, :1])
         found.append((loss, cases.weights(model)))
     assert cases.difference(*found) < 1e-10
+
+
+class Decorated(keras.layers.Layer):
+    """Its `call` is a function of TensorFlow's, with a branch and a count."""
+
+    def build(self, shape):
+        self.kernel = self.add_weight(shape=(shape[-1], 4), name="kernel")
+        self.steps = self.add_weight(
+            shape=(), initializer="zeros", trainable=False, name="steps"
+        )
+
+    @tf.function
+    def call(self, x, training=None):
+        if training:
+            self.steps.assign_add(1.0)
+        if tf.reduce_sum(x) > 1e6:
+            x = x / 2
+        return tf.tanh(x @ tf.convert_to_tensor(self.kernel)) / self.steps
+
+
+@pytest.mark.full_but("Model")
+@BOTH_STEPS
+def test_a_call_that_is_a_function_of_tensorflow(kind, float64, strictly):
+    def make():
+        return model_of(keras.Sequential([Decorated(), Decorated()]), kind)
+
+    model = assert_same(make)
+    x = cases.arrays(12)["mlp"][0]
+    predicted = model.predict(x, verbose=0)
+    assert cases.difference(model(x, training=False), predicted) < 1e-10
+
+
+class Logging(keras.Model):
+    """Adds an entry to the logs that no metric keeps, as Keras's example."""
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        logs = super().compute_metrics(x, y, y_pred, sample_weight)
+        return {**logs, "largest": keras.ops.max(y_pred)}
+
+
+def test_logs_that_no_metric_keeps(float64):
+    assert_same(lambda: model_of(keras.layers.Dense(3, "tanh"), Logging))

@@ -23,6 +23,7 @@ from keras_clones.clone.inputs import (
 from keras_clones.clone.leftovers import kept_tensors
 from keras_clones.clone.scopes import CloneScope
 from keras_clones.clone.state import Changes, Variables
+from keras_clones.clone.undecorated import undecorated
 from keras_clones.plan.options import StepOptions
 
 
@@ -134,7 +135,8 @@ class Body:
     def look(self, inputs: TowerInput) -> None:
         """Call the layer alone, for what is looked up in it."""
         args, kwargs = self.given.pack(inputs.data)
-        with CloneScope(mapping(self.variables, inputs)):
+        scope = CloneScope(mapping(self.variables, inputs))
+        with scope, undecorated(self.layer):
             self._method(*args, **kwargs)
 
     def __call__(self, inputs: TowerInput) -> tuple[CallOutput, CallNotes]:
@@ -156,7 +158,8 @@ class Body:
         args, kwargs = self.given.pack(inputs.data)
         tables = given_rows.give(self.variables.weights, inputs.look_ups)
         scope = CloneScope([*mapping(self.variables, inputs), *tables.mapping])
-        with scope, tables.looked_up(), first_writes(inputs):
+        inside = undecorated(layer)
+        with scope, tables.looked_up(), first_writes(inputs), inside:
             with layer_losses.marking(
                 layer, weights, options.num_turns > 1
             ) as marks:

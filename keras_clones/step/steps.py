@@ -131,4 +131,40 @@ def unless_empty(
             iterations.assign_sub(1)
         return function()
 
-    return tf.cond(rows > 0, lambda: uncounted(run), lambda: uncounted(skip))
+    kinds: dict[str, Any] = {}
+
+    def run_and_tell() -> dict:
+        logs = uncounted(run)
+        kinds.update(logs)
+        return logs
+
+    # TensorFlow traces the branches in this order.
+    return tf.cond(
+        rows > 0, run_and_tell, lambda: _completed(uncounted(skip), kinds)
+    )
+
+
+def _completed(logs: dict, kinds: dict) -> dict:
+    """Return logs with all entries that a step has, and no others.
+
+    A `compute_metrics` of the model's own may add some that no metric keeps.
+
+    Args:
+        logs: Dict of what the metrics of the model have.
+        kinds: Dict of the logs of a step, empty outside of a graph.
+    """
+
+    def nothing(value: Any) -> tf.Tensor:
+        value = tf.convert_to_tensor(value)
+        shape = [size or 0 for size in value.shape or ()]
+        missing = float("nan") if value.dtype.is_floating else 0
+        return tf.cast(tf.fill(shape, missing), value.dtype)
+
+    if not kinds:
+        return logs
+    return {
+        name: logs[name]
+        if name in logs
+        else tf.nest.map_structure(nothing, value)
+        for name, value in kinds.items()
+    }

@@ -21,6 +21,7 @@ from keras_clones.clone.inputs import (
 from keras_clones.clone.leftovers import kept_tensors
 from keras_clones.clone.scopes import CloneScope
 from keras_clones.clone.state import Changes
+from keras_clones.clone.undecorated import undecorated
 from keras_clones.plan import counting
 from keras_clones.step.begin import Step
 from keras_clones.tensors import sharding
@@ -140,9 +141,10 @@ class Tower:
         with tape, scope, given.looked_up(), first_writes(inputs):
             if training:
                 tape.watch(sources(self._variables, inputs))
-            with layer_losses.marking(
+            marking = layer_losses.marking(
                 model, weights, options.num_turns > 1
-            ) as marks:
+            )
+            with marking as marks, undecorated(model):
                 outputs = _keras.call(model, x, training)
             local = layer_losses.local(
                 model, marks, options.scalar_losses, weights, options.exact
