@@ -23,7 +23,7 @@ def undecorated(layer: keras.Layer) -> AbstractContextManager[None]:
     )
 
 
-def inside(method: Callable[..., Any]) -> Callable[..., Any]:
+def inside(method: Any) -> Callable[..., Any]:
     """Return what a `tf.function` runs, and any other method as it is."""
     if not _is_function(method):
         return method
