@@ -304,6 +304,61 @@ def test_losses_that_are_sums_beside_activity_regularizers(
     assert_same(regularized(kind), layer_losses=how)
 
 
+def of_ones_own(kind, *regularizers):
+    """Return a model whose layers have activity regularizers of one's own."""
+
+    def make():
+        layers = [
+            keras.layers.Dense(
+                4, "tanh", activity_regularizer=one, name=f"hidden_{i}"
+            )
+            for i, one in enumerate(regularizers)
+        ]
+        return model_of(keras.Sequential(layers), kind)
+
+    return make
+
+
+def mean_size(x):
+    return 0.5 * keras.ops.mean(keras.ops.abs(x))
+
+
+def total_size(x):
+    return 0.1 * keras.ops.sum(keras.ops.abs(x))
+
+
+def size_by_row(x):
+    return 0.1 * keras.ops.sum(keras.ops.abs(x), axis=-1)
+
+
+def sparseness(x):
+    """Wants units to be small on the average of a batch."""
+    return keras.ops.sum(keras.ops.mean(x, axis=0) ** 2)
+
+
+@pytest.mark.full_but("Model")
+@BOTH_STEPS
+def test_activity_regularizers_of_ones_own(kind, float64, strictly):
+    assert_same(of_ones_own(kind, mean_size, total_size, size_by_row))
+
+
+@pytest.mark.full_but("Model")
+@BOTH_STEPS
+def test_one_that_looks_at_the_whole_batch_is_named(kind, float64):
+    make = of_ones_own(kind, mean_size, sparseness)
+    with pytest.warns(UserWarning, match=r"\['hidden_1'\] look at the whole"):
+        fit(make, 3, epochs=1)
+    with pytest.raises(ValueError, match=r"whole=\['hidden_1'\]"):
+        fit(make, 3, epochs=1, exact=True)
+
+
+@pytest.mark.full
+@BOTH_STEPS
+def test_one_that_sees_the_whole_batch(kind, float64, strictly):
+    make = of_ones_own(kind, mean_size, sparseness)
+    assert_same(make, whole=["hidden_1"])
+
+
 def sums_and_means(kind):
     def make():
         dense = keras.layers.Dense(4, "tanh")
@@ -658,3 +713,124 @@ def test_masks_count_where_a_tower_is_no_function(how, float64):
         model.fit(x, y, batch_size=12, epochs=3, verbose=0)
         found.append(cases.weights(model))
     assert cases.difference(*found) < 1e-10
+
+
+class Codes(keras.Model):
+    """Returns a table of codes beside what has rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = keras.layers.Dense(6)
+        self.codes = self.add_weight(shape=(5, 3), name="codes")
+
+    def call(self, x):
+        return {"out": self.dense(x), "codes": keras.ops.tanh(self.codes)}
+
+
+class Squares(keras.Metric):
+    def __init__(self):
+        super().__init__(name="squares")
+        self.total = self.add_variable((), "zeros", name="total")
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        self.total.assign_add(keras.ops.sum(keras.ops.square(y_pred)))
+
+    def result(self):
+        return self.total
+
+
+def test_a_metric_of_an_output_without_rows(float64):
+    x = cases.arrays(12)["mlp"][0]
+    found = []
+    for devices in (None, CPUS):
+        keras.utils.set_random_seed(7)
+        model = Codes()
+        if devices:
+            clone_model(model, devices=devices)
+        model.compile(
+            "sgd",
+            {"out": "mse", "codes": None},
+            metrics={"out": [], "codes": [Squares()]},
+        )
+        targets = {"out": x, "codes": x}
+        history = model.fit(x, targets, batch_size=7, shuffle=False, verbose=0)
+        found.append((history.history, cases.weights(model)))
+    assert cases.difference(*found) < 1e-10
+
+
+class Tokens(keras.layers.Layer):
+    """Gives every row the same learned tokens."""
+
+    def build(self, shape):
+        self.tokens = self.add_weight(shape=(1, 2), name="tokens")
+
+    def call(self, x):
+        return keras.ops.broadcast_to(self.tokens, (keras.ops.shape(x)[0], 2))
+
+
+class Folded(keras.layers.Layer):
+    """Returns two rows for each of the batch."""
+
+    def call(self, x):
+        return keras.ops.reshape(x, (-1, x.shape[-1] // 2))
+
+
+def test_rows_whose_number_is_known(float64):
+    """Only a trace that knows of no number tells them from a table's."""
+    x = cases.arrays(12)["mlp"][0]
+    found = []
+    for devices in (None, CPUS):
+        keras.utils.set_random_seed(7)
+        inputs = keras.Input((6,))
+        centered = inputs - keras.ops.mean(inputs, axis=0)
+        folded = keras.ops.reshape(Folded()(centered), (-1, 6))
+        both = keras.ops.concatenate([Tokens()(centered), folded], axis=-1)
+        model = keras.Model(inputs, keras.layers.Dense(1)(both))
+        if devices:
+            clone_model(model, devices=devices)
+        model.compile("sgd", "mse")
+        loss = model.train_on_batch(x, x[:, :1])
+        found.append((loss, cases.weights(model)))
+    assert cases.difference(*found) < 1e-10
+
+
+class Decorated(keras.layers.Layer):
+    """Its `call` is a function of TensorFlow's, with a branch and a count."""
+
+    def build(self, shape):
+        self.kernel = self.add_weight(shape=(shape[-1], 4), name="kernel")
+        self.steps = self.add_weight(
+            shape=(), initializer="zeros", trainable=False, name="steps"
+        )
+
+    @tf.function
+    def call(self, x, training=None):
+        if training:
+            self.steps.assign_add(1.0)
+        if tf.reduce_sum(x) > 1e6:
+            x = x / 2
+        return tf.tanh(x @ tf.convert_to_tensor(self.kernel)) / self.steps
+
+
+@pytest.mark.full_but("Model")
+@BOTH_STEPS
+def test_a_call_that_is_a_function_of_tensorflow(kind, float64, strictly):
+    def make():
+        return model_of(keras.Sequential([Decorated(), Decorated()]), kind)
+
+    model = assert_same(make)
+    x = cases.arrays(12)["mlp"][0]
+    predicted = model.predict(x, verbose=0)
+    assert cases.difference(model(x, training=False), predicted) < 1e-10
+
+
+class Logging(keras.Model):
+    """Adds an entry to the logs that no metric keeps, as Keras's example."""
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        logs = super().compute_metrics(x, y, y_pred, sample_weight)
+        return {**logs, "largest": keras.ops.max(y_pred)}
+
+
+def test_logs_that_no_metric_keeps(float64):
+    assert_same(lambda: model_of(keras.layers.Dense(3, "tanh"), Logging))

@@ -180,6 +180,7 @@ MIXING = {
         ["d"],
     ),
     "along_rows": (lambda: functional(L.Softmax(axis=0, name="x")), ["x"]),
+    "from_the_last": (lambda: functional(L.Softmax(axis=-2, name="x")), ["x"]),
     "nested": (test_whole.Nested, ["centered"]),
     "model": (test_whole.Mixing, ["mixing"]),
     "compared": (Compared, ["compared"]),

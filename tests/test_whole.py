@@ -460,3 +460,38 @@ def test_bad_input(whole, error, message):
         clone_model(model, 3, whole=whole)
     assert "Received: whole=" in str(caught.value)
     assert deployment(model) is None
+
+
+class Pooled(L.Layer):
+    """Averages the nodes of each graph."""
+
+    def call(self, nodes, graph):
+        return tf.math.segment_mean(nodes, graph)
+
+
+class Graphs(keras.Model):
+    """Takes nodes, and of which graph each one is: rows of another kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.node, self.pool = L.Dense(5, "tanh"), Pooled(name="pool")
+        self.head = L.Dense(1)
+
+    def call(self, x):
+        return self.head(self.pool(self.node(x["nodes"]), x["graph"]))
+
+
+def test_inputs_with_rows_of_their_own(float64):
+    nodes = np.random.default_rng(0).normal(size=(11, 4))
+    x = {"nodes": nodes, "graph": np.repeat(np.arange(4), [2, 3, 1, 5])}
+    batch = tf.data.Dataset.from_tensors((x, nodes[:4, :1]))
+    found = []
+    for clones in (0, 3):
+        keras.utils.set_random_seed(1)
+        model = Graphs()
+        if clones:
+            clone_model(model, clones, whole=["pool"])
+        model.compile("sgd", "mse")
+        logs = model.fit(batch, epochs=2, verbose=0).history
+        found.append((logs, model.predict(batch, verbose=0), model.weights))
+    assert cases.difference(*found) < 1e-10

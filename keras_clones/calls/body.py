@@ -23,6 +23,7 @@ from keras_clones.clone.inputs import (
 from keras_clones.clone.leftovers import kept_tensors
 from keras_clones.clone.scopes import CloneScope
 from keras_clones.clone.state import Changes, Variables
+from keras_clones.clone.undecorated import undecorated
 from keras_clones.plan.options import StepOptions
 
 
@@ -60,7 +61,7 @@ class CallNotes(NamedTuple):
     `backward` says how to run the traced call backward, and `extra` has the
     variables of nobody that it uses. `ends` says where the values of outputs
     end, and where those of losses begin. `looked_up` is what the clone was
-    given of tables, and has asked for.
+    given of tables, and has asked for. `doubt` is what `Joining` found.
     """
 
     assigned: list[keras.Variable]
@@ -72,6 +73,7 @@ class CallNotes(NamedTuple):
     extra: Sequence[tf.Variable] = ()
     ends: tuple[int, int] = (0, 0)
     looked_up: given_rows.Given = given_rows.NOTHING_GIVEN
+    doubt: str | None = None
 
 
 class Body:
@@ -133,7 +135,8 @@ class Body:
     def look(self, inputs: TowerInput) -> None:
         """Call the layer alone, for what is looked up in it."""
         args, kwargs = self.given.pack(inputs.data)
-        with CloneScope(mapping(self.variables, inputs)):
+        scope = CloneScope(mapping(self.variables, inputs))
+        with scope, undecorated(self.layer):
             self._method(*args, **kwargs)
 
     def __call__(self, inputs: TowerInput) -> tuple[CallOutput, CallNotes]:
@@ -155,8 +158,11 @@ class Body:
         args, kwargs = self.given.pack(inputs.data)
         tables = given_rows.give(self.variables.weights, inputs.look_ups)
         scope = CloneScope([*mapping(self.variables, inputs), *tables.mapping])
-        with scope, tables.looked_up(), first_writes(inputs):
-            with layer_losses.marking(layer) as marks:
+        inside = undecorated(layer)
+        with scope, tables.looked_up(), first_writes(inputs), inside:
+            with layer_losses.marking(
+                layer, weights, options.num_turns > 1
+            ) as marks:
                 outputs = self._method(*args, **kwargs)
             losses = layer_losses.own(
                 layer, marks, options.scalar_losses, options.exact
@@ -171,7 +177,12 @@ class Body:
         joining = Joining(layer, inputs, weights, many, is_alike)
         finish, ends = _join(joining, outputs, before, losses)
         return CallOutput(joining.values, changes), CallNotes(
-            *notes[:3], joining.kinds, finish, ends=ends, looked_up=tables
+            *notes[:3],
+            joining.kinds,
+            finish,
+            ends=ends,
+            looked_up=tables,
+            doubt=joining.doubt,
         )
 
 

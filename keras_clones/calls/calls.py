@@ -18,6 +18,7 @@ import tensorflow as tf
 
 from keras_clones import _keras
 from keras_clones.calls import sharded_call, sharing
+from keras_clones.clone.undecorated import inside
 from keras_clones.devices.homes import Homes
 from keras_clones.exchange.beside_data import beside_data
 from keras_clones.plan import at_home, build
@@ -130,9 +131,10 @@ class _Seen:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         calls = _active.calls
+        method = self._method if calls is None else inside(self._method)
         if calls is None or calls.busy or _keras.in_scope_without_state():
-            return self._method(*args, **kwargs)
-        return sharded_call.call(calls, self._layer, self._method, args, kwargs)
+            return method(*args, **kwargs)
+        return sharded_call.call(calls, self._layer, method, args, kwargs)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,13 @@ from keras_clones.tensors import sharding, traced
 
 
 class Joining:
-    """Collects what a clone gives back of a call, and how it joins."""
+    """Collects what a clone gives back of a call, and how it joins.
+
+    Attributes:
+        doubt: String, `"first"` or `"rows"`: how something joins that may have
+            as many rows as the call, or a multiple of them, by chance. Only a
+            trace that knows of no number tells. `None` if there is no doubt.
+    """
 
     def __init__(
         self,
@@ -25,6 +31,7 @@ class Joining:
     ) -> None:
         self.values: list[Any] = []
         self.kinds: list[str] = []
+        self.doubt: str | None = None
         self._layer = layer
         self._weights = weights
         self._many = many
@@ -129,8 +136,22 @@ class Joining:
             return "rows"
         if shape[0] in self._rows:
             alike = not tf.executing_eagerly() and self._is_alike(value)
-            return "first" if alike and self._from_weights(value) else "rows"
+            alike = alike and self._from_weights(value)
+            if not alike:
+                return "rows"
+            self.doubt = self.doubt or "first"
+            return "first"
+        if self._may_be_folded(value):
+            self.doubt = "rows"
+            return "rows"
         return self._same(value)
+
+    def _may_be_folded(self, value: Any) -> bool:
+        """Say whether there may be several rows for each of the call."""
+        if tf.executing_eagerly() or self._is_alike(value):
+            return False
+        known = [rows for rows in self._rows if rows]
+        return any(value.shape[0] % rows == 0 for rows in known)
 
     def _same(self, value: Any) -> str:
         """Return `"first"` for what is alike in all clones, or say it is not.

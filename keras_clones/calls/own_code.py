@@ -6,6 +6,17 @@ import keras
 
 from keras_clones import _keras
 
+# Layers of Keras that run what is not of Keras, or that mix rows.
+_NOT_KNOWN = (
+    keras.layers.MixUp,
+    keras.layers.CutMix,
+    keras.layers.Lambda,
+    keras.layers.TFSMLayer,
+    keras.layers.JaxLayer,
+    keras.layers.FlaxLayer,
+    keras.layers.TorchModuleWrapper,
+)
+
 
 def has_own_code(layer: keras.Layer) -> bool:
     """Say whether a layer is not known to keep rows apart.
@@ -17,14 +28,16 @@ def has_own_code(layer: keras.Layer) -> bool:
         getattr(layer, "activation", None),
         getattr(layer, "recurrent_activation", None),
     ]
-    if isinstance(layer, keras.layers.Lambda):
+    if isinstance(layer, _NOT_KNOWN):
         return True
     if not _is_of_keras(type(layer).call):
         return True
     if any(callable(f) and not _is_of_keras(f) for f in functions):
         return True
     axis = getattr(layer, "axis", None)
-    return 0 in (axis if isinstance(axis, (list, tuple)) else [axis])
+    axes = axis if isinstance(axis, (list, tuple)) else [axis]
+    # Counted from the last axis, too, where there are that few.
+    return any(one == 0 or one in (-2, -3) for one in axes)
 
 
 def _is_of_keras(function: Any) -> bool:

@@ -20,13 +20,16 @@ class Notes(NamedTuple):
     `assigned` has the variables that it assigns, and `unknown` those among
     them of which nothing says how their values merge; `seen` those that only
     the trace tells to be alike. `keeps` says whether layers keep tensors on
-    themselves.
+    themselves, and `rowless` whether an output does not depend on the rows.
+    There is no `doubt` of it, as there may be of a call's outputs.
     """
 
     assigned: list[keras.Variable]
     unknown: list[keras.Variable]
     seen: list[keras.Variable]
     keeps: bool = False
+    rowless: bool = False
+    doubt: str | None = None
 
 
 class Ran(NamedTuple):

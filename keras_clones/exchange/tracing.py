@@ -170,28 +170,38 @@ def concrete_tower(tower: CallableTower, layout: Layout) -> Any:
     """Return the function that all clones call, for shards of any size.
 
     What a layer assigns can look alike in all clones only because all shards
-    have as many rows, as a count of them does. So it is looked at once more
-    with that number unknown.
+    have as many rows, as a count of them does, and what it returns can have
+    as many rows by chance. So it is looked at once more with that number
+    unknown.
     """
     found = _open_tower(tower, layout)
     if found is not None:
         return found
-    types = _common_types(layout)
-    concrete = tower.function.get_concrete_function(types)
-    assigned = tower.returned[1].seen
+    concrete = tower.function.get_concrete_function(_common_types(layout))
+    notes = tower.returned[1]
     fixed = all(isinstance(size, int) for size in layout.shards.sizes)
-    if assigned and fixed and len(layout.clones) > 1:
-        relaxed = _common_types(layout, any_rows=True)
-        kept = list(tower.returned)
-        unknown = list(kept[1].unknown)
-        try:
-            found = tower.function.get_concrete_function(relaxed)
-        except Exception:
-            tower.returned[:] = kept
-        else:
-            if len(tower.returned[1].unknown) > len(unknown):
-                return found
-            tower.returned[:] = kept
+    if (notes.seen or notes.doubt) and fixed and len(layout.clones) > 1:
+        return _look_again(tower, layout, concrete)
+    return concrete
+
+
+def _look_again(tower: CallableTower, layout: Layout, concrete: Any) -> Any:
+    """Return the function for any number of rows, if that tells otherwise."""
+    kept = list(tower.returned)
+    notes = kept[1]
+    unknown = len(notes.unknown)
+    try:
+        found = tower.function.get_concrete_function(
+            _common_types(layout, any_rows=True)
+        )
+    except Exception:
+        if notes.doubt == "rows":
+            raise
+        tower.returned[:] = kept
+        return concrete
+    if notes.doubt or len(tower.returned[1].unknown) > unknown:
+        return found
+    tower.returned[:] = kept
     return concrete
 
 

@@ -86,6 +86,8 @@ def _why_not(
     own_metrics = exactness.overrides(step.model, "compute_metrics")
     if tower.notes.keeps and own_metrics:
         return "layers keep tensors for `compute_metrics`"
+    if tower.notes.rowless:
+        return "an output has no rows of the batch"
     return exactness.why_not_on(
         step.batch[1], tower.returns.outputs, tower.returns.masks, counted
     )

@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from keras_clones import _keras
 from keras_clones.calls import calls
-from keras_clones.plan import exactness
+from keras_clones.plan import exactness, whole
 from keras_clones.plan.options import StepOptions
 from keras_clones.step.begin import as_tensors, begin, unpack
 from keras_clones.step.by_calls import run_by_calls
@@ -51,7 +51,8 @@ def run_prediction(model: keras.Model, options: StepOptions, data: Any) -> Any:
     """Run Keras's own predict step on one global batch."""
     with tf.device(options.home):
         batch = unpack(joined(data), with_targets=False)
-        sharding.count_rows({"x": batch[0]})
+        if not _is_apart(model, options):
+            sharding.count_rows({"x": batch[0]})
         step = keras.Model.predict_step
         return calls.run(model, options, False, lambda: step(model, batch[:1]))
 
@@ -69,6 +70,15 @@ def run_own_step(
         )
 
 
+def _is_apart(model: keras.Model, options: StepOptions) -> bool:
+    """Say whether the user has a model see the global batch as it is.
+
+    What it gets may then have rows of other kinds: nodes and edges of graphs.
+    """
+    apart = whole.find(model, options.whole, options.num_turns)
+    return bool(options.whole) and apart.is_apart(model)
+
+
 @tf.autograph.experimental.do_not_convert
 def run_step(
     model: keras.Model, options: StepOptions, data: Any, training: bool
@@ -77,7 +87,10 @@ def run_step(
     with tf.device(options.home):
         batch = unpack(joined(data), with_targets=True)
         named = dict(zip(("x", "y", "sample_weight"), batch, strict=True))
-        rows = count_rows(data, named)
+        if _is_apart(model, options) and not isinstance(data, HostBatch):
+            rows = sharding.first_rows(batch[0])
+        else:
+            rows = count_rows(data, named)
         step = begin(model, options, batch, rows, training)
         if isinstance(data, HostBatch):
             step = step._replace(hosts=data)
@@ -118,4 +131,40 @@ def unless_empty(
             iterations.assign_sub(1)
         return function()
 
-    return tf.cond(rows > 0, lambda: uncounted(run), lambda: uncounted(skip))
+    kinds: dict[str, Any] = {}
+
+    def run_and_tell() -> dict:
+        logs = uncounted(run)
+        kinds.update(logs)
+        return logs
+
+    # TensorFlow traces the branches in this order.
+    return tf.cond(
+        rows > 0, run_and_tell, lambda: _completed(uncounted(skip), kinds)
+    )
+
+
+def _completed(logs: dict, kinds: dict) -> dict:
+    """Return logs with all entries that a step has, and no others.
+
+    A `compute_metrics` of the model's own may add some that no metric keeps.
+
+    Args:
+        logs: Dict of what the metrics of the model have.
+        kinds: Dict of the logs of a step, empty outside of a graph.
+    """
+
+    def nothing(value: Any) -> tf.Tensor:
+        value = tf.convert_to_tensor(value)
+        shape = [size or 0 for size in value.shape or ()]
+        missing = float("nan") if value.dtype.is_floating else 0
+        return tf.cast(tf.fill(shape, missing), value.dtype)
+
+    if not kinds:
+        return logs
+    return {
+        name: logs[name]
+        if name in logs
+        else tf.nest.map_structure(nothing, value)
+        for name, value in kinds.items()
+    }

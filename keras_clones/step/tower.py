@@ -21,6 +21,7 @@ from keras_clones.clone.inputs import (
 from keras_clones.clone.leftovers import kept_tensors
 from keras_clones.clone.scopes import CloneScope
 from keras_clones.clone.state import Changes
+from keras_clones.clone.undecorated import undecorated
 from keras_clones.plan import counting
 from keras_clones.step.begin import Step
 from keras_clones.tensors import sharding
@@ -117,7 +118,12 @@ class Tower:
         )
         output = self._weigh(scope, weights, forward, changes, gradients)
         keeps = kept_tensors(self._model) != before
-        return output, notes._replace(keeps=keeps)
+        rowless = any(
+            tf.is_symbolic_tensor(one) and is_alike(one)
+            for one in keras.tree.flatten(forward.outputs)
+            if not sharding.is_composite(one)
+        )
+        return output, notes._replace(keeps=keeps, rowless=rowless)
 
     def _from_zero(self) -> list[keras.Variable]:
         """Return the variables that the clone updates from zero."""
@@ -135,7 +141,10 @@ class Tower:
         with tape, scope, given.looked_up(), first_writes(inputs):
             if training:
                 tape.watch(sources(self._variables, inputs))
-            with layer_losses.marking(model) as marks:
+            marking = layer_losses.marking(
+                model, weights, options.num_turns > 1
+            )
+            with marking as marks, undecorated(model):
                 outputs = _keras.call(model, x, training)
             local = layer_losses.local(
                 model, marks, options.scalar_losses, weights, options.exact

@@ -64,6 +64,13 @@ def count_rows(batch: Any) -> Rows:
         return tf.identity(first)
 
 
+def first_rows(batch: Any) -> Rows:
+    """Return how many rows the first leaf of a batch has that has any."""
+    first = next(x for x in keras.tree.flatten(batch) if has_rows(x))
+    rows = None if first.shape.rank is None else first.shape[0]
+    return leaf_rows(first) if rows is None else rows
+
+
 class Shards(NamedTuple):
     """How rows are divided over clones.
 
