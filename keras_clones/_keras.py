@@ -355,12 +355,23 @@ def slots(
 
 def optimizers(model: keras.Model) -> list[keras.optimizers.Optimizer]:
     """Return the optimizers of a model: a step of its own may use several."""
-    return [
-        value
+    found = [
+        one
         for layer in layers(model)
-        for value in vars(layer).values()
-        if isinstance(value, keras.optimizers.Optimizer)
+        for value in list(vars(layer).values())
+        for one in _optimizers_in(value)
     ]
+    return list({id(one): one for one in found}.values())
+
+
+def _optimizers_in(value: Any) -> list[keras.optimizers.Optimizer]:
+    """Return the optimizers in lists, tuples and dicts, however deep."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return [one for entry in value for one in _optimizers_in(entry)]
+    known = isinstance(value, keras.optimizers.Optimizer)
+    return [value] if known else []
 
 
 def optimized_variables(
@@ -752,6 +763,24 @@ def set_logits(tensor: Any, logits: Any) -> None:
 
 # What Keras itself sets on a layer as it is called.
 CHANGING = ("_called", "built")
+
+
+@functools.cache
+def names_of_layers() -> frozenset[str]:
+    """Return the names of what Keras keeps on every layer and model."""
+    given = keras.Input((1,), name="given", dtype="float32")
+    one = keras.Model(given, given, name="one")
+    other = keras.Sequential(name="other")
+    return frozenset((*vars(one), *vars(other)))
+
+
+def is_of_user(value: Any) -> bool:
+    """Say whether an object is of a class that no library here made."""
+    module = type(value).__module__.partition(".")[0]
+    return module not in _LIBRARIES
+
+
+_LIBRARIES = ("keras", "keras_clones", "tensorflow", "numpy", "builtins")
 
 
 def iterations(

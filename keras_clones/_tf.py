@@ -3,9 +3,10 @@
 `tests/test_keras_private.py` fails when one of them moves.
 """
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -96,6 +97,10 @@ _function_context = _private(
     "tensorflow.python.eager.polymorphic_function.function_context"
 )
 
+# No public name tells that a function is being traced which XLA compiles, and
+# so cannot call Python.
+is_within_xla = _private("tensorflow.python.ops.control_flow_util.InXlaContext")
+
 # What a function, a branch or a loop says it only reads.
 _READS = "_read_only_resource_inputs"
 _READING_OPS = ("ReadVariableOp", "ResourceGather", "VariableShape")
@@ -159,6 +164,19 @@ class Apart:
 def stop_recording() -> AbstractContextManager[None]:
     """Stop every tape of this thread: `tape.stop_recording` stops one."""
     return _record.stop_recording()
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[None]:
+    """Let tapes record, also where `tf.init_scope` stops all of them."""
+    stopped = _tapes.TFE_Py_TapeSetIsStopped()
+    if stopped:
+        _tapes.TFE_Py_TapeSetRestartOnThread()
+    try:
+        yield
+    finally:
+        if stopped:
+            _tapes.TFE_Py_TapeSetStopOnThread()
 
 
 def record_operation(

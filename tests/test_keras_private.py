@@ -1,5 +1,6 @@
 """Every private name that this package reaches does what it is used for."""
 
+import contextlib
 import functools
 import importlib.util
 import pathlib
@@ -1136,3 +1137,50 @@ def test_losses_are_wrapped_and_put_back():
     assert seen == [(0, held)]
     assert _keras.compiled_losses(model) == [held]
     assert float(model.compute_loss(x, y, model(x))) != 7
+
+
+def test_what_keras_keeps_on_every_layer_is_known():
+    known = _keras.names_of_layers()
+    assert {"_losses", "_metrics", "train_function", "_functional"} <= known
+    given = keras.Input((2,))
+    for one in (keras.layers.Layer(), keras.Model(given, given)):
+        assert vars(one).keys() <= known
+    assert not _keras.is_of_user(keras.layers.Dense(1))
+    assert not _keras.is_of_user([tf.constant(1)])
+    assert _keras.is_of_user(type("Own", (), {"__module__": "own"})())
+
+
+def test_a_function_that_xla_compiles_is_known():
+    found = []
+
+    @tf.function(jit_compile=True)
+    def compiled(x):
+        graph = tf.compat.v1.get_default_graph()
+        found.append(_tf.is_within_xla(graph.outer_graph))
+        return x + 1
+
+    @tf.function
+    def step(x):
+        found.append(_tf.is_within_xla(tf.compat.v1.get_default_graph()))
+        return compiled(x)
+
+    step(tf.constant(1.0))
+    assert found[0] is False
+    assert found[-1] is True
+
+
+def test_tapes_record_where_all_are_stopped():
+    x = tf.constant(2.0)
+    found = []
+    with tf.init_scope():
+        for scope in (contextlib.nullcontext, _tf.recording):
+            with scope(), tf.GradientTape() as tape:
+                tape.watch(x)
+                y = x * x
+            found.append(tape.gradient(y, x))
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = x * x
+        found.append(tape.gradient(y, x))
+    assert found[0] is None and found[2] is None
+    assert float(found[1]) == 4.0

@@ -13,7 +13,7 @@ import tensorflow as tf
 from keras import layers as L  # noqa: N812
 from keras import ops
 
-from keras_clones import clone_model, deployment
+from keras_clones import clone_model, deployment, unclone_model
 from keras_clones.calls import sharing
 
 
@@ -975,3 +975,186 @@ def test_the_way_back_is_of_the_trace_that_runs(float64):
         model.fit(data, epochs=2, verbose=0)
         trained.append(cases.weights(model))
     assert cases.difference(*trained) < 1e-10
+
+
+class InTurns(keras.Model):
+    """Freezes two halves alike in turns, and reads targets without a tape."""
+
+    def __init__(self):
+        super().__init__()
+        self.halves = [
+            keras.Sequential([keras.Input((6,)), L.Dense(6, "tanh")])
+            for _ in range(2)
+        ]
+        self.both = keras.Sequential(self.halves)
+        self.by_half = {"optimizers": [keras.optimizers.SGD(0.1), None]}
+        self.by_half["optimizers"][1] = keras.optimizers.RMSprop()
+
+    def train_step(self, x):
+        logs = {}
+        for i, optimizer in enumerate(self.by_half["optimizers"]):
+            for half in self.halves:
+                half.trainable = half is self.halves[i]
+            target = self.both(x)
+            weights = self.both.trainable_variables
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                tape.watch(weights[0].value)
+                loss = tf.reduce_mean(tf.square(self.both(2.0 * x) - target))
+                tape.watch(weights[1].value)
+                loss += tf.reduce_mean(tf.abs(self.both(x) - x))
+            optimizer.apply(tape.gradient(loss, weights), weights)
+            logs[f"half_{i}"] = loss
+        return logs
+
+
+def test_parts_that_are_frozen_in_turns(float64):
+    assert_alike(InTurns, rows_of(reals(22, 6)))
+
+
+class Gaussian:
+    """What an encoder returns: no tensor, but an object that has some."""
+
+    def __init__(self, mean, spread):
+        self.parameters = {"mean": mean, "spread": spread}
+
+    def divergence(self):
+        mean, spread = self.parameters.values()
+        return tf.reduce_sum(mean**2 + spread**2, axis=1)
+
+
+class Styled(L.Layer):
+    """Goes by what the step has set on it, and notes what it saw."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.settings = L.Dense(6, "tanh"), {"squared": False}
+        self.style, self.scale, self.seen = None, 1.0, []
+        self.inner.build((None, 6))
+
+    def call(self, x, between=tf.identity):
+        y = between(self.inner(x)) * self.scale
+        if self.style is not None:
+            y = y * self.style[:, :1] + self.style[:, 1:]
+        self.seen.append(y)
+        y = y**2 if self.settings["squared"] else y
+        return Gaussian(y, 0.5 * y)
+
+
+class Setting(keras.Model):
+    """Sets tensors and settings on a layer between its calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.styled, self.styles = Styled(), L.Dense(2)
+        self.styles.build((None, 6))
+        self.rate = self.add_weight((), "ones")
+
+    def train_step(self, x):
+        styled = self.styled
+        with tf.GradientTape() as tape:
+            loss = 0.0
+            styled.style = self.styles(x)
+            for scale in (tf.exp(self.rate), 2.0 * self.rate):
+                styled.scale = scale
+                loss += tf.reduce_mean(styled(x[::-1]).divergence())
+            styled.scale = 1.0
+            styled.settings["squared"] = True
+            shift = tf.abs(self.rate) + tf.reduce_mean(x)
+            if tf.executing_eagerly():
+                # Nothing there tells what a function takes from the step.
+                shift = tf.stop_gradient(shift)
+            found = styled(x, between=lambda y: y + shift)
+            loss += tf.reduce_mean(found.divergence())
+            first, *others = styled.seen
+            loss += tf.reduce_mean([one * first for one in others])
+        styled.settings["squared"], styled.style = False, None
+        styled.seen.clear()
+        train(self, tape, loss)
+        return {"loss": loss, "seen": len(others)}
+
+
+@pytest.mark.full_but("False")
+@pytest.mark.parametrize("eager", [False, True])
+def test_what_a_step_sets_on_layers(eager, float64):
+    compiled = {"run_eagerly": eager}
+    assert_alike(Setting, rows_of(reals(22, 6)), compiled)
+
+
+class Queries(L.Layer):
+    def build(self, queries_shape, memory_shape):
+        self.values = L.Dense(3)
+        self.values.build(memory_shape)
+
+    def call(self, queries, memory):
+        scores = tf.einsum("qd,ntd->nqt", queries, memory)
+        return tf.matmul(tf.nn.softmax(scores), self.values(memory))
+
+
+class Detecting(keras.Model):
+    """Calls a layer with queries that have no rows, and come first."""
+
+    def __init__(self):
+        super().__init__()
+        self.decoder = Queries()
+        self.queries = self.add_weight((7, 4), "glorot_normal")
+
+    def train_step(self, x):
+        with tf.GradientTape() as tape:
+            queries = tf.convert_to_tensor(self.queries)
+            loss = tf.reduce_mean(tf.square(self.decoder(queries, x)))
+        train(self, tape, loss)
+        return {"loss": loss}
+
+
+@pytest.mark.full
+def test_queries_before_rows(float64):
+    assert_alike(Detecting, rows_of(reals(22, 5, 4)))
+
+
+def test_steps_and_losses_that_are_put_on_the_object(float64):
+    def make(step):
+        model = cases.mlp()
+        if not step:
+            model.compute_loss = lambda x, y, y_pred, *_, **__: ops.std(y_pred)
+            model.compute_metrics = lambda x, y, y_pred, *_, **__: {
+                "top": ops.max(y_pred)
+            }
+            return model
+
+        def train_step(data):
+            with tf.GradientTape() as tape:
+                loss = ops.std(model(data[0]))
+            train(model, tape, loss)
+            return {"mine": loss}
+
+        model.train_step = train_step
+        return model
+
+    x, y = cases.arrays(22)["mlp"]
+    for step in (True, False):
+        assert_alike(lambda step=step: make(step), rows_of((x, y)))
+    model = make(True)
+    own = model.train_step
+    clone_model(clone_model(model, 2), 3)
+    assert unclone_model(model).train_step is own
+
+
+class Energetic(keras.Model):
+    """Returns the slope of an inner model, by a tape of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.energy = cases.mlp()
+
+    def call(self, x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            energy = self.energy(x)[:, 0]
+        return 2.0 * tape.gradient(energy, x)
+
+
+@pytest.mark.full
+def test_a_tape_inside_of_a_call(float64):
+    data = rows_of((reals(22, 6), reals(22, 6)))
+    compiled = {"loss": "mse", "optimizer": "sgd"}
+    assert_alike(Energetic, data, compiled)

@@ -426,3 +426,54 @@ def test_code_that_needs_a_graph_is_given_up():
     ((name, error),) = deployment(model).looks.given_up
     assert "Not here." in str(error)
     assert name == model.name
+
+
+class Moded(L.Layer):
+    """Keeps rows apart, but in one of its modes."""
+
+    def call(self, x, mode=None):
+        return x if mode is None else x - ops.mean(x, axis=0)
+
+
+class Kept(L.Layer):
+    """Keeps a sum over the rows for the step."""
+
+    def call(self, x):
+        self.kept = 0.1 * ops.sum(ops.square(x))
+        return x
+
+
+class Helped(keras.Model):
+    """Calls a layer in a function of the step's own."""
+
+    def __init__(self, layer, **kwargs):
+        super().__init__()
+        self.dense, self.layer, self.kwargs = L.Dense(3), layer, kwargs
+
+    @tf.function
+    def loss_of(self, x):
+        y = self.layer(self.layer(self.dense(x)), **self.kwargs)
+        return ops.mean(ops.square(y)) + getattr(self.layer, "kept", 0.0)
+
+    def train_step(self, data):
+        with tf.GradientTape() as tape:
+            loss = self.loss_of(data[0])
+        weights = self.trainable_weights
+        self.optimizer.apply(tape.gradient(loss, weights), weights)
+        return {"loss": loss}
+
+
+@pytest.mark.full_but("moded")
+@pytest.mark.parametrize(
+    ("layer", "kwargs", "start"),
+    [
+        (Moded, {"mode": "centered"}, "Layers ['x'] mix the rows"),
+        (Kept, {}, "Layers ['x'] keep scalars on themselves"),
+        (Moded, {}, None),
+    ],
+    ids=["moded", "kept", "apart"],
+)
+def test_looks_at_what_a_step_does_with_layers(layer, kwargs, start):
+    _, found = fit(lambda: Helped(layer(name="x"), **kwargs))
+    assert len(found) == bool(start)
+    assert all(message.startswith(start) for message in found)

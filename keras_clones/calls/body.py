@@ -8,6 +8,7 @@ import keras
 import tensorflow as tf
 
 from keras_clones import _keras
+from keras_clones.calls import held
 from keras_clones.calls.arguments import TENSOR, LayerCall
 from keras_clones.calls.joining import Joining
 from keras_clones.clone import given_rows, layer_losses
@@ -87,7 +88,7 @@ class Body:
         may_be_idle: bool = False,
         watched_others: tuple[int, ...] = (),
     ) -> None:
-        self.layer, self._method, self.given = call
+        self.layer, self._method, self.given, _ = call
         self.variables = variables
         self.watched_others = watched_others
         self.exact = options.exact
@@ -109,6 +110,7 @@ class Body:
             structure,
             others,
             tuple(self.given.masked),
+            held.key(self.given.held),
             _keras.call_context(),
             self.watched_others,
             self._may_be_idle,
@@ -136,7 +138,8 @@ class Body:
         """Call the layer alone, for what is looked up in it."""
         args, kwargs = self.given.pack(inputs.data)
         scope = CloneScope(mapping(self.variables, inputs))
-        with scope, undecorated(self.layer):
+        inside = undecorated(self.layer)
+        with scope, inside, self.given.holding(inputs.data):
             self._method(*args, **kwargs)
 
     def __call__(self, inputs: TowerInput) -> tuple[CallOutput, CallNotes]:
@@ -152,6 +155,10 @@ class Body:
         return drawing(inputs, rows, self._options.exact)
 
     def _call(self, inputs: TowerInput) -> tuple[CallOutput, CallNotes]:
+        with self.given.holding(inputs.data):
+            return self._call_holding(inputs)
+
+    def _call_holding(self, inputs: TowerInput) -> tuple[CallOutput, CallNotes]:
         layer, options = self.layer, self._options
         weights = Weights(inputs, self._may_be_idle)
         before = kept_tensors(layer)
@@ -215,11 +222,33 @@ def _hashable(value: Any) -> Any:
 
 
 def _fingerprint(layer: keras.Layer) -> Any:
-    """Return the plain settings of layers, which a call may go by."""
-    plain = (bool, int, float, str, type(None))
+    """Return the settings of layers, which a call may go by."""
+    known = _keras.names_of_layers()
     return tuple(
-        (name, value)
+        (name, setting)
         for one in _keras.layers(layer)
         for name, value in list(vars(one).items())
-        if isinstance(value, plain) and name not in _keras.CHANGING
+        if name not in _keras.CHANGING
+        and (setting := _setting(value, name in known)) is not None
     )
+
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def _setting(value: Any, plain_only: bool) -> Any:
+    """Return a value by which settings compare, `None` for what is none."""
+    if isinstance(value, _PLAIN):
+        return (value,)
+    if plain_only:
+        return None
+    if isinstance(value, (list, tuple)):
+        return tuple(_setting(entry, False) for entry in value)
+    if isinstance(value, dict):
+        entries = value.items()
+        return tuple((repr(k), _setting(v, False)) for k, v in entries)
+    kept = getattr(value, "__dict__", None)
+    if isinstance(kept, dict) and _keras.is_of_user(value):
+        plain = [(k, v) for k, v in kept.items() if isinstance(v, _PLAIN)]
+        return tuple(plain)
+    return None

@@ -1,12 +1,15 @@
 """The tower function of a layer call: what each clone runs of it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from keras_clones import _keras, _tf
+from keras_clones.calls import held
 from keras_clones.calls.body import Backward, Body
 from keras_clones.calls.traced_backward import floating, trace_backward, wanted
+from keras_clones.calls.undone import remember
 from keras_clones.clone.inputs import TowerInput
 from keras_clones.exchange import laying_out, tracing
 from keras_clones.tensors import traced
@@ -15,13 +18,26 @@ from keras_clones.tensors import traced
 class CallTower(NamedTuple):
     """A traced call: `backward` is `None` where a tape runs it backward.
 
-    `extra` has the variables of nobody that it uses, which have gradients
-    too.
+    `extra` has the variables of nobody that it uses, and the tensors of the
+    step that reach it by no argument, which have gradients too.
     """
 
     tower: tracing.TracedTower
     backward: Backward | None
-    extra: Sequence[tf.Variable]
+    extra: Sequence[Any]
+
+    def outside(self) -> list[tf.Tensor]:
+        """Return the tensors that it uses of the graph around it.
+
+        A layer may be called with a function of the step's own, or have one.
+        """
+        concrete = self.tower.concrete
+        captures = () if concrete is None else concrete.graph.captures
+        return [
+            outer
+            for outer, _ in captures
+            if tf.is_symbolic_tensor(outer) and outer.dtype != tf.resource
+        ]
 
     @property
     def is_closed(self) -> bool:
@@ -43,6 +59,7 @@ class Tracing(NamedTuple):
         synchronized: Sequence of layers that share sums over the clones.
         in_graph: Boolean, whether it is traced also outside of a graph.
             Else, there the Python function itself runs.
+        outer: Sequence of tensors that are no arguments, and have gradients.
     """
 
     watched: bool
@@ -50,6 +67,7 @@ class Tracing(NamedTuple):
     inline: bool
     synchronized: Sequence[Any] = ()
     in_graph: bool = False
+    outer: Sequence[tf.Tensor] = ()
 
 
 def trace(body: Body, layout: laying_out.Layout, how: Tracing) -> CallTower:
@@ -76,6 +94,40 @@ def trace(body: Body, layout: laying_out.Layout, how: Tracing) -> CallTower:
     return CallTower(tower, tower.notes.backward, tower.notes.extra)
 
 
+def trace_with_outside(
+    body: Body,
+    layout: laying_out.Layout,
+    how: Tracing,
+    left: Container[int],
+) -> CallTower:
+    """Trace a call, and once more if it uses tensors that are no arguments.
+
+    Args:
+        body: `Body` of the call.
+        layout: `Layout` of its rows.
+        how: `Tracing`.
+        left: Container of the ids of what earlier calls have left on layers.
+
+    Raises:
+        held.UsesLeftError: If it uses any of these.
+    """
+    if tf.executing_eagerly():
+        return trace(body, layout, how)
+    undo = remember(_keras.layers(body.layer), variables=False)
+    made = trace(body, layout, how)
+    outside = made.outside()
+    if any(id(tensor) in left for tensor in outside):
+        undo()
+        raise held.UsesLeftError([t for t in outside if id(t) in left])
+    watched = [
+        t for t in outside if t.dtype.is_floating and _tf.num_watching([t])
+    ]
+    if not (watched and how.watched):
+        return made
+    undo()
+    return trace(body, layout, how._replace(outer=watched))
+
+
 def _keeping(body: Body, how: Tracing) -> Callable[[TowerInput], Any]:
     """Return a body that also gives back what it takes to run backward."""
     options = tracing.function_options(how.inline, how.jit_compile)
@@ -84,12 +136,13 @@ def _keeping(body: Body, how: Tracing) -> Callable[[TowerInput], Any]:
         with tf.GradientTape() as tape:
             if how.watched:
                 tape.watch([*floating(inputs.data), *wanted(body, inputs)])
+                tape.watch(list(how.outer))
             output, notes = body(inputs)
         residuals: list[tf.Tensor] = []
         if how.watched and floating(output.values):
             # In the notes, it stays with the trace that it belongs to.
             backward, extra, residuals = trace_backward(
-                body, inputs, (output, notes), tape, options
+                body, inputs, (output, notes), tape, (how.outer, options)
             )
             notes = notes._replace(backward=backward, extra=extra)
         return (output, residuals), notes

@@ -1,5 +1,6 @@
 """How what a layer returns and leaves behind is joined from the clones."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,7 +9,11 @@ import tensorflow as tf
 
 from keras_clones import _keras
 from keras_clones.clone.inputs import TowerInput, Weights
-from keras_clones.clone.leftovers import kept_tensors, tensors_in
+from keras_clones.clone.leftovers import (
+    kept_tensors,
+    tensors_in,
+    with_tensors,
+)
 from keras_clones.tensors import sharding, traced
 
 
@@ -37,6 +42,7 @@ class Joining:
         self._many = many
         self._is_alike = is_alike
         self._rows = {leaf.shape[0] for leaf in inputs.data if leaf.shape.rank}
+        self._given = {id(leaf) for leaf in inputs.data}
         weights_of = [m for m in inputs.mirrors if m is not None]
         self._from_weights = traced.dependence(weights_of)
 
@@ -47,68 +53,89 @@ class Joining:
             value, kind = self._weights.weigh(value), "sum"
         elif kind == "sum":
             value = self._weights.if_live(value)
+        if any(value is one for one in self.values):
+            # Gradients of one that is returned twice would count twice.
+            value = tf.nest.map_structure(
+                tf.identity, value, expand_composites=True
+            )
         self.values.append(value)
         self.kinds.append(kind)
 
     def add_outputs(self, outputs: Any) -> Callable[[Any], Any]:
-        """Add what the call returned, with masks and logits that hang on it."""
+        """Add what the call returned, with masks and logits that hang on it.
+
+        Objects of a user's own, such as distributions, hold tensors, too.
+        """
         flat = keras.tree.flatten(outputs)
         flat = [
             tf.convert_to_tensor(x) if isinstance(x, keras.Variable) else x
             for x in flat
         ]
         extras = []
-        for x in flat:
-            if tf.is_tensor(x):
-                self._add(x, self._kind(x))
-                hanging = (_keras.get_mask(x), _keras.get_logits(x))
-                extras.append([h is not None for h in hanging])
-                for hung in hanging:
-                    if hung is not None:
-                        self._add(hung, self._kind(hung))
+        for x in (tensor for leaf in flat for tensor in tensors_in(leaf)):
+            self._add(x, self._kind(x))
+            hanging = (_keras.get_mask(x), _keras.get_logits(x))
+            extras.append([h is not None for h in hanging])
+            for hung in hanging:
+                if hung is not None:
+                    self._add(hung, self._kind(hung))
 
         def finish(values: Any) -> Any:
             which = iter(extras)
-            made = []
-            for x in flat:
-                if not tf.is_tensor(x):
-                    made.append(x)
-                    continue
+
+            def joined(_: Any) -> Any:
                 value = next(values)
                 has_mask, has_logits = next(which)
                 if has_mask:
                     _keras.set_mask(value, next(values))
                 if has_logits:
                     _keras.set_logits(value, next(values))
-                made.append(value)
+                return value
+
+            made = [with_tensors(leaf, joined) for leaf in flat]
             return keras.tree.pack_sequence_as(outputs, made)
 
         return finish
 
     def add_kept(self, before: Any) -> Callable[[Any], None]:
         """Add tensors that the call left on layers."""
+        is_new = self._is_new(before)
         places = []
         layers = {id(one): one for one in _keras.layers(self._layer)}
         after = kept_tensors(self._layer)
         for (owner, name), ids in after.items():
-            if before.get((owner, name)) == ids:
-                continue
-            layer = layers[owner]
-            value = vars(layer)[name]
+            value = vars(layers[owner])[name]
             found = tensors_in(value)
-            if not tf.executing_eagerly():
-                graph = tf.compat.v1.get_default_graph()
-                if any(getattr(t, "graph", None) is not graph for t in found):
-                    continue
-            for tensor in found:
+            new = [is_new(tensor) for tensor in found]
+            if before.get((owner, name)) == ids or not any(new):
+                continue
+            for tensor in itertools.compress(found, new):
                 self._add(tensor, self._kind(tensor))
-            places.append((layer, name, value))
+            # Outside of a graph, each clone adds to the same list.
+            value = with_tensors(value, lambda tensor: tensor)
+            places.append((layers[owner], name, value, new))
 
         def finish(values: Any) -> None:
-            for layer, name, value in places:
-                vars(layer)[name] = _replace_tensors(value, values)
+            for layer, name, value, new in places:
+                # What was there before this call, which may not be the first
+                # that goes by these notes.
+                there = vars(layer).get(name)
+                vars(layer)[name] = _replace_new(value, new, values, there)
 
         return finish
+
+    def _is_new(self, before: Any) -> Callable[[Any], bool]:
+        """Return what says whether a tensor on a layer is the clone's own.
+
+        Others were there before, as entries of a list that a call adds to.
+        """
+        old = {i for ids in before.values() for i in ids} - self._given
+        if tf.executing_eagerly():
+            return lambda tensor: id(tensor) not in old
+        graph = tf.compat.v1.get_default_graph()
+        return lambda tensor: (
+            getattr(tensor, "graph", None) is graph and id(tensor) not in old
+        )
 
     def add_losses(self, losses: Any) -> Callable[[Any], None]:
         """Add what layers passed to `add_loss`."""
@@ -185,13 +212,22 @@ def unlike(layer: keras.Layer, shape: Any) -> str:
     )
 
 
-def _replace_tensors(value: Any, values: Any) -> Any:
-    """Return lists, tuples and dicts with other tensors in them."""
-    if isinstance(value, dict):
-        return {k: _replace_tensors(v, values) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        made = [_replace_tensors(entry, values) for entry in value]
-        if hasattr(value, "_fields"):
-            return type(value)(*made)
-        return tuple(made) if isinstance(value, tuple) else made
-    return next(values) if tensors_in(value) else value
+def _replace_new(
+    value: Any, new: Sequence[bool], values: Any, there: Any
+) -> Any:
+    """Return what a layer keeps with joined tensors for those of a clone.
+
+    Args:
+        value: What the layer kept when it was called by a clone.
+        new: Sequence of booleans, which tensors in it the clone has made.
+        values: Iterator of the joined ones.
+        there: What the layer keeps now, from which the others come.
+    """
+    own = {id(t) for t in itertools.compress(tensors_in(value), new)}
+    which = iter(new)
+    old = iter([t for t in tensors_in(there) if id(t) not in own])
+
+    def replace(tensor: Any) -> Any:
+        return next(values) if next(which) else next(old, tensor)
+
+    return with_tensors(value, replace)

@@ -38,7 +38,7 @@ class Looks:
         self.given_up: list[tuple[str, Exception]] = []
         self.is_settled = False
         self.refused: ValueError | None = None
-        self._waiting: weakref.WeakKeyDictionary[Any, tf.Variable] = (
+        self._waiting: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = (
             weakref.WeakKeyDictionary()
         )
         self._kept: list[_Kept] = []
@@ -59,7 +59,7 @@ class Looks:
         self._kept = [
             kept
             for kept in self._kept
-            if not any(kept.layer is one.layer for one in ready)
+            if not any(kept.is_like(one) for one in ready)
         ]
         self.is_settled = not self._kept
         return [found for kept in ready for found in self._look(kept)]
@@ -73,8 +73,9 @@ class Looks:
     def start_again(self) -> None:
         """Look at everything once more."""
         self.is_settled = False
-        for flag in self._waiting.values():
-            flag.assign(True)
+        for flags in self._waiting.values():
+            for flag in flags.values():
+                flag.assign(True)
 
     def at(self, call: LayerCall, options: StepOptions) -> list[tf.Tensor]:
         """Look at a call of a layer on the clones, now or later, once.
@@ -92,32 +93,32 @@ class Looks:
         kept = _Kept(call, options)
         if not tf.executing_eagerly():
             return self._keep(kept)
-        if self._is_waiting(layer) and kept.has_rows():
-            self._flag(layer).assign(False)
+        flag = self._flag(kept)
+        if bool(flag.numpy()) and kept.has_rows():
+            flag.assign(False)
             self._tell(options, self._look(kept))
         return []
 
-    def _flag(self, layer: keras.Layer) -> tf.Variable:
-        """Return the variable that says whether a layer is to be looked at."""
-        if layer not in self._waiting:
+    def _flag(self, call: "_Kept") -> tf.Variable:
+        """Return what says whether a layer is to be looked at, called so."""
+        flags = self._waiting.setdefault(call.layer, {})
+        mode = call.given.mode()
+        if mode not in flags:
             # Steps of Keras 3.16 are traced for the rows of a batch: the trace
             # that comes to look may not be the first, which alone makes some.
             with tf.init_scope(), tf.device(_CPU):
-                self._waiting[layer] = tf.Variable(
+                flags[mode] = tf.Variable(
                     True,
                     trainable=False,
                     experimental_enable_variable_lifting=False,
                 )
-        return self._waiting[layer]
-
-    def _is_waiting(self, layer: keras.Layer) -> bool:
-        return bool(self._flag(layer).numpy())
+        return flags[mode]
 
     def _keep(self, kept: "_Kept") -> list[tf.Tensor]:
         """Let a step keep what it calls a layer with, when it runs first."""
-        flag = self._flag(kept.layer)
+        flag = self._flag(kept)
         with tf.init_scope():
-            if not self._is_waiting(kept.layer):
+            if not bool(flag.numpy()):
                 return []
         self._kept.append(kept)
         # TensorFlow never lets go of the function.
@@ -144,7 +145,7 @@ class Looks:
         """Look at a call. What cannot run by itself is given up."""
         try:
             with tf.device(_CPU), kept.context():
-                call = LayerCall(kept.layer, kept.method, kept.arguments())
+                call = kept.call()
                 return rows_apart.look(call, kept.options)
         except Exception as error:
             self.given_up.append((kept.layer.name, error))
@@ -169,9 +170,16 @@ class _Kept:
 
     def __init__(self, call: LayerCall, options: StepOptions) -> None:
         self.options = options
-        self.layer, self.method, self.given = call
+        self.layer, self.method, self.given, self.leaves = call
         self.components: Sequence[tf.Tensor] | None = None
         self.context = _keras.call_again()
+
+    def is_like(self, other: "_Kept") -> bool:
+        """Say whether another call asks the same layer for the same."""
+        return (
+            self.layer is other.layer
+            and self.given.mode() == other.given.mode()
+        )
 
     def has_rows(self) -> bool:
         """Say whether there are rows enough to know each other."""
@@ -192,6 +200,10 @@ class _Kept:
             self.components = held
             return False
         return True
+
+    def call(self) -> LayerCall:
+        """Return the call, with values."""
+        return LayerCall(self.layer, self.method, self.arguments(), self.leaves)
 
     def arguments(self) -> Arguments:
         """Return what the layer is called with, with values."""
@@ -240,6 +252,11 @@ _SAID = {
     "outputs": (
         "Layers {n} mix the rows of a batch: what they return for some rows "
         "depends on the other rows."
+    ),
+    "kept": (
+        "Layers {n} keep scalars on themselves that shards do not average to: "
+        "they are no means over the rows, and a step of the model's own sees "
+        "them."
     ),
     "losses": (
         "Layers {n} pass losses to `add_loss` that shards do not add up to: "

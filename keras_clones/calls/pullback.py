@@ -68,7 +68,7 @@ def run(sharded: Sharded, watched: bool) -> Joined:
     inputs = [
         *floating(sharded.body.given.leaves),
         *wanted_values(sharded),
-        *(variable.read_value() for variable in extra),
+        *(v.read_value() if isinstance(v, tf.Variable) else v for v in extra),
     ]
     values = _record(sharded, inputs, joined, pull)
     return Joined(layout, runs, values)
@@ -78,8 +78,8 @@ def _own_tape() -> tf.GradientTape:
     return tf.GradientTape(persistent=True, watch_accessed_variables=False)
 
 
-def _extra(made: CallTower, runs: Sequence[Run]) -> list[tf.Variable]:
-    """Return the variables of nobody that a call uses."""
+def _extra(made: CallTower, runs: Sequence[Run]) -> list[Any]:
+    """Return variables of nobody and tensors of the step that a call uses."""
     found = [*made.extra, *(v for run in runs for v in run.extra)]
     return list({id(v): v for v in found}.values())
 

@@ -31,8 +31,8 @@ _DRAWN = (5, 9)
 class Finding(NamedTuple):
     """A layer in which rows know each other, and by what that shows.
 
-    `what` is `"outputs"`, `"losses"` or `"state"`, or `"rows"` where the
-    layer cannot run on fewer rows than the batch has.
+    `what` is `"outputs"`, `"kept"`, `"losses"` or `"state"`, or `"rows"` where
+    the layer cannot run on fewer rows than the batch has.
     """
 
     layer: keras.Layer
@@ -51,13 +51,14 @@ def look(call: LayerCall, options: StepOptions) -> list[Finding]:
     rows = int(call.given.count_rows())
     options = _for_a_look(call.layer, options)
     with left_as_it_is(call.layer), through(call.layer, _without_draws):
-        num = min(_ROWS, rows)
+        sizes = _sizes(call, rows)
+        num = sizes[0]
         try:
             one = looking.run(_first(call, num), options, 1)
         except Exception:
             looking.run(call, options, 1)
             return _Blame(options).who_raises(_first(call, num))
-        again = [n for n in _AGAIN if n <= rows and n != num] or [num]
+        again = sizes[1:] or [num]
         if _draws(call.layer, one):
             if rows < max(_DRAWN):
                 return []
@@ -66,6 +67,17 @@ def look(call: LayerCall, options: StepOptions) -> list[Finding]:
         if looking.judge(_first(call, num), options, one) is None:
             return []
         return _blame(_first(call, num), _first(call, again[0]), options)
+
+
+def _sizes(call: LayerCall, rows: int) -> list[int]:
+    """Return how many rows to look at, and how many to be sure.
+
+    No other tensor of the call, which it gets whole, is to have as many.
+    """
+    leaves = [leaf for leaf in call.given.leaves if sharding.has_rows(leaf)]
+    others = {int(sharding.leaf_rows(leaf)) for leaf in leaves} - {rows}
+    sizes = [n for n in (_ROWS, *_AGAIN) if n <= rows and n not in others]
+    return sizes or [min(_ROWS, rows)]
 
 
 def _blame(
@@ -88,9 +100,13 @@ class _Blame:
         self._findings: dict[int, Finding] = {}
         self._raised: list[keras.Layer] = []
         self._busy = False
+        self._leaves = False
+        self._rows = 0
 
     def who_differs(self, call: LayerCall) -> dict[int, Finding]:
         """Return the innermost layers that clones come to otherwise."""
+        self._leaves = call.leaves
+        self._rows = int(call.given.count_rows())
         with through(call.layer, self._spy, has_own_code):
             one = looking.run(call, self._options, 1)
         if not self._findings:
@@ -124,8 +140,10 @@ class _Blame:
                 self._raised.append(layer)
                 raise
             if len(self._findings) == before:
-                given = Arguments.of(args, kwargs)
-                self._judge_inside(LayerCall(layer, method, given))
+                given = Arguments.of(args, kwargs).of_rows(self._rows)
+                self._judge_inside(
+                    LayerCall(layer, method, given, self._leaves)
+                )
             return result
 
         return call

@@ -32,17 +32,26 @@ def rounding(layer: keras.Layer) -> float:
 
 
 def compare_values(one: Ran, other: Ran, tolerance: float) -> str | None:
-    """Say what differs of two runs on the same rows: outputs or losses."""
+    """Say what differs of two runs on the same rows.
+
+    That is `"outputs"` or `"losses"`, else `"kept"`: scalars that layers keep.
+    """
     outputs, losses = one.notes[0].ends
     columns = list(zip(*(out.values for out in other.outputs), strict=True))
     if other.notes[0].ends != (outputs, losses):
         return "outputs"
-    for i, whole in enumerate(one.outputs[0].values):
-        kind = other.notes[0].kinds[i]
-        is_kept = outputs <= i < losses
-        if not is_kept and not _joins(whole, columns[i], kind, tolerance):
-            return "outputs" if i < outputs else "losses"
-    return None
+    kinds = other.notes[0].kinds
+    differing = [
+        i
+        for i, whole in enumerate(one.outputs[0].values)
+        if kinds[i] == "sum" or not outputs <= i < losses
+        if not _joins(whole, columns[i], kinds[i], tolerance)
+    ]
+    if any(i < outputs for i in differing):
+        return "outputs"
+    if any(i >= losses for i in differing):
+        return "losses"
+    return "kept" if differing else None
 
 
 def _joins(

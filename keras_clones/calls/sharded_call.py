@@ -9,7 +9,14 @@ import keras
 import tensorflow as tf
 
 from keras_clones import _keras, _tf
-from keras_clones.calls import call_tower, forward, looks, pullback, sharing
+from keras_clones.calls import (
+    call_tower,
+    forward,
+    held,
+    looks,
+    pullback,
+    sharing,
+)
 from keras_clones.calls.arguments import Arguments, LayerCall
 from keras_clones.calls.body import Body
 from keras_clones.calls.undone import left_as_it_is
@@ -51,7 +58,8 @@ def call(
         calls.settle_whole()
     if not calls.whole.is_apart(layer):
         with calls.while_busy(), layer_losses.adding(layer):
-            one = LayerCall(layer, method, Arguments.of(args, kwargs))
+            given = Arguments.of(args, kwargs).with_held(layer, calls.left)
+            one = LayerCall(layer, method, given)
             with _look_first(calls, one):
                 return _call(calls, one)
     if not calls.whole.is_whole(layer):
@@ -66,7 +74,9 @@ def _look_first(
     """Return what to make a call in, so that it comes after a look at it."""
     if not calls.looks():
         return contextlib.nullcontext()
-    return looks.look_at(one._replace(method=one.layer), calls.options)
+    return looks.look_at(
+        one._replace(method=one.layer, leaves=True), calls.options
+    )
 
 
 def _call(calls: sharing.Calls, one: LayerCall, foresees: bool = True) -> Any:
@@ -76,9 +86,15 @@ def _call(calls: sharing.Calls, one: LayerCall, foresees: bool = True) -> Any:
         joined = pullback.run(sharded, watched)
     except NotForeseenError:
         return _call(calls, one, foresees=False)
+    except held.UsesLeftError as error:
+        calls.use_left(error.tensors)
+        given = one.given.with_held(one.layer, calls.left)
+        return _call(calls, one._replace(given=given), foresees)
     _assign_changes(calls, one.layer, joined)
     _observe(calls, joined)
-    return joined.runs[0].notes.finish(joined.values)
+    result = joined.runs[0].notes.finish(joined.values)
+    calls.leave(one)
+    return result
 
 
 def _shard(
@@ -225,14 +241,13 @@ def _trace(
         devices, len(body.variables.trainable)
     )
     tables = _tables(calls, body.layer)
+    how = call_tower.Tracing(
+        watched, calls.jit_compile, inline, synchronized, in_graph
+    )
     with looked_up_at_home(tables, writes_rows(calls.model)):
-        made = call_tower.trace(
-            body,
-            layout,
-            call_tower.Tracing(
-                watched, calls.jit_compile, inline, synchronized, in_graph
-            ),
-        )
+        made = call_tower.trace_with_outside(body, layout, how, calls.left)
+    if made.outside():
+        return made  # Another call may find others in the same places.
     calls.towers[key] = made
     if known and made.is_closed:
         # TensorFlow traces a step twice that makes variables.
@@ -254,8 +269,7 @@ def _synchronized(
 
 def _is_watched(tensors: Sequence[tf.Tensor | None]) -> bool:
     """Say whether a tape may want gradients of what a call gets."""
-    found = [t for t in tensors if t is not None]
-    return bool(found) and _tf.num_watching(found) > 0
+    return _tf.num_watching([t for t in tensors if t is not None]) > 0
 
 
 def _assign_changes(

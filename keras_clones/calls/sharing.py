@@ -8,6 +8,8 @@ import keras
 import tensorflow as tf
 
 from keras_clones import _keras, _tf
+from keras_clones.calls import held
+from keras_clones.calls.arguments import LayerCall
 from keras_clones.clone import state
 from keras_clones.devices import placement
 from keras_clones.devices.divided import source_of
@@ -34,6 +36,8 @@ class Calls:
             calls in turn is an ordinary call.
         whole: `Whole`, the layers that are not called on shards.
         has_all_whole: Boolean, whether all that `whole` names are made.
+        left: Dict of tensors that calls have left on layers, by their ids.
+            A later call does not get them, unless it uses them.
     """
 
     def __init__(
@@ -45,6 +49,7 @@ class Calls:
         self.busy = False
         self.towers: dict[Any, Any] = dict(options.towers)
         self.mirrors: dict[Any, Mirrors] = {}
+        self.left: dict[int, Any] = {}
         self.jit_compile = resolve_jit_compile(model, options)
         self._graph = _graph()
         in_pieces.check(model, options, training)
@@ -59,12 +64,27 @@ class Calls:
         self.whole = whole.find(self.model, named, self.options.num_turns)
         self.has_all_whole = not whole.missing(self.model, named)
 
+    def leave(self, call: LayerCall) -> None:
+        """Note which tensors a call has left on layers."""
+        self.left.update(held.left_by_call(call.layer, call.given.leaves))
+
+    def use_left(self, tensors: Sequence[tf.Tensor]) -> None:
+        """Let calls get tensors that others have left."""
+        for tensor in tensors:
+            self.left.pop(id(tensor))
+
     def looks(self) -> bool:
         """Say whether it is looked at whether rows stay apart in calls.
 
         A call in a loop of the step's graph may see something else each time.
+        One in a function that the step calls does not.
         """
-        return self.training and self._graph is _graph()
+        graph = _graph()
+        while graph is not self._graph and type(graph) is type(self._graph):
+            graph = graph.outer_graph
+            if graph is not None and _tf.is_within_xla(graph):
+                return False
+        return self.training and graph is self._graph
 
     def check_whole(self) -> None:
         """Check that what `whole` names is there, once all layers are."""
@@ -111,8 +131,9 @@ def read(
     for a tape that has seen it read.
     """
     graph = _graph()
-    numbers = len(clones), len(variables.trainable)
-    key = (id(graph), id(layer), *numbers, *map(id, tables))
+    # A step may freeze parts in turns, which changes the order.
+    order = tuple(id(v) for v in variables.weights)
+    key = (id(graph), id(layer), len(clones), order, *map(id, tables))
     found = calls.mirrors.get(key)
     if found is not None and _still_holds(found, variables):
         return found
@@ -132,12 +153,14 @@ def read(
 
 
 def _still_holds(found: Mirrors, variables: state.Variables) -> bool:
-    known = [source_of(v) for v in variables.trainable]
-    for variable in known:
-        _tf.variable_accessed(variable)
-    wanted = _tf.num_watching([v.handle for v in known]) if known else 0
-    have = _tf.num_watching(found.values[: len(known)]) if known else 0
-    # Of several tapes, nothing tells which of them saw the variables read.
-    if wanted and not wanted == have == 1:
-        return False
+    for variable in variables.trainable:
+        _tf.variable_accessed(source_of(variable))
+    known = [source_of(v).handle for v in variables.weights]
+    # A tape may have been told of a variable after it was read.
+    if known and _tf.num_watching(known):
+        for handle, value in zip(known, found.values, strict=True):
+            wanted = _tf.num_watching([handle])
+            # Of several tapes, nothing tells which saw the variable read.
+            if wanted and not wanted == _tf.num_watching([value]) == 1:
+                return False
     return found.writes == [_tf.num_writes(v) for v in found.values]

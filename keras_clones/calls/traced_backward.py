@@ -30,20 +30,30 @@ def trace_backward(
     inputs: TowerInput,
     ran: tuple[CallOutput, CallNotes],
     tape: tf.GradientTape,
-    options: dict[str, Any],
-) -> tuple[Backward, list[tf.Variable], list[tf.Tensor]]:
+    how: tuple[Sequence[tf.Tensor], dict[str, Any]],
+) -> tuple[Backward, list[Any], list[tf.Tensor]]:
     """Trace how to run a call backward, inside of its own trace.
 
+    Args:
+        body: `Body` of the call.
+        inputs: `TowerInput` of the clone.
+        ran: What the call gave back: `CallOutput` and `CallNotes`.
+        tape: The tape that has seen it.
+        how: Tuple of the tensors of the step that reach it by no argument,
+            and of the arguments of `tf.function`.
+
     Returns:
-        `Backward`, the variables of nobody, and the residuals that the call
-        has to give back.
+        `Backward`, the variables of nobody and tensors of the step, and the
+        residuals that the call has to give back.
     """
     output, notes = ran
+    outer, options = how
     targets = floating(output.values)
     known = wanted(body, inputs)
-    extra = [
+    extra: list[Any] = [
         v for v in tape.watched_variables() if not any(v is k for k in known)
     ]
+    extra += outer
     found = [*known, *floating(inputs.data), *extra]
 
     def backward(gradients: list[tf.Tensor]) -> list[Any]:

@@ -43,7 +43,9 @@ def left_as_it_is(layer: keras.Layer) -> Iterator[None]:
         undo()
 
 
-def remember(owners: Sequence[Any]) -> Callable[[], None]:
+def remember(
+    owners: Sequence[Any], variables: bool = True
+) -> Callable[[], None]:
     """Return a function that gives objects back the attributes they have.
 
     Lists, dicts and sets among them get back their entries, variables of
@@ -51,6 +53,8 @@ def remember(owners: Sequence[Any]) -> Callable[[], None]:
 
     Args:
         owners: Sequence of objects, such as layers.
+        variables: Boolean, whether variables are given back their values.
+            Defaults to `True`.
     """
     attributes = [dict(vars(one)) for one in owners]
     values = [value for found in attributes for value in found.values()]
@@ -60,10 +64,10 @@ def remember(owners: Sequence[Any]) -> Callable[[], None]:
         for kind in (list, dict, set)
         if isinstance(value, kind)
     ]
-    variables = [
+    assigned = [
         (value, value.read_value())
         for value in values
-        if isinstance(value, tf.Variable)
+        if variables and isinstance(value, tf.Variable)
     ]
 
     def undo() -> None:
@@ -72,7 +76,7 @@ def remember(owners: Sequence[Any]) -> Callable[[], None]:
             vars(one).update(found)
         for value, before in inside:
             _put_back(value, before)
-        for variable, before in variables:
+        for variable, before in assigned:
             variable.assign(before)
 
     return undo

@@ -12,7 +12,7 @@ from keras_clones.devices import hosts
 from keras_clones.devices.homes import Homes
 from keras_clones.door import growing, guarded
 from keras_clones.door.deployed import Deployment
-from keras_clones.plan import at_home, dividing
+from keras_clones.plan import at_home, dividing, exactness
 from keras_clones.plan.watch import Watch
 from keras_clones.step import asynchronous, steps
 
@@ -32,6 +32,8 @@ def attach(model: keras.Model, made: Deployment) -> None:
     move_home(model, made.options.homes)
     # `vars` passes by the model's own tracking of what it is given.
     vars(model)[_KEY] = made
+    own = {name: vars(model).get(name) for name in _STEPS}
+    vars(model).setdefault(exactness.OWN_STEPS, own)
     _put_steps(model, made, _STEPS)
     if hosts.cluster() is not None:
         for name in _METHODS:
@@ -63,6 +65,8 @@ def detach(model: keras.Model) -> None:
         _forget_moved(model, at_home.join(model, homes))
     for name in (*_STEPS, *_MAKERS, *_METHODS, "get_metrics_result", _KEY):
         vars(model).pop(name, None)
+    own = vars(model).pop(exactness.OWN_STEPS)
+    vars(model).update({k: step for k, step in own.items() if step is not None})
     _forget_functions(model)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_clones import _keras
+from keras_clones import _keras, _tf
 from keras_clones.devices import placement
 from keras_clones.devices.homes import Homes
 from keras_clones.plan import at_home
@@ -81,7 +81,9 @@ def _look_at(function: Callable[..., None], *args: Any) -> None:
     """Trace a function for arguments of some types, and run nothing."""
     types = tf.nest.map_structure(_type_of, args)
     rehearsal = tf.function(function, autograph=False)
-    rehearsal.get_concrete_function(*types)
+    # A model may have tapes of its own.
+    with _tf.recording():
+        rehearsal.get_concrete_function(*types)
 
 
 def _type_of(x: Any) -> Any:

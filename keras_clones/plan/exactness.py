@@ -1,5 +1,6 @@
 """Which losses split over shards exactly, and may stay in the clones."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -62,9 +63,30 @@ ADDITIVE = {
 MEANS = ("sum_over_batch_size", "mean")
 
 
+# Where a cloned model has the steps that were put on it before. The underscores
+# keep it out of what Keras walks through to save a model.
+OWN_STEPS = "__keras_clones_own_steps__"
+
+
+def own_method(model: keras.Model, name: str) -> Callable[..., Any] | None:
+    """Return a model's own version of a Keras method, `None` if it has none.
+
+    One that is put on the object counts before that of its class, as it does
+    for Keras.
+    """
+    steps = vars(model).get(OWN_STEPS, {})
+    put = (steps if name in steps else vars(model)).get(name)
+    if put is not None:
+        return put
+    method = getattr(type(model), name)
+    if method is getattr(keras.Model, name):
+        return None
+    return functools.partial(method, model)
+
+
 def overrides(model: keras.Model, method: str) -> bool:
-    """Say whether a model's class has its own version of a Keras method."""
-    return getattr(type(model), method) is not getattr(keras.Model, method)
+    """Say whether a model has its own version of a Keras method."""
+    return own_method(model, method) is not None
 
 
 def check_layers(

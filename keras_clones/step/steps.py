@@ -24,22 +24,25 @@ from keras_clones.tensors.by_host import HostBatch, count_rows, joined
 
 def train_step(model: keras.Model, options: StepOptions, data: Any) -> dict:
     """Train on one global batch, as `keras.Model.train_step` does."""
-    if exactness.overrides(model, "train_step"):
-        return run_own_step(model, options, "train_step", data)
+    own = exactness.own_method(model, "train_step")
+    if own is not None:
+        return run_own_step(model, options, own, data, True)
     return run_step(model, options, data, training=True)
 
 
 def test_step(model: keras.Model, options: StepOptions, data: Any) -> dict:
     """Evaluate one global batch, as `keras.Model.test_step` does."""
-    if exactness.overrides(model, "test_step"):
-        return run_own_step(model, options, "test_step", data)
+    own = exactness.own_method(model, "test_step")
+    if own is not None:
+        return run_own_step(model, options, own, data, False)
     return run_step(model, options, data, training=False)
 
 
 def predict_step(model: keras.Model, options: StepOptions, data: Any) -> Any:
     """Predict one global batch, as `keras.Model.predict_step` does."""
-    if exactness.overrides(model, "predict_step"):
-        return run_own_step(model, options, "predict_step", data)
+    own = exactness.own_method(model, "predict_step")
+    if own is not None:
+        return run_own_step(model, options, own, data, False)
     return run_prediction(model, options, data)
 
 
@@ -58,16 +61,16 @@ def run_prediction(model: keras.Model, options: StepOptions, data: Any) -> Any:
 
 
 def run_own_step(
-    model: keras.Model, options: StepOptions, name: str, data: Any
+    model: keras.Model,
+    options: StepOptions,
+    own: Callable[[Any], Any],
+    data: Any,
+    training: bool,
 ) -> Any:
-    """Run a step that the model's class overrides, once."""
+    """Run a step of the model's own, once."""
     with tf.device(options.home):
         data = as_tensors(joined(data))
-        own_step = getattr(type(model), name)
-        training = name == "train_step"
-        return calls.run(
-            model, options, training, lambda: own_step(model, data)
-        )
+        return calls.run(model, options, training, lambda: own(data))
 
 
 def _is_apart(model: keras.Model, options: StepOptions) -> bool:
