@@ -119,7 +119,6 @@ OPTIMIZERS = {
     ),
     "adamax": lambda: keras.optimizers.Adamax(0.01),
     "nadam": lambda: keras.optimizers.Nadam(0.01, clipnorm=0.02),
-    "adadelta": lambda: keras.optimizers.Adadelta(0.1),
     "lion": lambda: keras.optimizers.Lion(0.01),
 }
 

@@ -42,12 +42,17 @@ def plain(name, floatx):
 
 
 # Eagerly once a model: `test_equivalence.py` has float32 in a graph.
-WAYS = [*(("float64", n) for n in (1, 3, 8)), ("float32", 3)]
+WAYS = [
+    *((name, "float64", n) for name in cases.MODELS for n in (1, 3)),
+    ("two_by_two", "float64", 8),
+    *((name, "float32", 3) for name in cases.MODELS),
+]
 
 
 @pytest.mark.full_but("two_by_two-float64-3")
-@pytest.mark.parametrize(("floatx", "num_clones"), WAYS, indirect=["floatx"])
-@pytest.mark.parametrize("name", cases.MODELS)
+@pytest.mark.parametrize(
+    ("name", "floatx", "num_clones"), WAYS, indirect=["floatx"]
+)
 def test_clones_train_the_same_model(name, num_clones, floatx):
     # Tracing takes most of the time, and float64 has shown the graph right.
     # Plain Keras weighs the logged losses of outputs otherwise in a graph.
