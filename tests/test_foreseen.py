@@ -15,7 +15,6 @@ IDS, WIDTH = 50, 4
 OPTIMIZERS = {
     "adam": keras.optimizers.Adam,
     "momentum": lambda: keras.optimizers.SGD(0.1, momentum=0.9),
-    "adagrad": keras.optimizers.Adagrad,
     "sgd": keras.optimizers.SGD,
 }
 
@@ -163,7 +162,7 @@ def train(make, optimizer, num_clones=None, **options):
     ("make", "optimizer", "num_clones", "floatx"),
     [
         *((Twice, "adam", n, "float64") for n in (1, 2)),
-        *((Twice, name, 3, "float64") for name in ("momentum", "adagrad")),
+        (Twice, "momentum", 3, "float64"),
         (Twice, "sgd", 3, "float32"),
     ],
     indirect=["floatx"],
