@@ -13,11 +13,7 @@ import keras
 import tensorflow as tf
 
 from keras_clones import _keras, _tf
-from keras_clones.clone.leftovers import (
-    kept_tensors,
-    tensors_in,
-    with_tensors,
-)
+from keras_clones.clone.leftovers import kept_by_layers, with_tensors
 
 
 class Held(NamedTuple):
@@ -50,15 +46,12 @@ def find(
         but: Collection of the ids of tensors that are left out.
     """
     is_of_step = _of_step()
-    layers = {id(one): one for one in _keras.layers(layer)}
     places: list[Held] = []
     tensors: list[tf.Tensor] = []
-    for owner, name in kept_tensors(layer):
-        value = vars(layers[owner])[name]
-        found = tensors_in(value)
+    for owner, name, found in kept_by_layers(layer):
         which = tuple(id(t) not in but and is_of_step(t) for t in found)
         if any(which):
-            places.append(Held(layers[owner], name, value, which))
+            places.append(Held(owner, name, vars(owner)[name], which))
             tensors += itertools.compress(found, which)
     return places, tensors
 
@@ -83,11 +76,10 @@ def holding(
 def left_by_call(layer: keras.Layer, given: Sequence[Any]) -> dict[int, Any]:
     """Return the tensors on layers that a call was not given, by their ids."""
     known = {id(tensor) for tensor in given}
-    layers = {id(one): one for one in _keras.layers(layer)}
     return {
         id(tensor): tensor
-        for owner, name in kept_tensors(layer)
-        for tensor in tensors_in(vars(layers[owner])[name])
+        for _, _, tensors in kept_by_layers(layer)
+        for tensor in tensors
         if id(tensor) not in known
     }
 

@@ -10,7 +10,7 @@ import tensorflow as tf
 from keras_clones import _keras
 from keras_clones.clone.inputs import TowerInput, Weights
 from keras_clones.clone.leftovers import (
-    kept_tensors,
+    kept_by_layers,
     tensors_in,
     with_tensors,
 )
@@ -101,19 +101,16 @@ class Joining:
         """Add tensors that the call left on layers."""
         is_new = self._is_new(before)
         places = []
-        layers = {id(one): one for one in _keras.layers(self._layer)}
-        after = kept_tensors(self._layer)
-        for (owner, name), ids in after.items():
-            value = vars(layers[owner])[name]
-            found = tensors_in(value)
+        for owner, name, found in kept_by_layers(self._layer):
+            ids = [id(tensor) for tensor in found]
             new = [is_new(tensor) for tensor in found]
-            if before.get((owner, name)) == ids or not any(new):
+            if before.get((id(owner), name)) == ids or not any(new):
                 continue
             for tensor in itertools.compress(found, new):
                 self._add(tensor, self._kind(tensor))
             # Outside of a graph, each clone adds to the same list.
-            value = with_tensors(value, lambda tensor: tensor)
-            places.append((layers[owner], name, value, new))
+            value = with_tensors(vars(owner)[name], lambda tensor: tensor)
+            places.append((owner, name, value, new))
 
         def finish(values: Any) -> None:
             for layer, name, value, new in places:

@@ -37,7 +37,7 @@ def has_own_code(layer: keras.Layer) -> bool:
     axis = getattr(layer, "axis", None)
     axes = axis if isinstance(axis, (list, tuple)) else [axis]
     # Counted from the last axis, too, where there are that few.
-    return any(one == 0 or one in (-2, -3) for one in axes)
+    return any(one in (0, -2, -3) for one in axes)
 
 
 def _is_of_keras(function: Any) -> bool:

@@ -20,11 +20,21 @@ def kept_tensors(layer: keras.Layer) -> dict[tuple[int, str], Any]:
     The values of the dict are lists of the ids of tensors.
     """
     return {
-        (id(one), name): [id(leaf) for leaf in leaves]
+        (id(owner), name): [id(tensor) for tensor in tensors]
+        for owner, name, tensors in kept_by_layers(layer)
+    }
+
+
+def kept_by_layers(
+    layer: keras.Layer,
+) -> list[tuple[keras.Layer, str, list[Any]]]:
+    """Return which layers keep tensors, under which names, and these."""
+    return [
+        (one, name, tensors)
         for one in _keras.layers(layer)
         for name, value in list(vars(one).items())
-        if name not in _NOT_KEPT and (leaves := tensors_in(value))
-    }
+        if name not in _NOT_KEPT and (tensors := tensors_in(value))
+    ]
 
 
 def tensors_in(value: Any, around: tuple[int, ...] = ()) -> list[Any]:
