@@ -170,14 +170,19 @@ def test_a_signal_is_told_as_by_a_shell(script):
     assert launch(bounded(script(text + SLEEPING), 2)) == 137
 
 
-def test_all_tasks_are_restarted(script, capfd):
+def test_all_tasks_are_restarted(script, capfd, tmp_path):
+    # Worker 1 fails when worker 0 has started: an end comes at any time.
     text = ME + (
         "restart = os.environ['KERAS_CLONES_RESTART']\n"
-        "print('started', restart)\n"
+        "started = sys.argv[1] + restart\n"
+        "print('started', restart, flush=True)\n"
+        "if me == 'worker 0': open(started, 'w').close()\n"
+        "while not os.path.exists(started): time.sleep(0.01)\n"
         "if me == 'worker 1' and restart != '2': sys.exit(3)\n"
         "if restart != '2': time.sleep(600)"
     )
-    assert launch(bounded(script(text), 2, restarts=2)) == 0
+    command = script(text, str(tmp_path / "started_"))
+    assert launch(bounded(command, 2, restarts=2)) == 0
     printed = capfd.readouterr()
     started = sorted(printed.out.splitlines())
     assert started == [
