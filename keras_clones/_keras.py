@@ -461,7 +461,17 @@ def _global_seed_state() -> keras.Variable:
 
 def layer_metrics(model: keras.Model) -> list[keras.Metric]:
     """Return the metrics that layers made, not those given to `compile`."""
-    return [metric for layer in layers(model) for metric in layer._metrics]
+    return [metric for layer in layers(model) for metric in own_metrics(layer)]
+
+
+def own_metrics(layer: keras.Layer) -> list[keras.Metric]:
+    """Return the metrics that a layer itself made."""
+    return layer._metrics
+
+
+def own_variables(layer: keras.Layer) -> list[keras.Variable]:
+    """Return the variables of a layer that are of no layer below it."""
+    return [*layer._trainable_variables, *layer._non_trainable_variables]
 
 
 def loss_tracker(model: keras.Model) -> keras.metrics.Mean:

@@ -1,8 +1,12 @@
 """Warnings that point at the user's line, wherever they come up."""
 
+import contextlib
 import os
 import sys
+import threading
 import warnings
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import keras
 import tensorflow as tf
@@ -34,19 +38,53 @@ class RefusedError(ValueError):
     """Raised where `exact=True` refuses what would only be warned of."""
 
 
-def warn_or_refuse(message: str, exact: bool) -> None:
+class Found(NamedTuple):
+    """What could differ from one device, and would not by whole layers."""
+
+    message: str
+    layers: Sequence[keras.Layer]
+
+
+class _Collecting(threading.local):
+    """Where what is found in this thread goes, if it is not warned of."""
+
+    found: list[Found] | None = None
+
+
+_collecting = _Collecting()
+
+
+@contextlib.contextmanager
+def collecting() -> Iterator[list[Found]]:
+    """Collect what whole layers would mend in place of warning of it."""
+    held, found = _collecting.found, list[Found]()
+    _collecting.found = found
+    try:
+        yield found
+    finally:
+        _collecting.found = held
+
+
+def warn_or_refuse(
+    message: str, exact: bool, layers: Sequence[keras.Layer] = ()
+) -> None:
     """Warn of what could differ from one device, or refuse it.
 
     Args:
         message: String, what differs, and what to do about it.
         exact: Boolean, whether the deployment lets nothing differ.
+        layers: Sequence of the layers that would let nothing differ, were
+            they called whole. Defaults to none: that would not mend it.
 
     Raises:
         ValueError: If `exact`.
     """
     if exact:
         raise RefusedError(message)
-    warn(message)
+    if layers and _collecting.found is not None:
+        _collecting.found.append(Found(message, layers))
+    else:
+        warn(message)
 
 
 def _is_skipped(file: str) -> bool:

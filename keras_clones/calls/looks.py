@@ -1,4 +1,4 @@
-"""When it is looked at whether rows stay apart, and what is said of it.
+"""When it is looked at whether rows stay apart.
 
 In a graph, a first step keeps what it calls layers with, and the look comes
 when it is done. Outside of one, the look comes before the call.
@@ -6,7 +6,7 @@ when it is done. Outside of one, the look comes before the call.
 
 import contextlib
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -14,10 +14,11 @@ import keras
 import tensorflow as tf
 
 from keras_clones import _keras, _tf
-from keras_clones.calls import own_code, rows_apart
+from keras_clones.calls import own_code, rows_apart, telling
 from keras_clones.calls.arguments import Arguments, LayerCall
+from keras_clones.calls.batches import Batches
 from keras_clones.plan.options import StepOptions
-from keras_clones.warn import warn_or_refuse
+from keras_clones.tensors.by_host import HostBatch
 
 _CPU = "/device:CPU:0"
 
@@ -32,24 +33,32 @@ class Looks:
             look at.
         refused: The error by which a step was refused outside of a graph,
             which Keras tells in its own words on the way.
+        batches: `Batches` of steps that may run again.
     """
 
     def __init__(self) -> None:
         self.given_up: list[tuple[str, Exception]] = []
         self.is_settled = False
         self.refused: ValueError | None = None
+        self.batches = Batches()
         self._waiting: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = (
             weakref.WeakKeyDictionary()
         )
         self._kept: list[_Kept] = []
+        self._found: list[rows_apart.Finding] = []
         self._defers = False
 
     @contextlib.contextmanager
-    def deferred(self) -> Iterator[None]:
-        """Let what is kept wait for `findings` while a step runs."""
+    def deferred(self, traced: Callable[[], None]) -> Iterator[None]:
+        """Let what is kept wait for `findings` while a step runs.
+
+        Args:
+            traced: Function to call when a step is traced and has not run yet.
+        """
         self._defers = True
         try:
-            yield
+            with self.batches.keeping(traced):
+                yield
         finally:
             self._defers = False
 
@@ -62,7 +71,8 @@ class Looks:
             if not any(kept.is_like(one) for one in ready)
         ]
         self.is_settled = not self._kept
-        return [found for kept in ready for found in self._look(kept)]
+        seen, self._found = self._found, []
+        return [*seen, *(one for kept in ready for one in self._look(kept))]
 
     def at_once(
         self, options: StepOptions, model: keras.Model, x: Any
@@ -73,6 +83,7 @@ class Looks:
     def start_again(self) -> None:
         """Look at everything once more."""
         self.is_settled = False
+        self._kept, self._found = [], []
         for flags in self._waiting.values():
             for flag in flags.values():
                 flag.assign(True)
@@ -96,7 +107,11 @@ class Looks:
         flag = self._flag(kept)
         if bool(flag.numpy()) and kept.has_rows():
             flag.assign(False)
-            self._tell(options, self._look(kept))
+            found = self._look(kept)
+            if self._defers and not options.exact:
+                self._found += found
+            else:
+                self._tell(options, found)
         return []
 
     def _flag(self, call: "_Kept") -> tf.Variable:
@@ -155,7 +170,7 @@ class Looks:
         self, options: StepOptions, found: Sequence[rows_apart.Finding]
     ) -> None:
         try:
-            tell(found, options.exact)
+            telling.tell(found, options.exact)
         except ValueError as error:
             self.start_again()
             self.refused = error
@@ -224,56 +239,6 @@ def training_call(model: keras.Model, x: Any) -> LayerCall:
     return LayerCall(model, call, Arguments.of((x,), {}))
 
 
-def tell(found: Sequence[rows_apart.Finding], exact: bool) -> None:
-    """Warn of layers in which rows know each other, or refuse them.
-
-    Raises:
-        ValueError: If there are any, and `exact`.
-    """
-    by_what: dict[str, list[str]] = {}
-    for layer, what in found:
-        names = by_what.setdefault(what, [])
-        if layer.name not in names:
-            names.append(layer.name)
-    if by_what:
-        told = [_SAID[what].format(n=names) for what, names in by_what.items()]
-        every = list(dict.fromkeys(n for v in by_what.values() for n in v))
-        warn_or_refuse(
-            f"{' '.join(told)} A clone calls a layer on its own shard, so the "
-            "model does not train what one device trains. "
-            f"`clone_model(..., whole={every})` calls these on the global "
-            "batch, and goes on cloning the layers inside of and around them; "
-            "`check_rows=False` does not look.",
-            exact,
-        )
-
-
-_SAID = {
-    "outputs": (
-        "Layers {n} mix the rows of a batch: what they return for some rows "
-        "depends on the other rows."
-    ),
-    "kept": (
-        "Layers {n} keep scalars on themselves that shards do not average to: "
-        "they are no means over the rows, and a step of the model's own sees "
-        "them."
-    ),
-    "losses": (
-        "Layers {n} pass losses to `add_loss` that shards do not add up to: "
-        "they are no means over the rows, or not what `layer_losses` says. "
-        "Say `layer_losses={{name: 'sum'}}` of one that is a sum."
-    ),
-    "state": (
-        "Layers {n} assign variables in the forward pass that shards do not "
-        "merge to: they are not what `state` or `aggregation` says."
-    ),
-    "rows": (
-        "Layers {n} run on the rows of a whole batch, and not on fewer: a "
-        "batch size is fixed in them, or in `Input`."
-    ),
-}
-
-
 def look_at(
     call: LayerCall, options: StepOptions
 ) -> AbstractContextManager[None]:
@@ -290,3 +255,13 @@ def look_at(
         return contextlib.nullcontext()
     before = options.looks.at(call, options)
     return tf.control_dependencies(before)
+
+
+def kept(
+    model: keras.Model, options: StepOptions, data: Any
+) -> AbstractContextManager[None]:
+    """Keep the batch of a training step that may have to run again."""
+    known = isinstance(data, HostBatch) or not own_code.runs_own_code(model)
+    if options.looks is None or known:
+        return contextlib.nullcontext()
+    return options.looks.batches.of_step(data)

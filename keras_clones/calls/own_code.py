@@ -48,3 +48,15 @@ def _is_of_keras(function: Any) -> bool:
 def candidates(layer: keras.Layer) -> list[keras.Layer]:
     """Return a layer and those inside of it that are to be looked at."""
     return [one for one in _keras.layers(layer) if has_own_code(one)]
+
+
+def runs_own_code(layer: keras.Layer) -> bool:
+    """Say whether a call of a layer runs code that is not known."""
+    return any(
+        has_own_code(one) or not _is_known(one.activity_regularizer)
+        for one in _keras.layers(layer)
+    )
+
+
+def _is_known(regularizer: Any) -> bool:
+    return regularizer is None or _is_of_keras(regularizer)

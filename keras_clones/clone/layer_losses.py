@@ -115,8 +115,9 @@ def kind(
     return kinds
 
 
-def _tell_of_mixing(names: list[str], exact: bool) -> None:
+def _tell_of_mixing(layers: Mapping[str, keras.Layer], exact: bool) -> None:
     """Tell of activity regularizers that are no sums and no means."""
+    names = sorted(layers)
     warn_or_refuse(
         f"Activity regularizers of layers {names} look at the whole batch: "
         "what they come to is neither a sum nor a mean over its rows. A clone "
@@ -124,6 +125,7 @@ def _tell_of_mixing(names: list[str], exact: bool) -> None:
         f"trains. `clone_model(..., whole={names})` calls these layers on the "
         "global batch.",
         exact,
+        list(layers.values()),
     )
 
 
@@ -142,17 +144,18 @@ def own(
     layer: keras.Layer, marks: Marks, kinds: Kinds, exact: bool
 ) -> list[tuple[keras.Layer, tf.Tensor, str]]:
     """Return the losses that layers added: whose, what, and of which kind."""
-    found, unknown, mixed = [], [], []
+    found, unknown = [], []
+    mixed: dict[str, keras.Layer] = {}
     for one in _keras.layers(layer):
         for loss in _keras.own_losses(one):
             what = kind(one, loss, marks, kinds)
             if what is None:
                 unknown.append(one.name)
             if marks.get(id(loss)) == "mixed":
-                mixed.append(one.name)
+                mixed[one.name] = one
             found.append((one, loss, what or "mean"))
     if mixed:
-        _tell_of_mixing(sorted(set(mixed)), exact)
+        _tell_of_mixing(mixed, exact)
     if unknown:
         _tell_of_scalars(sorted(set(unknown)), exact)
     return found

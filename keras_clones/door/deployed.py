@@ -2,7 +2,7 @@
 
 import os
 import weakref
-from collections.abc import MutableMapping, MutableSet
+from collections.abc import MutableMapping, MutableSet, Sequence
 from typing import Any
 
 import keras
@@ -159,6 +159,12 @@ class Deployment:
         self.options = self.options._replace(
             pieces=2 * self.pieces, looks=looks
         )
+
+    def call_whole(self, layers: Sequence[keras.Layer]) -> None:
+        """Call more layers whole from now on."""
+        whole = (*self.options.whole, *layers)
+        self.options = self.options._replace(whole=whole)
+        self.looks.start_again()
 
     def report_pieces(self) -> None:
         """Print what `pieces="auto"` came to, once it is known to fit."""

@@ -13,8 +13,9 @@ from typing import Any, NoReturn
 import keras
 import tensorflow as tf
 
-from keras_clones.door import guarded, out_of_memory
+from keras_clones.door import out_of_memory
 from keras_clones.door.deployed import Deployment
+from keras_clones.door.step_function import Remembered, StepFunction
 from keras_clones.tensors import by_host, sharding
 
 # How often a step is run again that was only told to be cancelled.
@@ -26,18 +27,13 @@ class Growing:
     """A step function that runs again in more pieces where memory ends.
 
     Args:
-        step: `guarded.StepFunction`, whose function `guarded.guard` made.
-        regrown: Function that puts steps of more pieces on the model.
+        step: `StepFunction`, whose function can fail without harm.
     """
 
-    def __init__(
-        self, step: guarded.StepFunction, regrown: Callable[[], None]
-    ) -> None:
+    def __init__(self, step: StepFunction) -> None:
+        self._step = step
         self._model, self._made = step.model, step.made
         self._name = step.name
-        self._function = step.function
-        self._variables = step.variables
-        self._regrown = regrown
         self._fitting: list[Any] = []
 
     def __call__(self, data: Any) -> Any:
@@ -62,9 +58,7 @@ class Growing:
         made = self._made
         sizes = _sizes(batch)
         fits = any(_is_within(sizes, one) for one in self._fitting)
-        undo = None
-        if not fits:
-            undo = guarded.remember(self._model, self._variables())
+        undo = None if fits else Remembered(self._step).undo
         try:
             result = self._try(again, undo)
         except _ENDED as error:
@@ -75,9 +69,7 @@ class Growing:
                 for_good = out_of_memory.for_good
                 _fail(error, lambda error: for_good(error, made.clones))
             made.grow()
-            self._regrown()
-            function = getattr(self._model, self._name)
-            return function._run(batch, again)
+            return self._step.made_anew()._run(batch, again)
         if not fits:
             self._fitting.append(sizes)
         made.report_pieces()
@@ -94,14 +86,14 @@ class Growing:
         """
         for _ in range(_TRIES):
             try:
-                return self._function(again())
+                return self._step.function(again())
             except tf.errors.CancelledError:
                 if undo is None:
                     raise
                 undo()
                 # The guard took it off.
                 setattr(self._model, self._name, self)
-        return self._function(again())
+        return self._step.function(again())
 
 
 def _fail(

@@ -12,6 +12,7 @@ from keras_clones.devices import hosts
 from keras_clones.devices.homes import Homes
 from keras_clones.door import growing, guarded
 from keras_clones.door.deployed import Deployment
+from keras_clones.door.step_function import StepFunction
 from keras_clones.plan import at_home, dividing, exactness
 from keras_clones.plan.watch import Watch
 from keras_clones.step import asynchronous, steps
@@ -102,26 +103,24 @@ def _maker(
             make(force=force)
         finally:
             model.jit_compile = jit_compile
-        step = guarded.StepFunction(
+        step = StepFunction(
             model,
             made,
             name,
             getattr(model, name),
             functools.partial(at_home.all_variables, model),
+            functools.partial(_make_anew, model, made, name),
         )
         function = guarded.guard(step)
         if made.pieces_grow:
-            function = growing.Growing(
-                step._replace(function=function),
-                functools.partial(_step_in_more, model, made, name),
-            )
+            function = growing.Growing(step._replace(function=function))
         setattr(model, name, function)
 
     return make_function
 
 
-def _step_in_more(model: keras.Model, made: Deployment, name: str) -> None:
-    """Put steps of more pieces on a model, and make the functions it had."""
+def _make_anew(model: keras.Model, made: Deployment, name: str) -> None:
+    """Put steps on a model by its options now, and make functions it had."""
     names = [make.removeprefix("make_") for make in _MAKERS]
     had = [one for one in names if getattr(model, one) is not None]
     _put_steps(model, made, _STEPS)

@@ -10,14 +10,14 @@ from keras_clones import _keras, _tf
 from keras_clones.warn import warn_or_refuse
 
 
-def _named(layer: keras.Layer) -> dict[str, tf.Variable]:
-    """Return the variables that layers keep on themselves, by their names."""
-    return {
-        f"{type(one).__name__}.{name}": value
+def kept(layer: keras.Layer) -> list[tuple[keras.Layer, str, tf.Variable]]:
+    """Return the variables that layers keep on themselves: whose, and where."""
+    return [
+        (one, name, value)
         for one in _keras.layers(layer)
         for name, value in list(vars(one).items())
         if isinstance(value, tf.Variable)
-    }
+    ]
 
 
 def tell(
@@ -30,15 +30,20 @@ def tell(
         variables: Sequence of the variables.
         exact: Boolean, whether to refuse them.
     """
-    names = {id(value): name for name, value in _named(layer).items()}
+    ids = {id(variable) for variable in variables}
+    places = [one for one in kept(layer) if id(one[-1]) in ids]
+    names = {id(v): f"{type(x).__name__}.{name}" for x, name, v in places}
     if variables:
         found = sorted({names.get(id(v), v.name) for v in variables})
+        # Whoever assigns one that is elsewhere cannot be told.
+        owners = [x for x, _, _ in places] if ids <= names.keys() else []
         warn_or_refuse(
             f"A layer assigns {found}, made by `tf.Variable`, in `call`: every "
             "clone assigns it, once for its own shard. Make such variables "
             "with `self.add_weight(..., trainable=False, aggregation=...)`, "
             "which clones merge as `aggregation` says.",
             exact,
+            owners,
         )
 
 
@@ -54,7 +59,7 @@ def telling(
     """
 
     def run(inputs: Any) -> Any:
-        known = list(_named(layer).values())
+        known = [variable for _, _, variable in kept(layer)]
         before = [_tf.mark_of_writes(v) for v in known]
         result = tower(inputs)
         pairs = zip(known, before, strict=True)

@@ -1,6 +1,6 @@
 """What clones assign in a way that one device does not: told, or refused."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -45,8 +45,9 @@ def tell_of_inexact_state(
         id(v): m for m in _keras.layer_metrics(model) for v in m.variables
     }
     unknown = [v for v in unknown if id(v) not in metrics]
-    _tell_of_unknown(unknown, options.exact)
-    _tell_of_metrics([metrics[i] for i in ids & metrics.keys()], options.exact)
+    _tell_of_unknown(model, unknown, options.exact)
+    found = {id(metrics[i]): metrics[i] for i in ids & metrics.keys()}
+    _tell_of_metrics(model, list(found.values()), options.exact)
 
 
 def _tell_of_normalizing(
@@ -70,41 +71,60 @@ def _tell_of_normalizing(
         )
 
 
-def _tell_of_metrics(metrics: Sequence[Any], exact: bool) -> None:
+def _tell_of_metrics(
+    model: keras.Layer, metrics: Sequence[Any], exact: bool
+) -> None:
     """Tell of metrics of layers whose state is no sum over rows."""
-    names = {m.name for m in metrics if not isinstance(m, _SUMS)}
-    if names:
+    found = [m for m in metrics if not isinstance(m, _SUMS)]
+    if found:
+        names = sorted({m.name for m in found})
         warn_or_refuse(
-            f"Metrics {sorted(names)} are updated in a layer, by each "
+            f"Metrics {names} are updated in a layer, by each "
             "clone with its own shard, and what they add is added up. That "
             "is exact for a metric whose state is a sum. Update any other "
             "in `compute_metrics`, which sees the global batch.",
             exact,
+            _owners(model, _keras.own_metrics, found),
         )
 
 
-def _tell_of_unknown(inexact: Sequence[keras.Variable], exact: bool) -> None:
+def _owners(
+    model: keras.Layer, found: Callable[[keras.Layer], Sequence[Any]], of: Any
+) -> list[keras.Layer]:
+    """Return the layers of which a function returns any of some objects."""
+    ids = {id(one) for one in of}
+    known = _keras.layers(model)
+    return [one for one in known if ids & {id(x) for x in found(one)}]
+
+
+def _tell_of_unknown(
+    model: keras.Layer, inexact: Sequence[keras.Variable], exact: bool
+) -> None:
     """Tell of variables of which nothing says how their values merge."""
-    floats = [v.path for v in inexact if keras.backend.is_float_dtype(v.dtype)]
+    floats = [v for v in inexact if keras.backend.is_float_dtype(v.dtype)]
     if floats:
+        paths = [v.path for v in floats]
         warn_or_refuse(
-            f"Variables {floats} are assigned in the forward pass, by each "
+            f"Variables {paths} are assigned in the forward pass, by each "
             "clone from its own shard; their values are averaged by rows, "
             "which may differ from what one device comes to. Make the "
             "variable with `aggregation='mean'`, `'sum'` or "
             "`'only_first_replica'` to say what is right, or say it here: "
-            f"`clone_model(..., state={{{floats[0]!r}: 'mean'}})`.",
+            f"`clone_model(..., state={{{paths[0]!r}: 'mean'}})`.",
             exact,
+            _owners(model, _keras.own_variables, floats),
         )
-    counts = [v.path for v in inexact if v.path not in floats]
+    counts = [v for v in inexact if all(v is not one for one in floats)]
     if counts:
+        paths = [v.path for v in counts]
         warn_or_refuse(
-            f"Variables {counts} are assigned in the forward pass, by each "
+            f"Variables {paths} are assigned in the forward pass, by each "
             "clone from its own shard, and the first clone's value counts: a "
             "count of rows counts the first clone's. Make the variable with "
             "`aggregation='sum'` to add up what the clones add, or say it "
-            f"here: `clone_model(..., state={{{counts[0]!r}: 'sum'}})`.",
+            f"here: `clone_model(..., state={{{paths[0]!r}: 'sum'}})`.",
             exact,
+            _owners(model, _keras.own_variables, counts),
         )
 
 

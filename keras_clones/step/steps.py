@@ -12,7 +12,7 @@ import keras
 import tensorflow as tf
 
 from keras_clones import _keras
-from keras_clones.calls import calls
+from keras_clones.calls import calls, looks
 from keras_clones.plan import exactness, whole
 from keras_clones.plan.options import StepOptions
 from keras_clones.step.begin import as_tensors, begin, unpack
@@ -25,9 +25,10 @@ from keras_clones.tensors.by_host import HostBatch, count_rows, joined
 def train_step(model: keras.Model, options: StepOptions, data: Any) -> dict:
     """Train on one global batch, as `keras.Model.train_step` does."""
     own = exactness.own_method(model, "train_step")
-    if own is not None:
-        return run_own_step(model, options, own, data, True)
-    return run_step(model, options, data, training=True)
+    with looks.kept(model, options, data):
+        if own is not None:
+            return run_own_step(model, options, own, data, True)
+        return run_step(model, options, data, training=True)
 
 
 def test_step(model: keras.Model, options: StepOptions, data: Any) -> dict:

@@ -1,0 +1,91 @@
+"""The batches of a step that may have to run on them again.
+
+A step takes its batch from an iterator, which gives it once. In a graph, the
+step itself hands it over, when it runs.
+"""
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_clones import _tf
+from keras_clones.calls.arguments import Arguments
+
+_CPU = "/device:CPU:0"
+
+
+class Batches:
+    """The batches that steps ran on while they were kept.
+
+    Attributes:
+        kept: List of them, in the order of the steps.
+    """
+
+    def __init__(self) -> None:
+        self.kept: list[Any] = []
+        self._flag: tf.Variable | None = None
+        self._traced: Callable[[], None] | None = None
+
+    @contextlib.contextmanager
+    def keeping(self, traced: Callable[[], None]) -> Iterator[None]:
+        """Keep the batches of the steps that run.
+
+        Args:
+            traced: Function to call when a step is traced and has not run yet.
+        """
+        if self._flag is None:
+            with tf.device(_CPU):
+                self._flag = tf.Variable(False, trainable=False)
+        self.kept, self._traced = [], traced
+        self._flag.assign(True)
+        try:
+            yield
+        finally:
+            self._traced = None
+            self._flag.assign(False)
+
+    @contextlib.contextmanager
+    def of_step(self, data: Any) -> Iterator[None]:
+        """Keep the batch of a step that is made, if they are kept just now."""
+        if self._traced is None:
+            yield
+            return
+        if tf.executing_eagerly():
+            self.kept.append(data)
+            yield
+            return
+        self._keep_in_graph(Arguments.of((data,), {}))
+        yield
+        with tf.init_scope():
+            self._traced()
+
+    def _keep_in_graph(self, given: Arguments) -> None:
+        components = given.components()
+        leaves = [tf.type_spec_from_value(leaf) for leaf in given.leaves]
+        # What is kept for good are no tensors of a graph.
+        structure = keras.tree.map_structure(lambda _: 0, given.structure)
+        given = given._replace(structure=structure, leaves=[])
+        # TensorFlow never lets go of the function.
+        here = weakref.ref(self)
+
+        def keep(*components: tf.Tensor) -> None:
+            batches = here()
+            if batches is not None:
+                found = tf.nest.pack_sequence_as(
+                    leaves, list(components), expand_composites=True
+                )
+                (batch,), _ = given.pack(found)
+                batches.kept.append(batch)
+
+        def keep_now() -> tf.Tensor:
+            with tf.control_dependencies(
+                [tf.py_function(keep, components, [])]
+            ):
+                return tf.constant(True)
+
+        with _tf.stop_recording(), tf.device(_CPU):
+            tf.cond(self._flag, keep_now, lambda: tf.constant(False))

@@ -1,0 +1,149 @@
+"""First steps of training, after which layers may have to be called whole.
+
+Where shards would let a layer come to something else, it is called whole from
+then on, and the step runs again on the same batches, from where it began.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_clones import warn
+from keras_clones.calls import looks, own_code, rows_apart, telling
+from keras_clones.door.step_function import Remembered, StepFunction
+from keras_clones.plan import exactness
+from keras_clones.tensors.by_host import joined
+
+
+def run(step: StepFunction, found: looks.Looks, args: Sequence[Any]) -> Any:
+    """Run a step, and once more if layers have to be called whole.
+
+    Rows are looked at when it is done: a look within a running step would
+    wait for the threads that the step runs in.
+
+    Args:
+        step: `StepFunction` that trains.
+        found: `Looks` of the deployment.
+        args: Sequence of what the step function gets.
+
+    Raises:
+        ValueError: If what was found is refused. The step is undone.
+    """
+    needed = step.made.exact or own_code.runs_own_code(step.model)
+    before = Remembered(step) if needed else None
+    result = failed = None
+    with warn.collecting() as told:
+        try:
+            result = _run(step, found, args, before)
+        except (StopIteration, tf.errors.OutOfRangeError):
+            raise
+        except Exception as error:
+            if found.refused is not None:
+                raise found.refused from None
+            failed = error
+        findings = _findings(step, found, args[0], failed)
+        _tell(step, found, findings, before, failed)
+    if failed is None or findings:
+        again = _called_whole(step, told, found.batches.kept, before)
+        if again is not None:
+            return again()
+    for one in told:
+        warn.warn(one.message)
+    if failed is not None:
+        raise failed
+    return result
+
+
+def _run(
+    step: StepFunction,
+    found: looks.Looks,
+    args: Sequence[Any],
+    before: Remembered | None,
+) -> Any:
+    """Run a step, and remember what is made until it is traced."""
+    found.refused = None
+    see_new = (lambda: None) if before is None else before.see_new
+    with found.deferred(see_new):
+        return step.function(*args)
+
+
+def _findings(
+    step: StepFunction,
+    found: looks.Looks,
+    data: Any,
+    failed: Exception | None,
+) -> list[rows_apart.Finding]:
+    """Return the layers in which rows know each other.
+
+    They may be what a step failed by.
+    """
+    findings = found.findings()
+    if failed is None or findings or isinstance(failed, warn.RefusedError):
+        return findings
+    return _look_at_next(step, found, data)
+
+
+def _look_at_next(
+    step: StepFunction, found: looks.Looks, data: Any
+) -> list[rows_apart.Finding]:
+    """Look at the batch that a step of Keras could not be traced for."""
+    model = step.model
+    if exactness.overrides(model, "train_step") or model.run_eagerly:
+        return []
+    try:
+        batch = next(data)
+        x, _, _ = keras.utils.unpack_x_y_sample_weight(joined(batch))
+    except Exception:
+        return []
+    found.batches.kept = [batch]
+    return found.at_once(step.made.step_options(), model, x)
+
+
+def _tell(
+    step: StepFunction,
+    found: looks.Looks,
+    findings: Sequence[rows_apart.Finding],
+    before: Remembered | None,
+    failed: Exception | None,
+) -> None:
+    """Tell of findings, or refuse them and undo the step."""
+    try:
+        telling.tell(findings, step.made.exact)
+    except ValueError as error:
+        found.start_again()
+        if before is not None:
+            before.undo()
+        raise error from failed
+
+
+def _called_whole(
+    step: StepFunction,
+    told: Sequence[warn.Found],
+    batches: list[Any],
+    before: Remembered | None,
+) -> Callable[[], Any] | None:
+    """Undo a step, and let layers be called whole, if they can be.
+
+    Returns:
+        A function that runs the step again, or `None`.
+    """
+    model, made = step.model, step.made
+    layers = {id(layer): layer for one in told for layer in one.layers}
+    for known in made.whole:
+        layers.pop(id(known), None)
+    if made.exact or not layers or not batches:
+        return None
+    if before is None or not before.has(model.variables):
+        return None
+    names = [layer.name for layer in layers.values()]
+    message = " ".join(one.message for one in told)
+    warn.warn(
+        f"{message} So {names} are called whole from now on: on the global "
+        "batch, on the first clone's device. The step was run again, and "
+        "comes to what it comes to on one device."
+    )
+    before.undo()
+    made.call_whole(list(layers.values()))
+    return lambda: step.made_anew()(iter(batches))
