@@ -39,10 +39,14 @@ class RefusedError(ValueError):
 
 
 class Found(NamedTuple):
-    """What could differ from one device, and would not by whole layers."""
+    """What could differ from one device, and would not by whole layers.
+
+    `fails` says whether it lets a step fail.
+    """
 
     message: str
     layers: Sequence[keras.Layer]
+    fails: bool = False
 
 
 class _Collecting(threading.local):
@@ -85,6 +89,18 @@ def warn_or_refuse(
         _collecting.found.append(Found(message, layers))
     else:
         warn(message)
+
+
+def cannot_shard(message: str, layer: keras.Layer) -> ValueError:
+    """Return the error of a layer that cannot be called on shards.
+
+    Args:
+        message: String, why not, and what to do about it.
+        layer: The layer. It could be called whole.
+    """
+    if _collecting.found is not None:
+        _collecting.found.append(Found(message, [layer], fails=True))
+    return ValueError(message)
 
 
 def _is_skipped(file: str) -> bool:

@@ -152,20 +152,6 @@ def test_data_without_a_length(kind, float64):
     assert cases.difference(*trained) < 1e-10
 
 
-def test_stateful_recurrent_layers_are_refused():
-    model = keras.Sequential(
-        [
-            keras.Input(batch_shape=(4, 5, 3)),
-            keras.layers.LSTM(2, stateful=True, name="memory"),
-        ]
-    )
-    clone_model(model, 2).compile("sgd", "mse")
-    with pytest.raises(ValueError, match=r"\['memory'\].*return_state"):
-        model.fit(np.ones((4, 5, 3)), np.ones((4, 2)), batch_size=4, verbose=0)
-    clone_model(model, 1).compile("sgd", "mse")
-    model.fit(np.ones((4, 5, 3)), np.ones((4, 2)), batch_size=4, verbose=0)
-
-
 class Remembers(keras.layers.Layer):
     """Keeps the mean of its inputs, without saying how clones merge it."""
 

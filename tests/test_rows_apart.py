@@ -226,11 +226,11 @@ def data(rows=27):
     return rng.normal(size=(rows, 4)), rng.normal(size=(rows, 1))
 
 
-def fit(make, rows=27, compiled=None, epochs=1, batch=10, **options):
+def fit(make, rows=27, compiled=None, epochs=1, batch=10, num=3, **options):
     """Train on clones, and return the model and what was warned of."""
     keras.backend.clear_session(free_memory=False)
     keras.utils.set_random_seed(1)
-    model = clone_model(make(), 3, **options)
+    model = clone_model(make(), num, **options) if num else make()
     model.compile("adam", "mse", **(compiled or {}))
     batches = tf.data.Dataset.from_tensor_slices(data(rows)).batch(batch)
     with warnings.catch_warnings(record=True) as caught:
@@ -247,7 +247,7 @@ def test_names_the_layer_that_mixes_rows(name):
     make, names = MIXING[name]
     _, (message,) = fit(make)
     assert f"`clone_model(..., whole={names})`" in message
-    assert message.startswith(f"Layers {names} mix the rows")
+    assert f"Layers {names} mix the rows" in message
 
 
 @pytest.mark.full_but("own_step")
@@ -369,14 +369,14 @@ def test_exact_trains_what_is_apart():
 
 def test_leaves_nothing_behind():
     found = []
-    for check_rows in (True, False):
+    for num in (None, 3):
         layer = Normalized()
         model = functional(layer)
         fit(
             lambda model=model: model,
             compiled={"run_eagerly": True},
             rows=10,
-            check_rows=check_rows,
+            num=num,
         )
         after = random.random(), np.random.random()
         found.append((int(layer.count), len(layer.calls), after))

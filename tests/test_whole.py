@@ -384,7 +384,7 @@ def test_a_fixed_batch_size_runs_whole(float64):
     assert gap(run(False), run(True)) < 1e-10
 
 
-def test_a_stateful_layer_runs_whole(float64):
+def test_a_stateful_layer_runs_whole_by_itself(float64):
     def make():
         inputs = keras.Input((4,), batch_size=9)
         x = L.LSTM(3, stateful=True, name="lstm")(L.Reshape((2, 2))(inputs))
@@ -394,7 +394,7 @@ def test_a_stateful_layer_runs_whole(float64):
         keras.utils.set_random_seed(1)
         model = make()
         if cloned:
-            model = clone_model(model, 3, whole=["lstm"])
+            model = clone_model(model, 3)
         model.compile("adam", "mse")
         if not cloned:
             cases.build_optimizer(model)

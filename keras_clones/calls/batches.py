@@ -59,9 +59,11 @@ class Batches:
             yield
             return
         self._keep_in_graph(Arguments.of((data,), {}))
-        yield
-        with tf.init_scope():
-            self._traced()
+        try:
+            yield
+        finally:
+            with tf.init_scope():
+                self._traced()
 
     def _keep_in_graph(self, given: Arguments) -> None:
         components = given.components()

@@ -15,6 +15,7 @@ from keras_clones.clone.leftovers import (
     with_tensors,
 )
 from keras_clones.tensors import sharding, traced
+from keras_clones.warn import cannot_shard
 
 
 class Joining:
@@ -186,7 +187,7 @@ class Joining:
             return "same"
         if self._is_alike(value):
             return "first"
-        raise ValueError(unlike(self._layer, value.shape))
+        raise _unlike(self._layer, value.shape)
 
 
 def check_same(layer: keras.Layer, column: Sequence[Any]) -> None:
@@ -194,18 +195,20 @@ def check_same(layer: keras.Layer, column: Sequence[Any]) -> None:
     first = column[0]
     for other in column[1:]:
         if first.shape != other.shape or not tf.reduce_all(first == other):
-            raise ValueError(unlike(layer, first.shape))
+            raise _unlike(layer, first.shape)
 
 
-def unlike(layer: keras.Layer, shape: Any) -> str:
-    """Return what is said of an output that clones cannot join."""
-    return (
+def _unlike(layer: keras.Layer, shape: Any) -> ValueError:
+    """Return the error of an output that clones cannot join."""
+    return cannot_shard(
         f"Expected what layer {layer.name!r} returns to have the rows of its "
         "input first, to be a scalar that is a mean over them, or not to "
         "depend on them, so that it can be joined from the clones. Received: "
         f"a value of shape {tuple(shape)} that depends on the rows. Return a "
         "value with rows, compute this one in the step or in `compute_loss`, "
-        "which see the whole batch, or use one clone."
+        f"which see the whole batch, or call the layer on it: `whole="
+        f"[{layer.name!r}]`.",
+        layer,
     )
 
 

@@ -72,7 +72,10 @@ def _compare(
 
 
 def _without_zeros(value: Any) -> Any:
-    """Return the value of a weight, not that of one that is still zero."""
+    """Return the value of a weight, not one that is zero or has diverged.
+
+    Of a step that some shards make NaN, nothing but NaN would be left to see.
+    """
     if (
         not value.dtype.is_floating
         or value.shape.num_elements() > _MOST_ENTRIES
@@ -80,6 +83,8 @@ def _without_zeros(value: Any) -> Any:
         return value
     if not value.shape.num_elements():
         return value
+    finite = tf.math.is_finite(value)
+    value = tf.where(finite, value, tf.cast(_SMALL, value.dtype))
     largest = tf.reduce_max(tf.abs(value))
     added = 0.3 if value.shape.rank < 2 else 0.1
     return value + tf.cast(added, value.dtype) if largest < _SMALL else value

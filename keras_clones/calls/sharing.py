@@ -55,8 +55,6 @@ class Calls:
         in_pieces.check(model, options, training)
         self.settle_whole()
         exactness.check_cudnn(model, [c.device for c in options.clones])
-        if options.num_turns > 1:
-            exactness.check_layers(model, self.whole.is_apart)
 
     def settle_whole(self) -> None:
         """Look for whole layers, some of which may not be made yet."""

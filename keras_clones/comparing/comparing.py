@@ -23,7 +23,7 @@ from keras_clones.comparing.copies import Source
 from keras_clones.comparing.kept_batches import Batches
 from keras_clones.comparing.records import NOISE, Cause, Findings, Run, joined
 from keras_clones.comparing.training import Plain
-from keras_clones.door.attach import clone_model
+from keras_clones.door.attach import clone_model, deployment
 
 _NO_REPEAT = (
     "Plain Keras does not come to the same when it trains again, as where "
@@ -260,7 +260,15 @@ def _train_clones(
         by_step=tuple(found[at].tolist()),
         limits=tuple(plain.limits[at].tolist()),
         warnings=(*training.texts(caught), *warned),
+        whole=_found_whole(model),
     )
+
+
+def _found_whole(model: keras.Model) -> tuple[str, ...]:
+    """Return the names of layers that are called whole without being told."""
+    made = deployment(model)
+    known = made.whole if made is not None else ()
+    return tuple(x.name for x in known if isinstance(x, keras.Layer))
 
 
 def _told(run: Run) -> str:

@@ -39,6 +39,11 @@ def notes(found: Findings) -> list[str]:
             f"{key}={text}" for key, text in found.options.items()
         )
         lines.append(f"All clones were made with `{given}`.")
+    whole = list(dict.fromkeys(n for run in found.runs for n in run.whole))
+    if whole:
+        lines.append(
+            f"Called whole, since shards would let them differ: {whole}."
+        )
     fastest = [run for run in found.runs if run.verdict]
     if fastest:
         run = min(fastest, key=lambda run: run.seconds or math.inf)
@@ -232,7 +237,7 @@ def as_dict(found: Findings) -> dict[str, Any]:
 
 
 def _run(run: Run) -> dict[str, Any]:
-    lists = ("by_step", "limits", "received", "sent", "warnings")
+    lists = ("by_step", "limits", "received", "sent", "warnings", "whole")
     return {
         **run._asdict(),
         **{name: list(getattr(run, name)) for name in lists},

@@ -35,7 +35,8 @@ class Run(NamedTuple):
     what the process grew by, where the system tells, else `None`. `received`
     and `sent` say in words what crosses to and from each clone. `warnings` are
     those of keras_clones. `failed` says why there is no more. `options` are
-    those that mend a difference, where the clones train with them.
+    those that mend a difference, where the clones train with them. `whole`
+    has the names of layers that the first step found and called whole.
     """
 
     num_clones: int
@@ -52,6 +53,7 @@ class Run(NamedTuple):
     warnings: tuple[str, ...] = ()
     failed: str | None = None
     options: Mapping[str, Any] = {}
+    whole: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:

@@ -97,9 +97,10 @@ def clone_model(
         exact: Boolean, whether to refuse, with the layer's name, whatever
             could train to other weights than one device does. Includes
             `batch_norm="sync"` and `random="global"`. Defaults to `False`.
-        check_rows: Boolean, whether the first training step looks once
-            whether layers that are not Keras's own mix the rows of a batch,
-            and warns of those that do. Defaults to `True`.
+        check_rows: Boolean, whether the first training step looks for layers
+            that come to something else on shards (they mix rows, or assign
+            variables that nothing says how to merge), calls them whole from
+            then on, and warns of it. Defaults to `True`.
         jit_compile: Boolean, whether XLA compiles the function that each
             clone runs. Defaults to `"auto"`: on GPUs, if the model supports
             it, or where `compile` got `jit_compile=True`.

@@ -252,6 +252,9 @@ class Deployment:
             notes.append(
                 f"Rows of {paths} are divided over {short_names(homes.rows)}."
             )
+        if self.whole:
+            names = [getattr(x, "name", x) for x in self.whole]
+            notes.append(f"Called whole, on the global batch: {names}.")
         if self.pieces > 1 or self.pieces_grow:
             grow = " until memory ends" if self.pieces_grow else ""
             notes.append(

@@ -45,8 +45,9 @@ def run(step: StepFunction, found: looks.Looks, args: Sequence[Any]) -> Any:
             failed = error
         findings = _findings(step, found, args[0], failed)
         _tell(step, found, findings, before, failed)
-    if failed is None or findings:
-        again = _called_whole(step, told, found.batches.kept, before)
+    batches, found.batches.kept = found.batches.kept, []
+    if failed is None or findings or any(one.fails for one in told):
+        again = _called_whole(step, told, batches, before)
         if again is not None:
             return again()
     for one in told:
@@ -82,22 +83,18 @@ def _findings(
     findings = found.findings()
     if failed is None or findings or isinstance(failed, warn.RefusedError):
         return findings
-    return _look_at_next(step, found, data)
-
-
-def _look_at_next(
-    step: StepFunction, found: looks.Looks, data: Any
-) -> list[rows_apart.Finding]:
-    """Look at the batch that a step of Keras could not be traced for."""
-    model = step.model
-    if exactness.overrides(model, "train_step") or model.run_eagerly:
+    model, batches = step.model, found.batches
+    if model.run_eagerly:
         return []
     try:
-        batch = next(data)
-        x, _, _ = keras.utils.unpack_x_y_sample_weight(joined(batch))
+        # A step that fails while it is traced has not taken its batch.
+        batches.kept = batches.kept or [next(data)]
+        batch = joined(batches.kept[0])
+        x, _, _ = keras.utils.unpack_x_y_sample_weight(batch)
     except Exception:
         return []
-    found.batches.kept = [batch]
+    if exactness.overrides(model, "train_step"):
+        return []
     return found.at_once(step.made.step_options(), model, x)
 
 
@@ -133,17 +130,41 @@ def _called_whole(
     layers = {id(layer): layer for one in told for layer in one.layers}
     for known in made.whole:
         layers.pop(id(known), None)
-    if made.exact or not layers or not batches:
+    # Pieces take turns, so none of them has all rows.
+    in_pieces = made.pieces > 1 or made.pieces_grow
+    if made.exact or in_pieces or not layers or not batches:
         return None
     if before is None or not before.has(model.variables):
         return None
-    names = [layer.name for layer in layers.values()]
+    before.undo()
     message = " ".join(one.message for one in told)
+    return lambda: _run_again(
+        step, list(layers.values()), batches, before, message
+    )
+
+
+def _run_again(
+    step: StepFunction,
+    layers: list[keras.Layer],
+    batches: list[Any],
+    before: Remembered,
+    message: str,
+) -> Any:
+    """Run a step whose layers are called whole, or as before if it fails."""
+    made, options = step.made, step.made.options
+    names = [layer.name for layer in layers]
+    try:
+        made.call_whole(layers)
+        result = step.made_anew()(iter(batches))
+    except Exception as error:
+        before.undo()
+        # Nothing is looked at any more.
+        made.options = options._replace(looks=None)
+        warn.warn(f"{message} They cannot be called whole here: {error}")
+        return step.made_anew()(iter(batches))
     warn.warn(
         f"{message} So {names} are called whole from now on: on the global "
-        "batch, on the first clone's device. The step was run again, and "
-        "comes to what it comes to on one device."
+        "batch, on the first clone's device. The step was run again from "
+        "where it began."
     )
-    before.undo()
-    made.call_whole(list(layers.values()))
-    return lambda: step.made_anew()(iter(batches))
+    return result

@@ -1,5 +1,6 @@
 """A step function of a cloned model, and what it takes to run it again."""
 
+import random
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -40,16 +41,19 @@ class StepFunction(NamedTuple):
 
 
 class Remembered:
-    """The values that variables of a model have before a step.
+    """What variables and layers of a model hold before a step.
 
-    An optimizer that is built until it is undone is not built again.
+    An optimizer that is built until it is undone is not built again; a layer
+    that is stays so.
     """
 
     def __init__(self, step: StepFunction) -> None:
         self._step = step
         self._held: dict[int, tuple[Any, Any]] = {}
         unbuilt = [o for o in _keras.optimizers(step.model) if not o.built]
-        self._forget = undone.remember(unbuilt)
+        built = [layer for layer in _keras.layers(step.model) if layer.built]
+        self._forget = undone.remember([*unbuilt, *built])
+        self._streams = random.getstate(), np.random.get_state()
         self.see_new()
 
     def see_new(self) -> None:
@@ -65,7 +69,9 @@ class Remembered:
         return all(id(variable) in self._held for variable in variables)
 
     def undo(self) -> None:
-        """Give variables back the values that they had."""
+        """Give all of it back, and random streams their states."""
         self._forget()
+        random.setstate(self._streams[0])
+        np.random.set_state(self._streams[1])
         for variable, value in self._held.values():
             variable.assign(value)

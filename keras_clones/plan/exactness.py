@@ -89,36 +89,6 @@ def overrides(model: keras.Model, method: str) -> bool:
     return own_method(model, method) is not None
 
 
-def check_layers(
-    model: keras.Model, is_apart: Callable[[keras.Layer], bool]
-) -> None:
-    """Refuse layers that cannot run on shards.
-
-    Args:
-        model: A `keras.Model`.
-        is_apart: Function that says whether a layer is not called on shards.
-
-    Raises:
-        ValueError: If a recurrent layer keeps its state from batch to batch.
-    """
-    stateful = [
-        layer.name
-        for layer in _keras.layers(model)
-        if isinstance(layer, keras.layers.RNN)
-        and layer.stateful
-        and not is_apart(layer)
-    ]
-    if stateful:
-        raise ValueError(
-            "Expected recurrent layers that start each batch anew. Received: "
-            f"layers with `stateful=True`: {stateful}. Their state has a row "
-            "for each row of the global batch, and a clone sees only its "
-            "shard. Pass the state from batch to batch as an input and an "
-            "output (`return_state=True`), call the layers whole by "
-            f"`clone_model(..., whole={stateful})`, or use one clone."
-        )
-
-
 def check_cudnn(model: keras.Model, devices: Sequence[str]) -> None:
     """Refuse what came to garbage on a GPU: cuDNN's layers in float64.
 

@@ -51,7 +51,7 @@ def find(model: keras.Layer, named: Named, num_clones: int) -> Whole:
     layers = [
         inside
         for one in known
-        if any(_fits(one, name) for name in named)
+        if _keeps_rows(one) or any(_fits(one, name) for name in named)
         for inside in _together(one)
     ]
     reasons = [f"layer {layers[0].name!r} is called whole"] if layers else []
@@ -70,6 +70,11 @@ def find(model: keras.Layer, named: Named, num_clones: int) -> Whole:
         if any(id(below) in ids for below in _keras.layers(one))
     ]
     return Whole(layers, holders, reasons[0] if reasons else None)
+
+
+def _keeps_rows(layer: keras.Layer) -> bool:
+    """Say whether a layer's state has a row for each row of the batch."""
+    return isinstance(layer, keras.layers.RNN) and layer.stateful
 
 
 def _together(layer: keras.Layer) -> list[keras.Layer]:

@@ -54,8 +54,6 @@ def begin(
     in_pieces.check(model, options, training)
     num_clones = sharding.enough(rows, options.num_turns)
     plan = plan_step(model, options, training, num_clones)
-    if options.num_turns > 1:
-        exactness.check_layers(model, plan.apart.is_apart)
     return Step(
         model=model,
         options=options,

@@ -1,0 +1,293 @@
+"""What shards would let differ is called whole, and the first step runs again.
+
+Trained with plain Keras beside it, in float64, on partial batches.
+"""
+
+import warnings
+
+import cases
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+import test_rows_apart
+import test_whole
+from keras import layers as L  # noqa: N812
+from keras import ops
+
+from keras_clones import clone_model, deployment
+
+MIXING = test_rows_apart.MIXING
+functional = test_rows_apart.functional
+
+
+class Averaging(L.Layer):
+    """Keeps an average of the largest entry of each batch."""
+
+    def build(self, shape):
+        self.largest = self.add_weight(shape=(), trainable=False, name="most")
+
+    def call(self, x, training=False):
+        if training:
+            self.largest.assign(0.9 * self.largest + 0.1 * ops.max(x))
+        return x / (1.0 + ops.abs(self.largest))
+
+
+class Counting(L.Layer):
+    """Counts rows, and keeps a metric that is no sum."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.seen = self.add_weight(
+            shape=(), dtype="int64", initializer="zeros", trainable=False
+        )
+
+    def call(self, x, training=False):
+        if training:
+            self.seen.assign_add(ops.cast(ops.shape(x)[0], "int64"))
+        return x * ops.exp(-ops.cast(self.seen, x.dtype) / 100)
+
+
+class Raw(L.Layer):
+    """Counts calls in a variable of TensorFlow's."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.calls = tf.Variable(0.0, trainable=False, dtype="float64")
+
+    def call(self, x):
+        self.calls.assign_add(1.0)
+        return x / (1.0 + self.calls)
+
+
+class Widest(keras.metrics.Metric):
+    """The widest row of all, of which no sum tells."""
+
+    def __init__(self):
+        super().__init__(name="widest")
+        self.width = self.add_weight(shape=(), initializer="zeros")
+
+    def update_state(self, x):
+        widest = ops.max(ops.sum(ops.abs(x), axis=1))
+        self.width.assign(ops.maximum(self.width, ops.cast(widest, "float64")))
+
+    def result(self):
+        return self.width
+
+
+class Measured(L.Layer):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.metric = Widest()
+
+    def call(self, x):
+        self.metric.update_state(x)
+        return x * 2
+
+
+class Sparsity(keras.regularizers.Regularizer):
+    def __call__(self, x):
+        return 0.1 * ops.sum(ops.square(ops.mean(x, axis=0) - 0.2))
+
+
+class Gram(keras.Model):
+    """Returns products of units over the batch, which have no rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.out = L.Dense(4, "tanh"), L.Dense(1)
+
+    def call(self, x):
+        hidden = self.net(x)
+        gram = ops.matmul(ops.transpose(hidden), hidden)
+        return {"y": self.out(hidden), "gram": gram}
+
+    def compute_loss(self, x, y, y_pred, sample_weight=None, training=True):
+        error = ops.mean(ops.square(y - y_pred["y"]))
+        return error + 0.01 * ops.sum(ops.square(y_pred["gram"]))
+
+
+class OwnGram(Gram):
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(x, y, self(x, training=True))
+        weights = self.trainable_weights
+        self.optimizer.apply(tape.gradient(loss, weights), weights)
+        return {"loss": loss}
+
+
+LAYERS = {
+    "averaging": Averaging,
+    "counting": Counting,
+    "raw": Raw,
+    "measured": Measured,
+    "sparsity": lambda name: L.Dense(
+        4, activity_regularizer=Sparsity(), name=name
+    ),
+    "summed": test_rows_apart.Sum,
+}
+
+
+def train(make, num_clones=None, compiled=None, loop=None, **options):
+    """Return what training comes to, the model, and what was warned of."""
+    keras.backend.clear_session(free_memory=False)
+    keras.utils.set_random_seed(1)
+    model = make()
+    if num_clones:
+        clone_model(model, num_clones, **options)
+    model.compile(keras.optimizers.SGD(0.1), "mse", **(compiled or {}))
+    batches = tf.data.Dataset.from_tensor_slices(test_rows_apart.data(22))
+    batches = batches.batch(9)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if loop is None:
+            history = model.fit(batches, epochs=2, verbose=0).history
+        else:
+            history = [loop(model, batch) for batch in batches]
+    found = [str(w.message) for w in caught if w.filename == __file__]
+    raw = [v for one in model.layers for v in vars(one).values()]
+    raw = [v.numpy() for v in raw if isinstance(v, tf.Variable)]
+    values = [v.numpy() for v in model.variables]
+    # A bias whose layer is centered has a gradient of rounding alone.
+    values = [v for v in values if np.max(np.abs(v)) > 1e-12]
+    return [values, raw, history], model, found
+
+
+def assert_called_whole(make, names, compiled=None, loop=None, **options):
+    expected, *_ = train(make, None, compiled, loop)
+    received, model, found = train(make, 3, compiled, loop, **options)
+    assert cases.difference(expected, received) < 1e-10
+    whole = [one.name for one in deployment(model).whole]
+    assert whole == names
+    told = " ".join(text for text in found if "from now on" in text)
+    assert f"So {whole} are called whole" in told
+    return model
+
+
+@pytest.mark.full_but("spread", "own_step")
+@pytest.mark.parametrize("name", MIXING)
+def test_layers_that_mix_rows(name, float64):
+    make, names = MIXING[name]
+    # One of these also counts, and nothing says how its shards merge.
+    names = ["normalized", *names] if name == "two" else names
+    model = assert_called_whole(make, names, layer_losses="mean")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.fit(*test_rows_apart.data(10), verbose=0)
+
+
+@pytest.mark.full_but("averaging", "raw")
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_of_which_nothing_says_how_shards_merge(name, float64):
+    make = LAYERS[name]
+    assert_called_whole(
+        lambda: functional(make(name="a")), ["a"], layer_losses="mean"
+    )
+
+
+@pytest.mark.full_but("Gram")
+@pytest.mark.parametrize("make", [Gram, OwnGram])
+def test_outputs_that_clones_cannot_join(make, float64):
+    """Found while the step is traced, before it has taken its batch."""
+    name = "gram" if make is Gram else "own_gram"
+    model = assert_called_whole(make, [name])
+    assert f"Called whole, on the global batch: ['{name}']." in repr(
+        deployment(model)._page()
+    )
+
+
+@pytest.mark.full_but("steps")
+@pytest.mark.parametrize(
+    "compiled",
+    [{"run_eagerly": True}, {"steps_per_execution": 2}],
+    ids=["eagerly", "steps"],
+)
+def test_other_ways_to_run(compiled, float64):
+    for make, name in ((LAYERS["counting"], "a"), (test_whole.Centered, "c")):
+        assert_called_whole(
+            lambda make=make, name=name: functional(make(name=name)),
+            [name],
+            compiled,
+        )
+
+
+def test_batches_by_themselves(float64):
+    def loop(model, batch):
+        return model.train_on_batch(*batch)
+
+    make, names = MIXING["spread"]
+    assert_called_whole(make, names, loop=loop)
+
+
+def test_the_batch_that_a_layer_cannot_run_on(float64):
+    """The first batch comes again; it must not be left out."""
+
+    def make():
+        return functional(L.Lambda(of_nine_rows, name="nine"))
+
+    def of_nine_rows(x):
+        return ops.reshape(x, (9, 4)) * ops.arange(9.0, dtype=x.dtype)[:, None]
+
+    def train_on(num_clones):
+        keras.utils.set_random_seed(1)
+        model = make()
+        if num_clones:
+            clone_model(model, num_clones)
+        model.compile("adam", "mse")
+        batches = tf.data.Dataset.from_tensor_slices(test_rows_apart.data(27))
+        model.fit(batches.batch(9, drop_remainder=True), verbose=0)
+        return [v.numpy() for v in model.variables]
+
+    expected = train_on(None)
+    with pytest.warns(UserWarning, match=r"So \['nine'\] are called whole"):
+        received = train_on(3)
+    assert cases.difference(expected, received) < 1e-10
+
+
+def test_layers_that_cannot_be_called_whole_stay_on_shards(
+    float64, monkeypatch
+):
+    make, _ = MIXING["lambda"]
+    expected, *_ = train(make, 3, check_rows=False)
+
+    def fail(made, layers):
+        raise ValueError("no room")
+
+    monkeypatch.setattr(
+        "keras_clones.door.deployed.Deployment.call_whole", fail
+    )
+    received, model, (message,) = train(make, 3)
+    assert cases.difference(expected, received) < 1e-10
+    assert message.endswith("They cannot be called whole here: no room")
+    assert deployment(model).whole == ()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "options", [{"pieces": 2}, {"pieces": "auto"}], ids=["pieces", "auto"]
+)
+def test_pieces_are_warned_of(options, float64):
+    make, names = MIXING["lambda"]
+    _, model, (message,) = train(make, 3, **options)
+    assert f"`clone_model(..., whole={names})`" in message
+    assert "from now on" not in message
+    assert deployment(model).whole == ()
+
+
+@pytest.mark.full
+def test_eagerly_a_model_that_is_not_built_is_warned_of(float64):
+    make, _ = MIXING["own_step"]
+    _, model, (message,) = train(make, 3, {"run_eagerly": True})
+    assert message.startswith("Layers ['c'] mix the rows")
+    assert deployment(model).whole == ()
+
+
+@pytest.mark.full
+def test_nothing_is_undone_where_nothing_is_found(float64):
+    """A step runs once, and counts once."""
+    make = test_rows_apart.APART["own_step"]
+    _, model, found = train(make, 3, layer_losses="mean")
+    assert found == [] and deployment(model).whole == ()
+    assert int(model.optimizer.iterations) == 6
+    assert deployment(model).looks.batches.kept == []
