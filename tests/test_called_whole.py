@@ -197,6 +197,36 @@ def test_outputs_that_clones_cannot_join(make, float64):
     )
 
 
+@pytest.mark.full_but("known")
+@pytest.mark.parametrize("known", [True, False], ids=["known", "unknown"])
+def test_inputs_with_rows_of_their_own(known, float64):
+    nodes = np.random.default_rng(0).normal(size=(11, 4))
+    x = {"nodes": nodes, "graph": np.repeat(np.arange(4), [2, 3, 1, 5])}
+    batches = tf.data.Dataset.from_tensors((x, nodes[:4, :1]))
+    if not known:
+        spec = tf.nest.map_structure(
+            lambda t: tf.TensorSpec([None, *t.shape[1:]], t.dtype),
+            batches.element_spec,
+        )
+        batches = tf.data.Dataset.from_generator(
+            batches.__iter__, output_signature=spec
+        )
+    found = []
+    for num_clones in (0, 3):
+        keras.utils.set_random_seed(1)
+        model = test_whole.Graphs()
+        if num_clones:
+            clone_model(model, num_clones)
+        model.compile("sgd", "mse")
+        with warnings.catch_warnings(record=True):
+            warnings.simplefilter("always")
+            logs = model.fit(batches, epochs=2, verbose=0).history
+        found.append((logs, model.weights))
+    assert cases.difference(*found) < 1e-10
+    whole = [type(one).__name__ for one in deployment(model).whole]
+    assert whole == ["Graphs", "Pooled"]
+
+
 @pytest.mark.full_but("steps")
 @pytest.mark.parametrize(
     "compiled",
@@ -210,6 +240,9 @@ def test_other_ways_to_run(compiled, float64):
             [name],
             compiled,
         )
+    # One that is built by its first step.
+    make, names = MIXING["own_step"]
+    assert_called_whole(make, names, compiled)
 
 
 def test_batches_by_themselves(float64):
@@ -272,14 +305,6 @@ def test_pieces_are_warned_of(options, float64):
     _, model, (message,) = train(make, 3, **options)
     assert f"`clone_model(..., whole={names})`" in message
     assert "from now on" not in message
-    assert deployment(model).whole == ()
-
-
-@pytest.mark.full
-def test_eagerly_a_model_that_is_not_built_is_warned_of(float64):
-    make, _ = MIXING["own_step"]
-    _, model, (message,) = train(make, 3, {"run_eagerly": True})
-    assert message.startswith("Layers ['c'] mix the rows")
     assert deployment(model).whole == ()
 
 

@@ -277,7 +277,10 @@ def test_all_augmentations():
 @pytest.mark.full
 def test_compiled(float64):
     """Compiled draws are others, in plain Keras too."""
+    # Its sizes are those of shards that are looked at, by chance, and what is
+    # called whole is not compiled.
     options = {"compiled": {"jit_compile": True}, "jit_compile": True}
+    options["check_rows"] = False
     compare(lambda: of_rows(Axes), X, **options)
 
 

@@ -889,6 +889,22 @@ def test_own_seed_states_are_those_of_one_layer():
     assert _keras.own_seed_states(model) == []
 
 
+def test_own_variables_and_metrics_are_those_of_one_layer():
+    dense = keras.layers.Dense(1)
+    dense.seen = keras.metrics.Mean()
+    norm = keras.layers.BatchNormalization()
+    model = keras.Sequential([keras.Input((2,)), dense, norm])
+    assert _keras.own_variables(model) == []
+    assert {id(v) for v in _keras.own_variables(dense)} == {
+        id(dense.kernel),
+        id(dense.bias),
+    }
+    assert norm.moving_mean in _keras.own_variables(norm)
+    assert _keras.own_metrics(model) == []
+    assert _keras.own_metrics(dense) == [dense.seen]
+    assert _keras.layer_metrics(model) == [dense.seen]
+
+
 def test_living_models_are_found_without_asking_what_they_are():
     inner = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
     outer = keras.Sequential([keras.Input((2,)), inner])

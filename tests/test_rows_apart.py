@@ -226,8 +226,9 @@ def data(rows=27):
     return rng.normal(size=(rows, 4)), rng.normal(size=(rows, 1))
 
 
-def fit(make, rows=27, compiled=None, epochs=1, batch=10, num=3, **options):
+def fit(make, rows=27, compiled=None, epochs=1, batch=10, **options):
     """Train on clones, and return the model and what was warned of."""
+    num = options.pop("num", 3)
     keras.backend.clear_session(free_memory=False)
     keras.utils.set_random_seed(1)
     model = clone_model(make(), num, **options) if num else make()

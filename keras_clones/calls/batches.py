@@ -23,35 +23,38 @@ class Batches:
 
     Attributes:
         kept: List of them, in the order of the steps.
+        taken: List of those that were taken from an iterator of Python's.
     """
 
     def __init__(self) -> None:
         self.kept: list[Any] = []
+        self.taken: list[Any] = []
         self._flag: tf.Variable | None = None
-        self._traced: Callable[[], None] | None = None
+        self._see_new: Callable[[], None] | None = None
 
     @contextlib.contextmanager
-    def keeping(self, traced: Callable[[], None]) -> Iterator[None]:
+    def keeping(self, see_new: Callable[[], None]) -> Iterator[None]:
         """Keep the batches of the steps that run.
 
         Args:
-            traced: Function to call when a step is traced and has not run yet.
+            see_new: Function to call when there are new variables, before a
+                step assigns them.
         """
         if self._flag is None:
             with tf.device(_CPU):
                 self._flag = tf.Variable(False, trainable=False)
-        self.kept, self._traced = [], traced
+        self.kept, self._see_new = [], see_new
         self._flag.assign(True)
         try:
             yield
         finally:
-            self._traced = None
+            self._see_new = None
             self._flag.assign(False)
 
     @contextlib.contextmanager
     def of_step(self, data: Any) -> Iterator[None]:
         """Keep the batch of a step that is made, if they are kept just now."""
-        if self._traced is None:
+        if self._see_new is None:
             yield
             return
         if tf.executing_eagerly():
@@ -63,7 +66,12 @@ class Batches:
             yield
         finally:
             with tf.init_scope():
-                self._traced()
+                self._see_new()
+
+    def see_built(self) -> None:
+        """Tell of variables that are there, outside of a graph."""
+        if self._see_new is not None and tf.executing_eagerly():
+            self._see_new()
 
     def _keep_in_graph(self, given: Arguments) -> None:
         components = given.components()

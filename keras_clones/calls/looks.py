@@ -49,15 +49,16 @@ class Looks:
         self._defers = False
 
     @contextlib.contextmanager
-    def deferred(self, traced: Callable[[], None]) -> Iterator[None]:
+    def deferred(self, see_new: Callable[[], None]) -> Iterator[None]:
         """Let what is kept wait for `findings` while a step runs.
 
         Args:
-            traced: Function to call when a step is traced and has not run yet.
+            see_new: Function to call when there are new variables, before a
+                step assigns them.
         """
         self._defers = True
         try:
-            with self.batches.keeping(traced):
+            with self.batches.keeping(see_new):
                 yield
         finally:
             self._defers = False

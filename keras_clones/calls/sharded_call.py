@@ -54,6 +54,8 @@ def call(
     """
     with calls.while_busy():
         build_by_call(layer, method, args, kwargs, calls.options.homes)
+    if calls.options.looks is not None:
+        calls.options.looks.batches.see_built()
     if not calls.has_all_whole:
         calls.settle_whole()
     if not calls.whole.is_apart(layer):
@@ -110,7 +112,7 @@ def _shard(
     )
     pieces, turns = options.divide(shards, clones)
     variables = state.model_variables(layer)
-    tables, found = _tables(calls, layer), None
+    tables, found = calls.tables(layer), None
     if calls.jit_compile and foresees:
         found = _foresee(calls, Body(one, variables, options), shards)
         tables = [] if found is None else list(found.tables.values())
@@ -138,11 +140,6 @@ def _shard(
         foreseen={} if found is None else found.tables,
         look_up=functools.partial(_look_up, calls, found),
     )
-
-
-def _tables(calls: sharing.Calls, layer: keras.Layer) -> list[keras.Variable]:
-    """Return the tables of a layer that its clones look up at home."""
-    return [] if calls.jit_compile else large_tables(layer)
 
 
 def _foresee(
@@ -240,7 +237,7 @@ def _trace(
     inline = not layout.takes_turns and tracing.inlines(
         devices, len(body.variables.trainable)
     )
-    tables = _tables(calls, body.layer)
+    tables = calls.tables(body.layer)
     how = call_tower.Tracing(
         watched, calls.jit_compile, inline, synchronized, in_graph
     )

@@ -11,6 +11,7 @@ from keras_clones import _keras, _tf
 from keras_clones.calls import held
 from keras_clones.calls.arguments import LayerCall
 from keras_clones.clone import state
+from keras_clones.clone.tables import large_tables
 from keras_clones.devices import placement
 from keras_clones.devices.divided import source_of
 from keras_clones.exchange import laying_out
@@ -61,6 +62,10 @@ class Calls:
         named = self.options.whole
         self.whole = whole.find(self.model, named, self.options.num_turns)
         self.has_all_whole = not whole.missing(self.model, named)
+
+    def tables(self, layer: keras.Layer) -> list[keras.Variable]:
+        """Return the tables of a layer that its clones look up at home."""
+        return [] if self.jit_compile else large_tables(layer)
 
     def leave(self, call: LayerCall) -> None:
         """Note which tensors a call has left on layers."""

@@ -4,16 +4,17 @@ Where shards would let a layer come to something else, it is called whole from
 then on, and the step runs again on the same batches, from where it began.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from keras_clones import warn
+from keras_clones import _keras, warn
 from keras_clones.calls import looks, own_code, rows_apart, telling
 from keras_clones.door.step_function import Remembered, StepFunction
 from keras_clones.plan import exactness
+from keras_clones.tensors import sharding
 from keras_clones.tensors.by_host import joined
 
 
@@ -34,16 +35,22 @@ def run(step: StepFunction, found: looks.Looks, args: Sequence[Any]) -> Any:
     needed = step.made.exact or own_code.runs_own_code(step.model)
     before = Remembered(step) if needed else None
     result = failed = None
+    data = _taken(found, *args)
     with warn.collecting() as told:
         try:
-            result = _run(step, found, args, before)
+            result = _run(step, found, data, before)
         except (StopIteration, tf.errors.OutOfRangeError):
             raise
         except Exception as error:
             if found.refused is not None:
                 raise found.refused from None
             failed = error
-        findings = _findings(step, found, args[0], failed)
+            if message := sharding.disagreement(error):
+                told.append(warn.Found(message, [step.model], fails=True))
+        findings = _findings(step, found, data, failed)
+        if before is not None and not step.model.run_eagerly:
+            # A look may have built what no step has come to.
+            before.see_new()
         _tell(step, found, findings, before, failed)
     batches, found.batches.kept = found.batches.kept, []
     if failed is None or findings or any(one.fails for one in told):
@@ -51,23 +58,43 @@ def run(step: StepFunction, found: looks.Looks, args: Sequence[Any]) -> Any:
         if again is not None:
             return again()
     for one in told:
-        warn.warn(one.message)
+        if not one.fails:
+            warn.warn(one.message)
     if failed is not None:
         raise failed
     return result
 
 
+def _taken(found: looks.Looks, data: Any) -> Any:
+    """Keep what is taken from an iterator that TensorFlow does not know.
+
+    A graph takes batches of the others, and hands them over when it runs.
+    """
+    if hasattr(data, "element_spec"):
+        return data
+
+    taken: list[Any] = []
+
+    def take() -> Iterator[Any]:
+        for batch in data:
+            taken.append(batch)
+            yield batch
+
+    found.batches.taken = taken
+    return take()
+
+
 def _run(
     step: StepFunction,
     found: looks.Looks,
-    args: Sequence[Any],
+    data: Any,
     before: Remembered | None,
 ) -> Any:
-    """Run a step, and remember what is made until it is traced."""
+    """Run a step, and remember what is made until it assigns it."""
     found.refused = None
     see_new = (lambda: None) if before is None else before.see_new
     with found.deferred(see_new):
-        return step.function(*args)
+        return step.function(data)
 
 
 def _findings(
@@ -88,12 +115,14 @@ def _findings(
         return []
     try:
         # A step that fails while it is traced has not taken its batch.
-        batches.kept = batches.kept or [next(data)]
+        batches.kept = batches.kept or batches.taken or [next(data)]
         batch = joined(batches.kept[0])
         x, _, _ = keras.utils.unpack_x_y_sample_weight(batch)
     except Exception:
         return []
-    if exactness.overrides(model, "train_step"):
+    built = all(layer.built for layer in _keras.layers(model))
+    if exactness.overrides(model, "train_step") or not built:
+        # A look would leave a model half built.
         return []
     return found.at_once(step.made.step_options(), model, x)
 

@@ -273,7 +273,9 @@ def _path_name(path: tuple[Any, ...]) -> str:
 
 
 def disagreement(error: Exception) -> str | None:
-    """Return the message of `count_rows` in an error of a running step."""
+    """Return the message of `count_rows` in an error of a step."""
+    if isinstance(error, ValueError) and str(error).startswith(_DISAGREE):
+        return str(error)
     if not isinstance(error, tf.errors.InvalidArgumentError):
         return None
     _, found, rest = str(error).partition(_DISAGREE)
