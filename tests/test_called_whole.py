@@ -162,16 +162,18 @@ def assert_called_whole(make, names, compiled=None, loop=None, **options):
     assert whole == names
     told = " ".join(text for text in found if "from now on" in text)
     assert f"So {whole} are called whole" in told
-    return model
+    return model, told
 
 
-@pytest.mark.full_but("spread", "own_step")
+@pytest.mark.full_but("scores", "own_step")
 @pytest.mark.parametrize("name", MIXING)
 def test_layers_that_mix_rows(name, float64):
     make, names = MIXING[name]
     # One of these also counts, and nothing says how its shards merge.
-    names = ["normalized", *names] if name == "two" else names
-    model = assert_called_whole(make, names, layer_losses="mean")
+    whole = ["normalized", *names] if name == "two" else names
+    model, told = assert_called_whole(make, whole, layer_losses="mean")
+    assert f"Layers {names} mix the rows" in told
+    assert f"`clone_model(..., whole={names})`" in told
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.fit(*test_rows_apart.data(10), verbose=0)
@@ -191,7 +193,7 @@ def test_layers_of_which_nothing_says_how_shards_merge(name, float64):
 def test_outputs_that_clones_cannot_join(make, float64):
     """Found while the step is traced, before it has taken its batch."""
     name = "gram" if make is Gram else "own_gram"
-    model = assert_called_whole(make, [name])
+    model, _ = assert_called_whole(make, [name])
     assert f"Called whole, on the global batch: ['{name}']." in repr(
         deployment(model)._page()
     )
@@ -227,22 +229,20 @@ def test_inputs_with_rows_of_their_own(known, float64):
     assert whole == ["Graphs", "Pooled"]
 
 
-@pytest.mark.full_but("steps")
+@pytest.mark.full_but("eagerly-counting", "steps-lambda")
+@pytest.mark.parametrize("name", ["counting", "lambda", "own_step"])
 @pytest.mark.parametrize(
     "compiled",
     [{"run_eagerly": True}, {"steps_per_execution": 2}],
     ids=["eagerly", "steps"],
 )
-def test_other_ways_to_run(compiled, float64):
-    for make, name in ((LAYERS["counting"], "a"), (test_whole.Centered, "c")):
-        assert_called_whole(
-            lambda make=make, name=name: functional(make(name=name)),
-            [name],
-            compiled,
-        )
-    # One that is built by its first step.
-    make, names = MIXING["own_step"]
-    assert_called_whole(make, names, compiled)
+def test_other_ways_to_run(compiled, name, float64):
+    """The step of one model is its own, and builds it."""
+    if name in MIXING:
+        assert_called_whole(*MIXING[name], compiled)
+    else:
+        make = LAYERS[name]
+        assert_called_whole(lambda: functional(make(name="a")), ["a"], compiled)
 
 
 def test_batches_by_themselves(float64):

@@ -242,23 +242,6 @@ def fit(make, rows=27, compiled=None, epochs=1, batch=10, **options):
     return model, [str(w.message) for w in found]
 
 
-@pytest.mark.full_but("scores", "own_step")
-@pytest.mark.parametrize("name", MIXING)
-def test_names_the_layer_that_mixes_rows(name):
-    make, names = MIXING[name]
-    _, (message,) = fit(make)
-    assert f"`clone_model(..., whole={names})`" in message
-    assert f"Layers {names} mix the rows" in message
-
-
-@pytest.mark.full_but("own_step")
-@pytest.mark.parametrize("name", ["spread", "model", "own_step"])
-def test_names_it_outside_of_a_graph(name):
-    make, names = MIXING[name]
-    _, (message,) = fit(make, compiled={"run_eagerly": True})
-    assert message.startswith(f"Layers {names} mix the rows")
-
-
 @pytest.mark.full_but("residual-float32")
 @pytest.mark.parametrize(
     ("name", "policy"),
