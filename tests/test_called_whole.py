@@ -16,6 +16,7 @@ from keras import layers as L  # noqa: N812
 from keras import ops
 
 from keras_clones import clone_model, deployment
+from keras_clones.door import first_look
 
 MIXING = test_rows_apart.MIXING
 functional = test_rows_apart.functional
@@ -316,3 +317,20 @@ def test_nothing_is_undone_where_nothing_is_found(float64):
     assert found == [] and deployment(model).whole == ()
     assert int(model.optimizer.iterations) == 6
     assert deployment(model).looks.batches.kept == []
+
+
+@pytest.mark.full
+def test_batches_of_one_row_are_not_copied_for_ever(monkeypatch):
+    made = []
+    remember = first_look.Remembered
+
+    def counted(step):
+        made.append(step)
+        return remember(step)
+
+    monkeypatch.setattr(first_look, "Remembered", counted)
+    make, _ = MIXING["lambda"]
+    model = clone_model(make(), 3)
+    model.compile("sgd", "mse")
+    model.fit(*test_rows_apart.data(9), batch_size=1, verbose=0)
+    assert len(made) == 3

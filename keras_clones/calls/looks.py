@@ -34,6 +34,7 @@ class Looks:
         refused: The error by which a step was refused outside of a graph,
             which Keras tells in its own words on the way.
         batches: `Batches` of steps that may run again.
+        num_runs: Integer, how many steps were run to be looked at.
     """
 
     def __init__(self) -> None:
@@ -41,6 +42,7 @@ class Looks:
         self.is_settled = False
         self.refused: ValueError | None = None
         self.batches = Batches()
+        self.num_runs = 0
         self._waiting: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = (
             weakref.WeakKeyDictionary()
         )
@@ -49,19 +51,19 @@ class Looks:
         self._defers = False
 
     @contextlib.contextmanager
-    def deferred(self, see_new: Callable[[], None]) -> Iterator[None]:
+    def deferred(self, see_new: Callable[[], None] | None) -> Iterator[None]:
         """Let what is kept wait for `findings` while a step runs.
 
         Args:
             see_new: Function to call when there are new variables, before a
-                step assigns them.
+                step assigns them, or `None` if the step cannot run again.
         """
         self._defers = True
-        try:
-            with self.batches.keeping(see_new):
-                yield
-        finally:
-            self._defers = False
+        with contextlib.ExitStack() as stack:
+            stack.callback(setattr, self, "_defers", False)
+            if see_new is not None:
+                stack.enter_context(self.batches.keeping(see_new))
+            yield
 
     def findings(self) -> list[rows_apart.Finding]:
         """Look at what the steps kept, and let go of it."""
@@ -84,6 +86,7 @@ class Looks:
     def start_again(self) -> None:
         """Look at everything once more."""
         self.is_settled = False
+        self.num_runs = 0
         self._kept, self._found = [], []
         for flags in self._waiting.values():
             for flag in flags.values():

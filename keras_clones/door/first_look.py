@@ -17,6 +17,9 @@ from keras_clones.plan import exactness
 from keras_clones.tensors import sharding
 from keras_clones.tensors.by_host import joined
 
+# How many steps that find nothing to look at can be undone.
+_MOST_RUNS = 3
+
 
 def run(step: StepFunction, found: looks.Looks, args: Sequence[Any]) -> Any:
     """Run a step, and once more if layers have to be called whole.
@@ -32,8 +35,7 @@ def run(step: StepFunction, found: looks.Looks, args: Sequence[Any]) -> Any:
     Raises:
         ValueError: If what was found is refused. The step is undone.
     """
-    needed = step.made.exact or own_code.runs_own_code(step.model)
-    before = Remembered(step) if needed else None
+    before = Remembered(step) if _may_undo(step, found) else None
     result = failed = None
     data = _taken(found, *args)
     with warn.collecting() as told:
@@ -65,6 +67,16 @@ def run(step: StepFunction, found: looks.Looks, args: Sequence[Any]) -> Any:
     return result
 
 
+def _may_undo(step: StepFunction, found: looks.Looks) -> bool:
+    """Say whether a step may have to be undone, so that it can be.
+
+    Where batches never have rows enough to look at, it is given up.
+    """
+    found.num_runs += 1
+    early = found.num_runs <= _MOST_RUNS
+    return step.made.exact or (early and own_code.runs_own_code(step.model))
+
+
 def _taken(found: looks.Looks, data: Any) -> Any:
     """Keep what is taken from an iterator that TensorFlow does not know.
 
@@ -92,8 +104,7 @@ def _run(
 ) -> Any:
     """Run a step, and remember what is made until it assigns it."""
     found.refused = None
-    see_new = (lambda: None) if before is None else before.see_new
-    with found.deferred(see_new):
+    with found.deferred(None if before is None else before.see_new):
         return step.function(data)
 
 
