@@ -246,6 +246,30 @@ def test_other_ways_to_run(compiled, name, float64):
         assert_called_whole(lambda: functional(make(name="a")), ["a"], compiled)
 
 
+@pytest.mark.full_but("lambda-graph", "own_step-eagerly")
+@pytest.mark.parametrize("eagerly", [False, True], ids=["graph", "eagerly"])
+@pytest.mark.parametrize("name", ["lambda", "own_step"])
+def test_models_that_are_not_trained(name, eagerly, float64):
+    make, names = MIXING[name]
+    x, y = test_rows_apart.data(22)
+    found = []
+    for num_clones in (0, 3):
+        keras.utils.set_random_seed(1)
+        model = make()
+        if num_clones:
+            clone_model(model, num_clones)
+        model.compile("sgd", "mse", metrics=["mae"], run_eagerly=eagerly)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            predicted = model.predict(x, batch_size=9, verbose=0)
+            judged = model.evaluate(x, y, batch_size=9, verbose=0)
+        found.append((predicted, judged))
+    assert cases.difference(*found) < 1e-10
+    assert [one.name for one in deployment(model).whole] == names
+    (told,) = [w for w in caught if w.filename == __file__]
+    assert f"So {names} are called whole from now on" in str(told.message)
+
+
 def test_batches_by_themselves(float64):
     def loop(model, batch):
         return model.train_on_batch(*batch)

@@ -394,7 +394,7 @@ def test_other_loops_of_the_user():
 def test_nothing_in_the_graph_of_layers_that_are_known():
     model, found = fit(lambda: functional(L.Dropout(0.1)))
     assert found == []
-    assert deployment(model).looks.is_settled
+    assert deployment(model).looks.is_settled("train_function")
     assert not list(deployment(model).looks._waiting)
 
 

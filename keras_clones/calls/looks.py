@@ -21,6 +21,7 @@ from keras_clones.plan.options import StepOptions
 from keras_clones.tensors.by_host import HostBatch
 
 _CPU = "/device:CPU:0"
+TRAINING = "train_function"
 
 
 class Looks:
@@ -29,8 +30,8 @@ class Looks:
     Attributes:
         given_up: List of pairs of a layer's name and the error for which it
             could not be looked at.
-        is_settled: Boolean, whether a training step found nothing left to
-            look at.
+        settled: Set of the names of step functions that found nothing left
+            to look at. After a training step, the others look no more.
         refused: The error by which a step was refused outside of a graph,
             which Keras tells in its own words on the way.
         batches: `Batches` of steps that may run again.
@@ -39,7 +40,7 @@ class Looks:
 
     def __init__(self) -> None:
         self.given_up: list[tuple[str, Exception]] = []
-        self.is_settled = False
+        self.settled: set[str] = set()
         self.refused: ValueError | None = None
         self.batches = Batches()
         self.num_runs = 0
@@ -65,27 +66,40 @@ class Looks:
                 stack.enter_context(self.batches.keeping(see_new))
             yield
 
-    def findings(self) -> list[rows_apart.Finding]:
-        """Look at what the steps kept, and let go of it."""
+    def is_settled(self, name: str) -> bool:
+        """Say whether nothing is left for a step function to look at.
+
+        Args:
+            name: String, `"train_function"` or another.
+        """
+        return bool(self.settled & {name, TRAINING})
+
+    def findings(self, name: str = "") -> list[rows_apart.Finding]:
+        """Look at what the steps kept, and let go of it.
+
+        Args:
+            name: String, which step function ran. Defaults to none of them.
+        """
         ready = [kept for kept in self._kept if kept.components is not None]
         self._kept = [
             kept
             for kept in self._kept
             if not any(kept.is_like(one) for one in ready)
         ]
-        self.is_settled = not self._kept
+        if not self._kept:
+            self.settled.add(name)
         seen, self._found = self._found, []
         return [*seen, *(one for kept in ready for one in self._look(kept))]
 
     def at_once(
-        self, options: StepOptions, model: keras.Model, x: Any
+        self, options: StepOptions, call: LayerCall
     ) -> list[rows_apart.Finding]:
-        """Look at a training call of a model that has tensors with values."""
-        return self._look(_Kept(training_call(model, x), options))
+        """Look at a call of a model that has tensors with values."""
+        return self._look(_Kept(call, options))
 
     def start_again(self) -> None:
         """Look at everything once more."""
-        self.is_settled = False
+        self.settled.clear()
         self.num_runs = 0
         self._kept, self._found = [], []
         for flags in self._waiting.values():
@@ -234,28 +248,31 @@ class _Kept:
         return self.given._replace(leaves=leaves)
 
 
-def training_call(model: keras.Model, x: Any) -> LayerCall:
-    """Return the call of a model that a training step of Keras makes."""
+def call_of(model: keras.Model, x: Any, training: bool) -> LayerCall:
+    """Return the call of a model that a step of Keras makes."""
 
     def call(x: Any) -> Any:
-        return _keras.call(model, x, training=True)
+        return _keras.call(model, x, training=training)
 
     return LayerCall(model, call, Arguments.of((x,), {}))
 
 
 def look_at(
-    call: LayerCall, options: StepOptions
+    call: LayerCall, options: StepOptions, training: bool
 ) -> AbstractContextManager[None]:
-    """Look at a call of a training step, if the deployment looks at all.
+    """Look at a call of a step, if the deployment has not by now.
 
     Args:
         call: `LayerCall` that the step makes.
         options: `StepOptions` of the deployment.
+        training: Boolean, whether it is a training step.
 
     Returns:
         What to run the call in, so that it comes after the look.
     """
-    if options.looks is None:
+    if options.looks is None or (
+        not training and options.looks.is_settled(TRAINING)
+    ):
         return contextlib.nullcontext()
     before = options.looks.at(call, options)
     return tf.control_dependencies(before)
@@ -264,7 +281,7 @@ def look_at(
 def kept(
     model: keras.Model, options: StepOptions, data: Any
 ) -> AbstractContextManager[None]:
-    """Keep the batch of a training step that may have to run again."""
+    """Keep the batch of a step that may have to run again."""
     known = isinstance(data, HostBatch) or not own_code.runs_own_code(model)
     if options.looks is None or known:
         return contextlib.nullcontext()

@@ -76,9 +76,8 @@ def _look_first(
     """Return what to make a call in, so that it comes after a look at it."""
     if not calls.looks():
         return contextlib.nullcontext()
-    return looks.look_at(
-        one._replace(method=one.layer, leaves=True), calls.options
-    )
+    seen = one._replace(method=one.layer, leaves=True)
+    return looks.look_at(seen, calls.options, calls.training)
 
 
 def _call(calls: sharing.Calls, one: LayerCall, foresees: bool = True) -> Any:

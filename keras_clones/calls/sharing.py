@@ -87,7 +87,7 @@ class Calls:
             graph = graph.outer_graph
             if graph is not None and _tf.is_within_xla(graph):
                 return False
-        return self.training and graph is self._graph
+        return graph is self._graph
 
     def check_whole(self) -> None:
         """Check that what `whole` names is there, once all layers are."""

@@ -97,7 +97,7 @@ def clone_model(
         exact: Boolean, whether to refuse, with the layer's name, whatever
             could train to other weights than one device does. Includes
             `batch_norm="sync"` and `random="global"`. Defaults to `False`.
-        check_rows: Boolean, whether the first training step looks for layers
+        check_rows: Boolean, whether the first step looks for layers
             that come to something else on shards (they mix rows, or assign
             variables that nothing says how to merge), calls them whole from
             then on, and warns of it. Defaults to `True`.

@@ -1,4 +1,4 @@
-"""First steps of training, after which layers may have to be called whole.
+"""First steps, after which layers may have to be called whole.
 
 Where shards would let a layer come to something else, it is called whole from
 then on, and the step runs again on the same batches, from where it began.
@@ -17,27 +17,28 @@ from keras_clones.plan import exactness
 from keras_clones.tensors import sharding
 from keras_clones.tensors.by_host import joined
 
+_PREDICTS = "predict_function"
 # How many steps that find nothing to look at can be undone.
 _MOST_RUNS = 3
 
 
-def run(step: StepFunction, found: looks.Looks, args: Sequence[Any]) -> Any:
+def run(step: StepFunction, found: looks.Looks, data: Any) -> Any:
     """Run a step, and once more if layers have to be called whole.
 
     Rows are looked at when it is done: a look within a running step would
     wait for the threads that the step runs in.
 
     Args:
-        step: `StepFunction` that trains.
+        step: `StepFunction`.
         found: `Looks` of the deployment.
-        args: Sequence of what the step function gets.
+        data: What it gets: an iterator, or a list of batches to predict.
 
     Raises:
         ValueError: If what was found is refused. The step is undone.
     """
     before = Remembered(step) if _may_undo(step, found) else None
     result = failed = None
-    data = _taken(found, *args)
+    data = _taken(step, found, data)
     with warn.collecting() as told:
         try:
             result = _run(step, found, data, before)
@@ -55,6 +56,8 @@ def run(step: StepFunction, found: looks.Looks, args: Sequence[Any]) -> Any:
             before.see_new()
         _tell(step, found, findings, before, failed)
     batches, found.batches.kept = found.batches.kept, []
+    if step.name == _PREDICTS:
+        batches = found.batches.taken
     if failed is None or findings or any(one.fails for one in told):
         again = _called_whole(step, told, batches, before)
         if again is not None:
@@ -77,12 +80,15 @@ def _may_undo(step: StepFunction, found: looks.Looks) -> bool:
     return step.made.exact or (early and own_code.runs_own_code(step.model))
 
 
-def _taken(found: looks.Looks, data: Any) -> Any:
-    """Keep what is taken from an iterator that TensorFlow does not know.
+def _taken(step: StepFunction, found: looks.Looks, data: Any) -> Any:
+    """Keep what is taken of data, where TensorFlow does not take it.
 
-    A graph takes batches of the others, and hands them over when it runs.
+    A graph takes batches from its iterators, and hands them over when it runs.
     """
     if hasattr(data, "element_spec"):
+        return data
+    if step.name == _PREDICTS:
+        found.batches.taken = list(data)
         return data
 
     taken: list[Any] = []
@@ -118,7 +124,7 @@ def _findings(
 
     They may be what a step failed by.
     """
-    findings = found.findings()
+    findings = found.findings(step.name)
     if failed is None or findings or isinstance(failed, warn.RefusedError):
         return findings
     model, batches = step.model, found.batches
@@ -132,10 +138,12 @@ def _findings(
     except Exception:
         return []
     built = all(layer.built for layer in _keras.layers(model))
-    if exactness.overrides(model, "train_step") or not built:
+    own = step.name.replace("function", "step")
+    if exactness.overrides(model, own) or not built:
         # A look would leave a model half built.
         return []
-    return found.at_once(step.made.step_options(), model, x)
+    call = looks.call_of(model, x, step.name == looks.TRAINING)
+    return found.at_once(step.made.step_options(), call)
 
 
 def _tell(
@@ -195,16 +203,22 @@ def _run_again(
     names = [layer.name for layer in layers]
     try:
         made.call_whole(layers)
-        result = step.made_anew()(iter(batches))
+        result = _run_anew(step, batches)
     except Exception as error:
         before.undo()
         # Nothing is looked at any more.
         made.options = options._replace(looks=None)
         warn.warn(f"{message} They cannot be called whole here: {error}")
-        return step.made_anew()(iter(batches))
+        return _run_anew(step, batches)
     warn.warn(
         f"{message} So {names} are called whole from now on: on the global "
         "batch, on the first clone's device. The step was run again from "
         "where it began."
     )
     return result
+
+
+def _run_anew(step: StepFunction, batches: list[Any]) -> Any:
+    """Make a step function anew, and run it on batches."""
+    function = step.made_anew()
+    return function(batches if step.name == _PREDICTS else iter(batches))

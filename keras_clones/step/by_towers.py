@@ -220,15 +220,13 @@ def _tables_at_home(step: Step) -> contextlib.AbstractContextManager[None]:
 
 
 def _look_at_rows(step: Step) -> contextlib.AbstractContextManager[None]:
-    """Look whether the model mixes rows, in a first step of training."""
-    if not step.training:
-        return contextlib.nullcontext()
+    """Look whether the model mixes rows, in a first step."""
     x = step.batch[0]
     if step.hosts is not None:
         # Those of the controller will do, so that no others travel for it.
         x, _, _ = unpack(step.hosts.of_each_host()[0], with_targets=True)
-    call = looks.training_call(step.model, x)
-    return looks.look_at(call, step.options)
+    call = looks.call_of(step.model, x, step.training)
+    return looks.look_at(call, step.options, step.training)
 
 
 def _update_metrics(step: Step, result: combine.StepResult) -> dict:

@@ -34,17 +34,19 @@ def train_step(model: keras.Model, options: StepOptions, data: Any) -> dict:
 def test_step(model: keras.Model, options: StepOptions, data: Any) -> dict:
     """Evaluate one global batch, as `keras.Model.test_step` does."""
     own = exactness.own_method(model, "test_step")
-    if own is not None:
-        return run_own_step(model, options, own, data, False)
-    return run_step(model, options, data, training=False)
+    with looks.kept(model, options, data):
+        if own is not None:
+            return run_own_step(model, options, own, data, False)
+        return run_step(model, options, data, training=False)
 
 
 def predict_step(model: keras.Model, options: StepOptions, data: Any) -> Any:
     """Predict one global batch, as `keras.Model.predict_step` does."""
     own = exactness.own_method(model, "predict_step")
-    if own is not None:
-        return run_own_step(model, options, own, data, False)
-    return run_prediction(model, options, data)
+    with looks.kept(model, options, data):
+        if own is not None:
+            return run_own_step(model, options, own, data, False)
+        return run_prediction(model, options, data)
 
 
 # In a `tf.function` of the user's, AutoGraph would convert some hundred
