@@ -246,6 +246,21 @@ def test_other_ways_to_run(compiled, name, float64):
         assert_called_whole(lambda: functional(make(name="a")), ["a"], compiled)
 
 
+def test_a_step_that_fails_in_any_case_changes_nothing():
+    make, names = MIXING["lambda"]
+    model = clone_model(make(), 3)
+    model.compile("sgd", "mse")
+    x, y = test_rows_apart.data(9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ValueError, match="to have the same number of rows"):
+            model.train_on_batch(x, y[:7])
+    assert deployment(model).whole == ()
+    with pytest.warns(UserWarning, match=r"So \['l'\] are called whole"):
+        model.train_on_batch(x, y)
+    assert [one.name for one in deployment(model).whole] == names
+
+
 @pytest.mark.full_but("lambda-graph", "own_step-eagerly")
 @pytest.mark.parametrize("eagerly", [False, True], ids=["graph", "eagerly"])
 @pytest.mark.parametrize("name", ["lambda", "own_step"])

@@ -4,8 +4,8 @@ Where shards would let a layer come to something else, it is called whole from
 then on, and the step runs again on the same batches, from where it began.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
@@ -59,9 +59,9 @@ def run(step: StepFunction, found: looks.Looks, data: Any) -> Any:
     if step.name == _PREDICTS:
         batches = found.batches.taken
     if failed is None or findings or any(one.fails for one in told):
-        again = _called_whole(step, told, batches, before)
+        again = _called_whole(step, told, batches, before, failed)
         if again is not None:
-            return again()
+            return again.run()
     for one in told:
         if not one.fails:
             warn.warn(one.message)
@@ -163,18 +163,63 @@ def _tell(
         raise error from failed
 
 
+class _Again(NamedTuple):
+    """A step that is to run again, with layers that are called whole.
+
+    `failed` is what it failed by, if it did.
+    """
+
+    step: StepFunction
+    layers: list[keras.Layer]
+    batches: list[Any]
+    before: Remembered
+    message: str
+    failed: Exception | None
+
+    def run(self) -> Any:
+        """Run it, as it was before if layers cannot be called whole."""
+        made = self.step.made
+        options = made.options
+        self.before.undo()
+        try:
+            made.call_whole(self.layers)
+            result = self._run_anew()
+        except Exception as error:
+            self.before.undo()
+            if self.failed is not None:
+                made.options = options
+                made.looks.start_again()
+                self.step.make_anew()
+                raise self.failed from None
+            # Nothing is looked at any more.
+            made.options = options._replace(looks=None)
+            warn.warn(
+                f"{self.message} They cannot be called whole here: {error}"
+            )
+            return self._run_anew()
+        names = [layer.name for layer in self.layers]
+        warn.warn(
+            f"{self.message} So {names} are called whole from now on: on the "
+            "global batch, on the first clone's device. The step was run again "
+            "from where it began."
+        )
+        return result
+
+    def _run_anew(self) -> Any:
+        function = self.step.made_anew()
+        predicts = self.step.name == _PREDICTS
+        return function(self.batches if predicts else iter(self.batches))
+
+
 def _called_whole(
     step: StepFunction,
     told: Sequence[warn.Found],
     batches: list[Any],
     before: Remembered | None,
-) -> Callable[[], Any] | None:
-    """Undo a step, and let layers be called whole, if they can be.
-
-    Returns:
-        A function that runs the step again, or `None`.
-    """
-    model, made = step.model, step.made
+    failed: Exception | None,
+) -> _Again | None:
+    """Return a step to run again, if layers have to and can be called whole."""
+    made = step.made
     layers = {id(layer): layer for one in told for layer in one.layers}
     for known in made.whole:
         layers.pop(id(known), None)
@@ -182,43 +227,7 @@ def _called_whole(
     in_pieces = made.pieces > 1 or made.pieces_grow
     if made.exact or in_pieces or not layers or not batches:
         return None
-    if before is None or not before.has(model.variables):
+    if before is None or not before.has(step.model.variables):
         return None
-    before.undo()
     message = " ".join(one.message for one in told)
-    return lambda: _run_again(
-        step, list(layers.values()), batches, before, message
-    )
-
-
-def _run_again(
-    step: StepFunction,
-    layers: list[keras.Layer],
-    batches: list[Any],
-    before: Remembered,
-    message: str,
-) -> Any:
-    """Run a step whose layers are called whole, or as before if it fails."""
-    made, options = step.made, step.made.options
-    names = [layer.name for layer in layers]
-    try:
-        made.call_whole(layers)
-        result = _run_anew(step, batches)
-    except Exception as error:
-        before.undo()
-        # Nothing is looked at any more.
-        made.options = options._replace(looks=None)
-        warn.warn(f"{message} They cannot be called whole here: {error}")
-        return _run_anew(step, batches)
-    warn.warn(
-        f"{message} So {names} are called whole from now on: on the global "
-        "batch, on the first clone's device. The step was run again from "
-        "where it began."
-    )
-    return result
-
-
-def _run_anew(step: StepFunction, batches: list[Any]) -> Any:
-    """Make a step function anew, and run it on batches."""
-    function = step.made_anew()
-    return function(batches if step.name == _PREDICTS else iter(batches))
+    return _Again(step, list(layers.values()), batches, before, message, failed)
