@@ -655,6 +655,15 @@ def is_built(model: keras.Model) -> bool:
     )
 
 
+def takes_batch_first(model: keras.Model) -> bool:
+    """Say whether a step is traced for a batch that has been taken by then.
+
+    From 3.16 on Keras takes it outside of the graph, where it takes one.
+    """
+    version = tuple(map(int, keras.__version__.split(".")[:2]))
+    return version >= (3, 16) and model.steps_per_execution == 1
+
+
 # What a thread that runs a part of a model must know of the one before it.
 _THREAD_STATE = ("global_seed_generator", "dtype_policy", "current_call_ctx")
 

@@ -889,6 +889,22 @@ def test_own_seed_states_are_those_of_one_layer():
     assert _keras.own_seed_states(model) == []
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_whether_a_batch_is_taken_before_a_step_is_traced(steps):
+    class Failing(keras.Model):
+        def train_step(self, data):
+            raise RuntimeError("traced")
+
+    model = Failing()
+    model.compile("sgd", steps_per_execution=steps)
+    model.make_train_function()
+    data = iter(tf.data.Dataset.range(3).batch(1))
+    with pytest.raises(RuntimeError, match="traced"):
+        model.train_function(data)
+    [taken] = next(data)
+    assert int(taken) == int(_keras.takes_batch_first(model))
+
+
 def test_own_variables_and_metrics_are_those_of_one_layer():
     dense = keras.layers.Dense(1)
     dense.seen = keras.metrics.Mean()

@@ -15,7 +15,7 @@ from keras_clones.calls import looks, own_code, rows_apart, telling
 from keras_clones.door.step_function import Remembered, StepFunction
 from keras_clones.plan import exactness
 from keras_clones.tensors import sharding
-from keras_clones.tensors.by_host import joined
+from keras_clones.tensors.by_host import OfHosts, joined
 
 _PREDICTS = "predict_function"
 # How many steps that find nothing to look at can be undone.
@@ -81,25 +81,27 @@ def _may_undo(step: StepFunction, found: looks.Looks) -> bool:
 
 
 def _taken(step: StepFunction, found: looks.Looks, data: Any) -> Any:
-    """Keep what is taken of data, where TensorFlow does not take it.
+    """Keep what is taken of data, where no graph takes it.
 
-    A graph takes batches from its iterators, and hands them over when it runs.
+    A graph takes batches from its iterator, and hands them over when it runs.
     """
-    if hasattr(data, "element_spec"):
-        return data
-    if step.name == _PREDICTS:
-        found.batches.taken = list(data)
-        return data
-
     taken: list[Any] = []
+    found.batches.taken = taken
 
     def take() -> Iterator[Any]:
         for batch in data:
             taken.append(batch)
             yield batch
 
-    found.batches.taken = taken
-    return take()
+    if step.name == _PREDICTS:
+        taken.extend(data)
+    elif not isinstance(data, tf.data.Iterator):
+        return take()
+    elif _keras.takes_batch_first(step.model) and not isinstance(data, OfHosts):
+        # There is one, or the data ends here.
+        taken.append(next(data))
+        return iter(taken)
+    return data
 
 
 def _run(
