@@ -144,7 +144,7 @@ class Body:
 
     def __call__(self, inputs: TowerInput) -> tuple[CallOutput, CallNotes]:
         """Call the layer as a clone does."""
-        with self.drawing(inputs):
+        with self.drawing(inputs), self.given.holding(inputs.data):
             return self._call(inputs)
 
     def drawing(
@@ -155,10 +155,6 @@ class Body:
         return drawing(inputs, rows, self._options.exact)
 
     def _call(self, inputs: TowerInput) -> tuple[CallOutput, CallNotes]:
-        with self.given.holding(inputs.data):
-            return self._call_holding(inputs)
-
-    def _call_holding(self, inputs: TowerInput) -> tuple[CallOutput, CallNotes]:
         layer, options = self.layer, self._options
         weights = Weights(inputs, self._may_be_idle)
         before = kept_tensors(layer)
