@@ -51,7 +51,9 @@ def trace_backward(
     targets = floating(output.values)
     known = wanted(body, inputs)
     extra: list[Any] = [
-        v for v in tape.watched_variables() if not any(v is k for k in known)
+        v
+        for v in tape.watched_variables()
+        if isinstance(v, tf.Variable) and not any(v is k for k in known)
     ]
     extra += outer
     found = [*known, *floating(inputs.data), *extra]
