@@ -257,7 +257,7 @@ def maker_of_context() -> tuple[Any, str]:
 
 
 def num_writes(value: tf.Tensor) -> int:
-    """Return how often a graph wrote to the variable that it read a value of."""
+    """Return how often a graph wrote to the variable that gave a value."""
     operation = value.op
     while operation.type != "ReadVariableOp":
         operation = operation.inputs[0].op

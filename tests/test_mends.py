@@ -214,6 +214,42 @@ def test_own_gradients_of_weights_that_are_read(layer, kind, float64, strictly):
     assert_same(lambda: model_of(layer(), kind))
 
 
+class Waves(keras.layers.Layer):
+    """Has complex outputs, of real inputs or of complex ones."""
+
+    def build(self, shape):
+        self.real = self.add_weight((shape[-1], 3))
+        self.imaginary = self.add_weight((shape[-1], 3))
+
+    def call(self, x):
+        parts = map(tf.convert_to_tensor, (self.real, self.imaginary))
+        return tf.cast(x, tf.complex128) @ tf.complex(*parts)
+
+
+class WavesStep(keras.Model):
+    """Calls its layers by themselves: what is between them is complex."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = Waves(), Waves()
+        self.first.build((None, 6))
+        self.second.build((None, 3))
+        self.built = True
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            y_pred = tf.abs(self.second(self.first(x)))
+            loss = tf.reduce_mean((y_pred - y) ** 2)
+        gradients = tape.gradient(loss, self.trainable_weights)
+        self.optimizer.apply(gradients, self.trainable_weights)
+        return {"loss": loss}
+
+
+def test_complex_values_between_calls_have_gradients(float64, strictly):
+    assert_same(WavesStep)
+
+
 class Writing(keras.layers.Layer):
     def call(self, x):
         tf.summary.scalar("rows", tf.reduce_sum(x))
