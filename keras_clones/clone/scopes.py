@@ -47,6 +47,10 @@ class CloneScope(keras.StatelessScope):
         """
         value = super().get_current_value(variable)
         value = variable._value if value is None else value
+        return self.tell(variable, value)
+
+    def tell(self, variable: keras.Variable, value: Any) -> Any:
+        """Tell those who want to know what is read of a variable."""
         for reader in self.readers:
             reader.append(Read(variable, value))
         return value
