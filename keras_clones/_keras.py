@@ -762,9 +762,33 @@ def call_again() -> Callable[[], AbstractContextManager[None]]:
     return again
 
 
+def stateless_scope() -> Any:
+    """Return the scope that maps variables to values here, `None` without."""
+    return _get_global_attribute("stateless_scope")
+
+
+def in_this_scope_again() -> Callable[[], AbstractContextManager[None]]:
+    """Return what goes by the scope of now later on, whatever is there then.
+
+    To enter a scope twice would lose what was there before it.
+    """
+    scope = stateless_scope()
+
+    @contextlib.contextmanager
+    def again() -> Iterator[None]:
+        held = stateless_scope()
+        _set_global_attribute("stateless_scope", scope)
+        try:
+            yield
+        finally:
+            _set_global_attribute("stateless_scope", held)
+
+    return again
+
+
 def in_scope_without_state() -> bool:
     """Say whether Keras only looks at what a call would give or build."""
-    stateless = _get_global_attribute("stateless_scope")
+    stateless = stateless_scope()
     symbolic = _get_global_attribute("symbolic_scope")
     return stateless is not None or symbolic is not None
 

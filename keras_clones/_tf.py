@@ -8,7 +8,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
@@ -30,7 +30,11 @@ _variable_accessed = _private(
     "tensorflow.python.ops.resource_variable_ops.variable_accessed"
 )
 
-# No public name tells how much memory of a GPU there is.
+# Functions with gradients of one's own ask for those of `tf.Variable`s alone.
+custom_gradients = _private("tensorflow.python.ops.custom_gradient")
+DECORATORS = ("_graph_mode_decorator", "_eager_mode_decorator")
+
+# No public name tells how much memory a GPU has.
 list_local_devices = _private(
     "tensorflow.python.client.device_lib.list_local_devices"
 )
@@ -206,6 +210,25 @@ def variable_accessed(variable: tf.Variable) -> None:
     _variable_accessed(variable)
 
 
+def tell_watchers(tensor: tf.Tensor) -> None:
+    """Tell what asks which variables are read of a tensor; not tapes."""
+    _tapes.TFE_Py_VariableWatcherVariableAccessed(_Watched(tensor))
+
+
+def tell_tapes(tensor: tf.Tensor) -> None:
+    """Let tapes that watch variables that are read watch a tensor."""
+    _tapes.TFE_Py_TapeVariableAccessed(_Watched(tensor))
+
+
+class _Watched(NamedTuple):
+    """A tensor in the place of a variable: what is asked of it."""
+
+    handle: tf.Tensor
+
+    def ref(self) -> Any:
+        return self.handle.ref()
+
+
 def drawing_functions() -> dict[str, tuple[Any, Callable[..., Any]]]:
     """Return the functions that make operations which draw, by their names.
 
@@ -234,11 +257,7 @@ def maker_of_context() -> tuple[Any, str]:
 
 
 def num_writes(value: tf.Tensor) -> int:
-    """Return how often a graph has written to the variable of a value so far.
-
-    Args:
-        value: Tensor that was read from a variable in this graph.
-    """
+    """Return how often a graph wrote to the variable that gave a value."""
     operation = value.op
     while operation.type != "ReadVariableOp":
         operation = operation.inputs[0].op

@@ -782,6 +782,63 @@ def test_tapes_are_told_of_a_variable():
         assert watched is variable
 
 
+def test_custom_gradients_ask_for_a_tensor_that_watchers_are_told_of():
+    """What runs a function is looked up in its module, eagerly or not."""
+    asked, ran = [], []
+
+    def run():
+        x = tf.constant(3.0)
+
+        @tf.custom_gradient
+        def function(y):
+            _tf.tell_watchers(x)
+
+            def gradient(upstream, variables=None):
+                asked.extend(one is x for one in variables)
+                return upstream, [upstream * 5.0]
+
+            return x * y, gradient
+
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            z = function(tf.constant(2.0))
+        return tape.gradient(z, x)
+
+    module = _tf.custom_gradients
+    held = {name: getattr(module, name) for name in _tf.DECORATORS}
+    for name, decorator in held.items():
+        setattr(module, name, lambda *a, d=decorator: ran.append(d) or d(*a))
+    try:
+        assert float(run()) == 5.0
+        assert float(tf.function(run)()) == 5.0
+    finally:
+        for name, decorator in held.items():
+            setattr(module, name, decorator)
+    assert asked == [True, True]
+    assert {*ran} == {*held.values()}
+
+
+def test_tapes_are_told_of_a_tensor_as_if_it_were_a_variable():
+    x = tf.constant(3.0)
+    with tf.GradientTape() as tape:
+        _tf.tell_tapes(x)
+        y = x * x
+    assert float(tape.gradient(y, x)) == 6.0
+
+
+def test_a_scope_can_be_gone_by_once_more():
+    variable = keras.Variable(1.0)
+    scope = keras.StatelessScope([(variable, tf.constant(2.0))])
+    with scope:
+        assert _keras.stateless_scope() is scope
+        again = _keras.in_this_scope_again()
+    with keras.StatelessScope() as other:
+        with again():
+            assert float(variable.value) == 2.0
+        assert _keras.stateless_scope() is other
+    assert _keras.stateless_scope() is None
+
+
 def test_writes_are_counted():
     variable, table = tf.Variable(1.0), tf.Variable(tf.ones((2, 2)))
     counts = []

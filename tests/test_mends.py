@@ -163,6 +163,93 @@ def test_a_raw_variable_that_is_only_read_is_no_matter(kind, float64, strictly):
     assert_same(lambda: model_of(Reading(), kind))
 
 
+class Recomputing(keras.layers.Layer):
+    """Gives back what inner layers come to, and computes it twice."""
+
+    def build(self, shape):
+        self.inner = keras.layers.Dense(shape[-1], "tanh")
+        self.inner.build(shape)
+
+    def call(self, x):
+        return x + tf.recompute_grad(self.inner)(x)
+
+
+class ByHand(Recomputing):
+    """Has gradients of its own: by the order of names, and by a tape."""
+
+    def build(self, shape):
+        super().build(shape)
+        self.scale = self.add_weight((shape[-1],), "ones", name="a_scale")
+        self.kernel = self.add_weight((shape[-1], shape[-1]), name="b_kernel")
+
+    def call(self, x):
+        @tf.custom_gradient
+        def product(x):
+            kernel = tf.convert_to_tensor(self.kernel)
+
+            def gradient(upstream, variables):
+                by_kernel = tf.transpose(x) @ upstream
+                found = [2 * tf.reduce_sum(by_kernel, 0), 0.5 * by_kernel]
+                return upstream @ tf.transpose(kernel), found
+
+            return x @ kernel * self.scale, gradient
+
+        @tf.custom_gradient
+        def inner(x):
+            def gradient(upstream, variables):
+                with tf.GradientTape() as tape:
+                    y = self.inner(x)
+                found = tape.gradient(y, variables, upstream)
+                return upstream, found
+
+            return self.inner(x), gradient
+
+        return inner(product(x))
+
+
+@pytest.mark.full_but("ByHand-OwnStep", "Recomputing-Model")
+@BOTH_STEPS
+@pytest.mark.parametrize("layer", [Recomputing, ByHand])
+def test_own_gradients_of_weights_that_are_read(layer, kind, float64, strictly):
+    assert_same(lambda: model_of(layer(), kind))
+
+
+class Waves(keras.layers.Layer):
+    """Has complex outputs, of real inputs or of complex ones."""
+
+    def build(self, shape):
+        self.real = self.add_weight((shape[-1], 3))
+        self.imaginary = self.add_weight((shape[-1], 3))
+
+    def call(self, x):
+        parts = map(tf.convert_to_tensor, (self.real, self.imaginary))
+        return tf.cast(x, tf.complex128) @ tf.complex(*parts)
+
+
+class WavesStep(keras.Model):
+    """Calls its layers by themselves: what is between them is complex."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = Waves(), Waves()
+        self.first.build((None, 6))
+        self.second.build((None, 3))
+        self.built = True
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            y_pred = tf.abs(self.second(self.first(x)))
+            loss = tf.reduce_mean((y_pred - y) ** 2)
+        gradients = tape.gradient(loss, self.trainable_weights)
+        self.optimizer.apply(gradients, self.trainable_weights)
+        return {"loss": loss}
+
+
+def test_complex_values_between_calls_have_gradients(float64, strictly):
+    assert_same(WavesStep)
+
+
 class Writing(keras.layers.Layer):
     def call(self, x):
         tf.summary.scalar("rows", tf.reduce_sum(x))

@@ -112,6 +112,25 @@ OPTIMIZERS = {
 }
 
 
+class Recomputing(keras.layers.Dense):
+    """Computes its outputs once more, to run backward."""
+
+    def call(self, x):
+        return tf.recompute_grad(super().call)(x)
+
+
+def test_layers_that_compute_again_train(float64):
+    def model():
+        keras.utils.set_random_seed(3)
+        head = keras.layers.Dense(1)
+        return keras.Sequential([keras.Input((6,)), Recomputing(4), head])
+
+    plain, cloned = model(), model()
+    train_plainly(plain, keras.optimizers.SGD(0.1), [data(7)])
+    train_clones(cloned, keras.optimizers.SGD(0.1), [data(7)], 3)
+    assert difference(weights(plain), weights(cloned)) < 1e-10
+
+
 @pytest.mark.full_but("adam-True")
 @pytest.mark.parametrize("built", [False, True])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

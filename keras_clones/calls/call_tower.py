@@ -120,7 +120,7 @@ def trace_with_outside(
         undo()
         raise held.UsesLeftError([t for t in outside if id(t) in left])
     watched = [
-        t for t in outside if t.dtype.is_floating and _tf.num_watching([t])
+        t for t in outside if traced.is_continuous(t) and _tf.num_watching([t])
     ]
     if not (watched and how.watched):
         return made

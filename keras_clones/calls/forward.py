@@ -95,7 +95,7 @@ def run_one(
     extra = [
         v
         for v in tape.watched_variables()
-        if not any(v is one for one in known)
+        if isinstance(v, tf.Variable) and not any(v is one for one in known)
     ]
     return Run(output, notes, (), tape, tuple(extra))
 

@@ -156,7 +156,7 @@ class Joining:
             alike = not tf.executing_eagerly() and self._is_alike(value)
             if alike:
                 return "first"
-            return "mean" if value.dtype.is_floating else self._same(value)
+            return "mean" if traced.is_continuous(value) else self._same(value)
         if shape.rank is None or shape[0] is None:
             return "rows"
         if shape[0] in self._rows:

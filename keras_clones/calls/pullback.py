@@ -23,6 +23,7 @@ from keras_clones.calls.way_back import (
     pull_again,
     wanted_values,
 )
+from keras_clones.tensors import traced
 
 
 def run(sharded: Sharded, watched: bool) -> Joined:
@@ -96,7 +97,7 @@ def _record(
     is passed on by an operation of its own, which notes that a gradient came.
     """
     flat = tf.nest.flatten(values, expand_composites=True)
-    where = [i for i, t in enumerate(flat) if t.dtype.is_floating]
+    where = [i for i, t in enumerate(flat) if traced.is_continuous(t)]
     if not where:
         return values
     arrived: set[int] = set()

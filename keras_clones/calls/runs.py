@@ -10,7 +10,7 @@ import tensorflow as tf
 from keras_clones import _keras
 from keras_clones.calls import body
 from keras_clones.exchange import bringing_home, laying_out
-from keras_clones.tensors import sharding
+from keras_clones.tensors import sharding, traced
 
 # Differences over the largest entry that are rounding, by bytes of a float.
 # On a CPU: a GPU rounds products of float32 like half as many bits.
@@ -81,10 +81,12 @@ def _same(one: Any, other: Any, tolerance: float) -> bool:
 def _same_dense(one: tf.Tensor, other: tf.Tensor, tolerance: float) -> bool:
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
-    if not one.dtype.is_floating:
+    if not traced.is_continuous(one):
         return bool(tf.reduce_all(one == other))
-    tolerance = max(tolerance, _ROUNDING.get(one.dtype.size, 0))
-    a, b = (tf.cast(value, tf.float64).numpy() for value in (one, other))
+    rounding = _ROUNDING.get(one.dtype.real_dtype.size, 0)
+    tolerance = max(tolerance, rounding)
+    wide = tf.complex128 if one.dtype.is_complex else tf.float64
+    a, b = (tf.cast(value, wide).numpy() for value in (one, other))
     finite = a[np.isfinite(a)]
     largest = np.max(np.abs(finite), initial=0.0)
     return np.allclose(a, b, 0, tolerance * largest + 1e-30, equal_nan=True)

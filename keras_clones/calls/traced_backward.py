@@ -11,9 +11,9 @@ from keras_clones.tensors import traced
 
 
 def floating(nest: Any) -> list[tf.Tensor]:
-    """Return the floating tensors that a nest is made of."""
+    """Return the tensors that a nest is made of and gradients go through."""
     leaves = tf.nest.flatten(nest, expand_composites=True)
-    return [t for t in leaves if t is not None and t.dtype.is_floating]
+    return [t for t in leaves if t is not None and traced.is_continuous(t)]
 
 
 def wanted(body: Body, inputs: TowerInput) -> list[Any]:
@@ -51,7 +51,9 @@ def trace_backward(
     targets = floating(output.values)
     known = wanted(body, inputs)
     extra: list[Any] = [
-        v for v in tape.watched_variables() if not any(v is k for k in known)
+        v
+        for v in tape.watched_variables()
+        if isinstance(v, tf.Variable) and not any(v is k for k in known)
     ]
     extra += outer
     found = [*known, *floating(inputs.data), *extra]

@@ -225,7 +225,8 @@ def pull_again(
         tape.watch(inputs)
         rest = iter(inputs[:num])
         flat = [
-            next(rest) if t.dtype.is_floating else t for t in given.components()
+            next(rest) if traced.is_continuous(t) else t
+            for t in given.components()
         ]
         leaves = tf.nest.pack_sequence_as(
             given.leaves, flat, expand_composites=True

@@ -155,7 +155,7 @@ class MirrorScope(CloneScope):
         self.mirrors.note(variable)
         if self.mirrors.is_in_function():
             return value
-        return self.mirror(variable)
+        return self.tell(variable, self.mirror(variable))
 
     def mirror(self, variable: keras.Variable) -> tf.Tensor:
         """Return the mirror of a variable, whatever was assigned here."""

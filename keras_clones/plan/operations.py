@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_clones import _keras
-from keras_clones.tensors import sharding
+from keras_clones.tensors import sharding, traced
 
 _ROWS = 3
 _SHARDS = sharding.divide(_ROWS, 2)
@@ -130,7 +130,8 @@ def _joins(whole: Any, parts: Sequence[Any]) -> bool:
 def _same(one: tf.Tensor, other: tf.Tensor) -> bool:
     if one.shape != other.shape:
         return False
-    if not one.dtype.is_floating:
+    if not traced.is_continuous(one):
         return bool(tf.reduce_all(one == other))
-    a, b = (tf.cast(value, tf.float64).numpy() for value in (one, other))
+    wide = tf.complex128 if one.dtype.is_complex else tf.float64
+    a, b = (tf.cast(value, wide).numpy() for value in (one, other))
     return np.allclose(a, b, _TOLERANCE, 1e-6, equal_nan=True)

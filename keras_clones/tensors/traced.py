@@ -19,6 +19,11 @@ _DRAWS = re.compile(
 _STOPS = ("StopGradient", "PreventGradient")
 
 
+def is_continuous(value: Any) -> bool:
+    """Say whether gradients may go through a value: real or complex."""
+    return value.dtype.is_floating or value.dtype.is_complex
+
+
 class RowGradient(NamedTuple):
     """A gradient of a table by rows, part by part as they were looked up.
 
