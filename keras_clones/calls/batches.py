@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from keras_clones import _tf
 from keras_clones.calls.arguments import Arguments
+from keras_clones.calls.streams import Replayed
 
 _CPU = "/device:CPU:0"
 
@@ -24,11 +25,13 @@ class Batches:
     Attributes:
         kept: List of them, in the order of the steps.
         taken: List of those that were taken from an iterator of Python's.
+        drawn: `Replayed` draws of the steps.
     """
 
     def __init__(self) -> None:
         self.kept: list[Any] = []
         self.taken: list[Any] = []
+        self.drawn = Replayed()
         self._flag: tf.Variable | None = None
         self._see_new: Callable[[], None] | None = None
 
@@ -44,6 +47,7 @@ class Batches:
             with tf.device(_CPU):
                 self._flag = tf.Variable(False, trainable=False)
         self.kept, self._see_new = [], see_new
+        self.drawn.start()
         self._flag.assign(True)
         try:
             yield
@@ -59,11 +63,13 @@ class Batches:
             return
         if tf.executing_eagerly():
             self.kept.append(data)
-            yield
+            with self.drawn.of_step():
+                yield
             return
         self._keep_in_graph(Arguments.of((data,), {}))
         try:
-            yield
+            with self.drawn.of_step():
+                yield
         finally:
             with tf.init_scope():
                 self._see_new()

@@ -44,16 +44,24 @@ def run(call: LayerCall, options: StepOptions, num: int) -> Ran:
 
 def judge(call: LayerCall, options: StepOptions, one: Ran) -> str | None:
     """Say what of a call two clones come to otherwise, if anything."""
-    if int(call.given.count_rows()) < 2:
-        return None
-    tolerance = max(rounding(x) for x in _keras.layers(call.layer))
-    what = _compare(call, options, one, tolerance)
+    what = differs(call, options, one)
     if what is None or what == "rows":
         return what
     # What is drawn by TensorFlow itself differs from run to run.
     again = run(call, options, 1)
-    same = compare_values(one, again, tolerance) is None
+    same = compare_values(one, again, _tolerance(call)) is None
     return what if same else None
+
+
+def differs(call: LayerCall, options: StepOptions, one: Ran) -> str | None:
+    """Say what of a call comes out otherwise, be it from run to run."""
+    if int(call.given.count_rows()) < 2:
+        return None
+    return _compare(call, options, one, _tolerance(call))
+
+
+def _tolerance(call: LayerCall) -> float:
+    return max(rounding(x) for x in _keras.layers(call.layer))
 
 
 def _compare(

@@ -53,7 +53,7 @@ def run(step: StepFunction, found: looks.Looks, args: Sequence[Any]) -> Any:
             before.see_new()
         _tell(step, found, findings, before, failed)
     batches, found.batches.kept = found.batches.kept, []
-    if failed is None or findings or any(one.fails for one in told):
+    if failed is None or findings or told:
         again = _called_whole(step, told, batches, before)
         if again is not None:
             return again()
@@ -182,8 +182,10 @@ def _run_again(
     """Run a step whose layers are called whole, or as before if it fails."""
     made, options = step.made, step.made.options
     names = [layer.name for layer in layers]
+    drawn = made.looks.batches.drawn
     try:
         made.call_whole(layers)
+        drawn.again()
         result = step.made_anew()(iter(batches))
     except Exception as error:
         before.undo()

@@ -1,0 +1,90 @@
+"""The random streams of Python and NumPy, which steps and data may draw from.
+
+Threads that read data draw while a step runs: a stream that is put back where
+it was would give them the same numbers once more. So it is put back for what
+is known to draw from it, and as long as that runs.
+"""
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+_State = tuple[Any, ...]
+
+
+def now() -> _State:
+    """Return where the streams are."""
+    name, keys, *rest = np.random.get_state()
+    return random.getstate(), name, keys.tobytes(), *rest
+
+
+def put(state: _State) -> None:
+    """Put the streams where they were."""
+    python, name, keys, *rest = state
+    random.setstate(python)
+    np.random.set_state((name, np.frombuffer(keys, np.uint32), *rest))
+
+
+class Draws:
+    """Whether a function draws from the streams: if each of its runs did."""
+
+    def __init__(self) -> None:
+        self._start = now()
+        self._ran = self._quiet = False
+
+    def watched(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the function, whose runs are watched."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            before = now()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._ran = True
+                self._quiet = self._quiet or now() == before
+
+        return run
+
+    def undo(self) -> None:
+        """Put the streams where they were at first, if it does."""
+        if self._ran and not self._quiet:
+            put(self._start)
+
+
+class Replayed:
+    """Lets steps that are made again draw what they drew.
+
+    Each step begins with what it drew from, and leaves the streams as they
+    are. One that drew nothing draws nothing again.
+    """
+
+    def __init__(self) -> None:
+        self._drew: list[_State | None] = []
+        self._again: list[_State | None] = []
+
+    def start(self) -> None:
+        """Forget what steps drew from that do not run again."""
+        self._drew = []
+
+    def again(self) -> None:
+        """Let the steps that come draw what those drew that were made."""
+        self._again, self._drew = [*self._drew, *self._again], []
+
+    @contextlib.contextmanager
+    def of_step(self) -> Iterator[None]:
+        """Let a step that is made draw from where it did, if it is again."""
+        held = now()
+        again = self._again.pop(0) if self._again else None
+        if again is not None:
+            put(again)
+        before = now()
+        try:
+            yield
+        finally:
+            drew = now() != before
+            self._drew.append(before if drew else None)
+            if again is not None:
+                put(held)
