@@ -7,7 +7,7 @@ step itself hands it over, when it runs.
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
@@ -17,6 +17,34 @@ from keras_clones.calls.arguments import Arguments
 from keras_clones.calls.streams import Replayed
 
 _CPU = "/device:CPU:0"
+
+
+class Kept(NamedTuple):
+    """Batches that steps took, and what the iterator said of them, if it did.
+
+    `spec` is a structure of `tf.TypeSpec`s, or `None`.
+    """
+
+    batches: list[Any]
+    spec: Any
+
+    def iterator(self) -> Any:
+        """Return an iterator over them like the one that gave them.
+
+        A step that is traced with it sees what it would see, such as sizes
+        that are not known, and need not be traced again for the other.
+        """
+        if self.spec is None:
+            return iter(self.batches)
+        one, *others = map(self._alone, self.batches)
+        for other in others:
+            one = one.concatenate(other)
+        variant = tf.data.experimental.to_variant(one)
+        return iter(tf.data.experimental.from_variant(variant, self.spec))
+
+    def _alone(self, batch: Any) -> tf.data.Dataset:
+        batch = tf.nest.pack_sequence_as(self.spec, tf.nest.flatten(batch))
+        return tf.data.Dataset.from_tensors(batch)
 
 
 class Batches:

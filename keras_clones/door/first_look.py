@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from keras_clones import _keras, warn
 from keras_clones.calls import looks, own_code, rows_apart, telling
+from keras_clones.calls.batches import Kept
 from keras_clones.door.step_function import Remembered, StepFunction
 from keras_clones.plan import exactness
 from keras_clones.tensors import sharding
@@ -52,7 +53,10 @@ def run(step: StepFunction, found: looks.Looks, args: Sequence[Any]) -> Any:
             # A look may have built what no step has come to.
             before.see_new()
         _tell(step, found, findings, before, failed)
-    batches, found.batches.kept = found.batches.kept, []
+    spec = None
+    if not step.model.run_eagerly:
+        spec = getattr(args[0], "element_spec", None)
+    batches, found.batches.kept = Kept(found.batches.kept, spec), []
     if failed is None or findings or told:
         again = _called_whole(step, told, batches, before)
         if again is not None:
@@ -147,7 +151,7 @@ def _tell(
 def _called_whole(
     step: StepFunction,
     told: Sequence[warn.Found],
-    batches: list[Any],
+    batches: Kept,
     before: Remembered | None,
 ) -> Callable[[], Any] | None:
     """Undo a step, and let layers be called whole, if they can be.
@@ -161,7 +165,7 @@ def _called_whole(
         layers.pop(id(known), None)
     # Pieces take turns, so none of them has all rows.
     in_pieces = made.pieces > 1 or made.pieces_grow
-    if made.exact or in_pieces or not layers or not batches:
+    if made.exact or in_pieces or not layers or not batches.batches:
         return None
     if before is None or not before.has(model.variables):
         return None
@@ -175,7 +179,7 @@ def _called_whole(
 def _run_again(
     step: StepFunction,
     layers: list[keras.Layer],
-    batches: list[Any],
+    batches: Kept,
     before: Remembered,
     message: str,
 ) -> Any:
@@ -186,13 +190,13 @@ def _run_again(
     try:
         made.call_whole(layers)
         drawn.again()
-        result = step.made_anew()(iter(batches))
+        result = step.made_anew()(batches.iterator())
     except Exception as error:
         before.undo()
         # Nothing is looked at any more.
         made.options = options._replace(looks=None)
         warn.warn(f"{message} They cannot be called whole here: {error}")
-        return step.made_anew()(iter(batches))
+        return step.made_anew()(batches.iterator())
     warn.warn(
         f"{message} So {names} are called whole from now on: on the global "
         "batch, on the first clone's device. The step was run again from "
