@@ -17,7 +17,8 @@ _State = tuple[Any, ...]
 
 def now() -> _State:
     """Return where the streams are."""
-    name, keys, *rest = np.random.get_state()
+    state: Any = np.random.get_state()
+    name, keys, *rest = state
     return random.getstate(), name, keys.tobytes(), *rest
 
 
