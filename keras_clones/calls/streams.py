@@ -58,21 +58,31 @@ class Draws:
 class Replayed:
     """Lets steps that are made again draw what they drew.
 
-    Each step begins with what it drew from, and leaves the streams as they
-    are. One that drew nothing draws nothing again.
+    Where nothing else has drawn, the streams are put back for good. Otherwise
+    each step that drew begins with what it drew from, and leaves the streams
+    as they are.
     """
 
     def __init__(self) -> None:
-        self._drew: list[_State | None] = []
+        self._ran: list[tuple[_State, _State]] = []
         self._again: list[_State | None] = []
 
     def start(self) -> None:
         """Forget what steps drew from that do not run again."""
-        self._drew = []
+        self._ran = []
 
     def again(self) -> None:
         """Let the steps that come draw what those drew that were made."""
-        self._again, self._drew = [*self._drew, *self._again], []
+        ran, self._ran = self._ran, []
+        if not ran:
+            return
+        starts = [start for start, _ in ran]
+        if [end for _, end in ran] == [*starts[1:], now()]:
+            put(starts[0])
+        else:
+            self._again = [
+                start if end != start else None for start, end in ran
+            ]
 
     @contextlib.contextmanager
     def of_step(self) -> Iterator[None]:
@@ -85,7 +95,6 @@ class Replayed:
         try:
             yield
         finally:
-            drew = now() != before
-            self._drew.append(before if drew else None)
+            self._ran.append((before, now()))
             if again is not None:
                 put(held)
