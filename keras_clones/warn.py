@@ -5,7 +5,8 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import keras
@@ -28,6 +29,8 @@ def warn(message: str) -> None:
     Args:
         message: String, what to warn of.
     """
+    if _collecting.silent:
+        return
     frame, level = sys._getframe(), 1
     while frame.f_back is not None and _is_skipped(frame.f_code.co_filename):
         frame, level = frame.f_back, level + 1
@@ -53,6 +56,7 @@ class _Collecting(threading.local):
     """Where what is found in this thread goes, if it is not warned of."""
 
     found: list[Found] | None = None
+    silent = False
 
 
 _collecting = _Collecting()
@@ -67,6 +71,33 @@ def collecting() -> Iterator[list[Found]]:
         yield found
     finally:
         _collecting.found = held
+
+
+def as_here() -> Callable[[], AbstractContextManager[None]]:
+    """Return what lets another thread warn as this one does now."""
+    here = dict(vars(_collecting))
+
+    @contextlib.contextmanager
+    def warning() -> Iterator[None]:
+        held = dict(vars(_collecting))
+        vars(_collecting).update(here)
+        try:
+            yield
+        finally:
+            vars(_collecting).clear()
+            vars(_collecting).update(held)
+
+    return warning
+
+
+@contextlib.contextmanager
+def silenced() -> Iterator[None]:
+    """Warn of nothing, where a call is made to look at it alone."""
+    held, _collecting.silent = _collecting.silent, True
+    try:
+        yield
+    finally:
+        _collecting.silent = held
 
 
 def warn_or_refuse(
@@ -86,7 +117,9 @@ def warn_or_refuse(
     if exact:
         raise RefusedError(message)
     if layers and _collecting.found is not None:
-        _collecting.found.append(Found(message, layers))
+        # Clones that run as Python tell of it one by one.
+        if all(one.message != message for one in _collecting.found):
+            _collecting.found.append(Found(message, layers))
     else:
         warn(message)
 

@@ -373,3 +373,127 @@ def test_batches_of_one_row_are_not_copied_for_ever(monkeypatch):
     model.compile("sgd", "mse")
     model.fit(*test_rows_apart.data(9), batch_size=1, verbose=0)
     assert len(made) == 3
+
+
+class Shuffled(keras.utils.PyDataset):
+    """Shuffled by Keras before each epoch, and drawn from itself."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        x, y = test_rows_apart.data(24)
+        rows = slice(6 * index, 6 * index + 6)
+        return x[rows], y[rows] + np.random.random()
+
+
+@pytest.mark.full_but("centered")
+@pytest.mark.parametrize(
+    "make",
+    [lambda: test_whole.Centered(name="c"), lambda: L.Lambda(ops.abs)],
+    ids=["centered", "apart"],
+)
+def test_data_draws_on(make, float64):
+    """Neither a look nor a step that is undone takes the streams back."""
+    found = []
+    for num_clones in (0, 3):
+        keras.utils.set_random_seed(1)
+        model = functional(make())
+        if num_clones:
+            clone_model(model, num_clones)
+        model.compile("sgd", "mse")
+        with warnings.catch_warnings(record=True):
+            warnings.simplefilter("always")
+            logs = model.fit(Shuffled(), epochs=4, verbose=0).history
+        found.append((logs, model.weights))
+    assert cases.difference(*found) < 1e-10
+
+
+class Traced(keras.Model):
+    """Counts how often its step is traced."""
+
+    traces = 0
+
+    def train_step(self, data):
+        self.traces += 1
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(x, y, self(x, training=True))
+        weights = self.trainable_weights
+        self.optimizer.apply(tape.gradient(loss, weights), weights)
+        return {"loss": loss}
+
+
+@pytest.mark.full_but("Model")
+@pytest.mark.parametrize("kind", [keras.Model, Traced])
+def test_the_step_runs_again_as_it_was_traced(kind, float64):
+    """With rows of which the trace knows no number."""
+    x, y = test_rows_apart.data(22)
+    found = []
+    for num_clones in (0, 3):
+        keras.utils.set_random_seed(1)
+        inputs = keras.Input((4,))
+        hidden = test_whole.Centered(name="c")(inputs)
+        model = kind(inputs, [L.Dense(1, name=n)(hidden) for n in "pq"])
+        if num_clones:
+            clone_model(model, num_clones)
+        model.compile("sgd", ["mse", "mae"])
+        with warnings.catch_warnings(record=True):
+            warnings.simplefilter("always")
+            logs = model.fit(x, [y, y], batch_size=9, shuffle=False, verbose=0)
+        found.append((logs.history, model.weights))
+        # Epochs end with fewer rows: Keras 3.16 traces for these.
+        assert kind is keras.Model or model.traces <= 2
+    assert cases.difference(*found) < 1e-10
+
+
+class Noisy(L.Layer):
+    """Draws by a state of TensorFlow's what makes no difference."""
+
+    def call(self, x):
+        return x + 1e-6 * tf.random.normal(tf.shape(x), dtype=x.dtype)
+
+
+class Calls(L.Layer):
+    """Counts its calls, and centers rows."""
+
+    count = 0
+
+    def call(self, x):
+        self.count += 1
+        return (x - ops.mean(x, axis=0)) * (1 + self.count / 10)
+
+
+@pytest.mark.full
+def test_what_differs_from_run_to_run_hides_nothing():
+    def make():
+        layers = [Noisy(), test_whole.Centered(name="c")]
+        return functional(keras.Sequential(layers))
+
+    _, model, (message,) = train(make, 3)
+    assert [one.name for one in deployment(model).whole] == ["c"]
+    assert "random='global'" not in message
+
+
+@pytest.mark.full
+def test_python_counters_of_layers(float64):
+    make = lambda: functional(Calls(name="c"))  # noqa: E731
+    assert_called_whole(make, ["c"], {"run_eagerly": True})
+
+
+@pytest.mark.full
+def test_raw_variables_that_xla_does_not_reach(float64):
+    make = lambda: functional(Raw(name="r"))  # noqa: E731
+    assert_called_whole(make, ["r"], {"jit_compile": True})
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("run_eagerly", [False, True])
+def test_clones_with_threads_of_their_own_warn_once(run_eagerly, float64):
+    def make():
+        normalized = L.BatchNormalization(synchronized=True)
+        return functional(keras.Sequential([normalized, Raw(name="r")]))
+
+    _, model, (message,) = train(make, 3, {"run_eagerly": run_eagerly})
+    assert [one.name for one in deployment(model).whole] == ["r"]
+    assert message.count("A layer assigns") == 1

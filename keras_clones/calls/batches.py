@@ -7,15 +7,44 @@ step itself hands it over, when it runs.
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
 from keras_clones import _tf
 from keras_clones.calls.arguments import Arguments
+from keras_clones.calls.streams import Replayed
 
 _CPU = "/device:CPU:0"
+
+
+class Kept(NamedTuple):
+    """Batches that steps took, and what the iterator said of them, if it did.
+
+    `spec` is a structure of `tf.TypeSpec`s, or `None`.
+    """
+
+    batches: list[Any]
+    spec: Any
+
+    def iterator(self) -> Any:
+        """Return an iterator over them like the one that gave them.
+
+        A step that is traced with it sees what it would see, such as sizes
+        that are not known, and need not be traced again for the other.
+        """
+        if self.spec is None:
+            return iter(self.batches)
+        one, *others = map(self._alone, self.batches)
+        for other in others:
+            one = one.concatenate(other)
+        variant = tf.data.experimental.to_variant(one)
+        return iter(tf.data.experimental.from_variant(variant, self.spec))
+
+    def _alone(self, batch: Any) -> tf.data.Dataset:
+        batch = tf.nest.pack_sequence_as(self.spec, tf.nest.flatten(batch))
+        return tf.data.Dataset.from_tensors(batch)
 
 
 class Batches:
@@ -24,11 +53,13 @@ class Batches:
     Attributes:
         kept: List of them, in the order of the steps.
         taken: List of those that were taken from an iterator of Python's.
+        drawn: `Replayed` draws of the steps.
     """
 
     def __init__(self) -> None:
         self.kept: list[Any] = []
         self.taken: list[Any] = []
+        self.drawn = Replayed()
         self._flag: tf.Variable | None = None
         self._see_new: Callable[[], None] | None = None
 
@@ -44,6 +75,7 @@ class Batches:
             with tf.device(_CPU):
                 self._flag = tf.Variable(False, trainable=False)
         self.kept, self._see_new = [], see_new
+        self.drawn.start()
         self._flag.assign(True)
         try:
             yield
@@ -59,11 +91,13 @@ class Batches:
             return
         if tf.executing_eagerly():
             self.kept.append(data)
-            yield
+            with self.drawn.of_step():
+                yield
             return
         self._keep_in_graph(Arguments.of((data,), {}))
         try:
-            yield
+            with self.drawn.of_step():
+                yield
         finally:
             with tf.init_scope():
                 self._see_new()

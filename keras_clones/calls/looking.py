@@ -8,6 +8,7 @@ from keras_clones import _keras, _tf
 from keras_clones.calls.arguments import LayerCall
 from keras_clones.calls.body import Body
 from keras_clones.calls.runs import Ran, compare_state, compare_values, rounding
+from keras_clones.calls.undone import remember
 from keras_clones.clone import state
 from keras_clones.devices.placement import PlacedClone
 from keras_clones.exchange import laying_out
@@ -35,25 +36,42 @@ def run(call: LayerCall, options: StepOptions, num: int) -> Ran:
         group = options.group(clones, training=False)
         seeds = laying_out.read_seeds(variables)
         layout = laying_out.lay_out(shards, group, seeds, data, mirrors)
-        ran = laying_out.each(
-            layout, lambda i: body(layout.inputs[i]), synchronized
-        )
+        undo = remember(_keras.layers(call.layer))
+
+        def run_clone(i: int) -> Any:
+            try:
+                return body(layout.inputs[i])
+            finally:
+                # What counts its calls is to come to the same in each. Where
+                # clones meet, none is done before the others are on their way.
+                if not synchronized:
+                    undo()
+
+        ran = laying_out.each(layout, run_clone, synchronized)
     outputs, notes = zip(*ran, strict=True)
     return Ran(layout, list(outputs), list(notes))
 
 
 def judge(call: LayerCall, options: StepOptions, one: Ran) -> str | None:
     """Say what of a call two clones come to otherwise, if anything."""
-    if int(call.given.count_rows()) < 2:
-        return None
-    tolerance = max(rounding(x) for x in _keras.layers(call.layer))
-    what = _compare(call, options, one, tolerance)
+    what = differs(call, options, one)
     if what is None or what == "rows":
         return what
     # What is drawn by TensorFlow itself differs from run to run.
     again = run(call, options, 1)
-    same = compare_values(one, again, tolerance) is None
+    same = compare_values(one, again, _tolerance(call)) is None
     return what if same else None
+
+
+def differs(call: LayerCall, options: StepOptions, one: Ran) -> str | None:
+    """Say what of a call comes out otherwise, be it from run to run."""
+    if int(call.given.count_rows()) < 2:
+        return None
+    return _compare(call, options, one, _tolerance(call))
+
+
+def _tolerance(call: LayerCall) -> float:
+    return max(rounding(x) for x in _keras.layers(call.layer))
 
 
 def _compare(

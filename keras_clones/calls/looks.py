@@ -13,7 +13,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_clones import _keras, _tf
+from keras_clones import _keras, _tf, warn
 from keras_clones.calls import own_code, rows_apart, telling
 from keras_clones.calls.arguments import Arguments, LayerCall
 from keras_clones.calls.batches import Batches
@@ -177,7 +177,7 @@ class Looks:
     def _look(self, kept: "_Kept") -> list[rows_apart.Finding]:
         """Look at a call. What cannot run by itself is given up."""
         try:
-            with tf.device(_CPU), kept.context():
+            with tf.device(_CPU), kept.context(), warn.silenced():
                 call = kept.call()
                 return rows_apart.look(call, kept.options)
         except Exception as error:

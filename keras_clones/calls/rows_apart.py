@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import keras
 
 from keras_clones import _keras
-from keras_clones.calls import looking
+from keras_clones.calls import looking, streams
 from keras_clones.calls.arguments import Arguments, LayerCall
 from keras_clones.calls.own_code import has_own_code
 from keras_clones.calls.runs import Ran
@@ -50,7 +50,12 @@ def look(call: LayerCall, options: StepOptions) -> list[Finding]:
     """
     rows = int(call.given.count_rows())
     options = _for_a_look(call.layer, options)
-    with left_as_it_is(call.layer), through(call.layer, _without_draws):
+    draws = streams.Draws()
+    call = call._replace(method=draws.watched(call.method))
+    with (
+        left_as_it_is(call.layer, draws),
+        through(call.layer, _without_draws),
+    ):
         sizes = _sizes(call, rows)
         num = sizes[0]
         try:
@@ -64,7 +69,8 @@ def look(call: LayerCall, options: StepOptions) -> list[Finding]:
                 return []
             num, again = _DRAWN[0], list(_DRAWN[1:])
             one = looking.run(_first(call, num), options, 1)
-        if looking.judge(_first(call, num), options, one) is None:
+        # What differs from run to run may hold layers that do not.
+        if looking.differs(_first(call, num), options, one) is None:
             return []
         return _blame(_first(call, num), _first(call, again[0]), options)
 

@@ -36,22 +36,30 @@ def compare_values(one: Ran, other: Ran, tolerance: float) -> str | None:
 
     That is `"outputs"` or `"losses"`, else `"kept"`: scalars that layers keep.
     """
-    outputs, losses = one.notes[0].ends
+    (outputs, losses), (other_outputs, other_losses) = (
+        ran.notes[0].ends for ran in (one, other)
+    )
+    whole = one.outputs[0].values
     columns = list(zip(*(out.values for out in other.outputs), strict=True))
-    if other.notes[0].ends != (outputs, losses):
+    parts = list(zip(columns, other.notes[0].kinds, strict=True))
+
+    def differ(mine: Sequence[Any], theirs: Sequence[Any]) -> bool:
+        return len(mine) != len(theirs) or not all(
+            _joins(value, column, kind, tolerance)
+            for value, (column, kind) in zip(mine, theirs, strict=True)
+        )
+
+    if differ(whole[:outputs], parts[:other_outputs]):
         return "outputs"
-    kinds = other.notes[0].kinds
-    differing = [
-        i
-        for i, whole in enumerate(one.outputs[0].values)
-        if kinds[i] == "sum" or not outputs <= i < losses
-        if not _joins(whole, columns[i], kinds[i], tolerance)
-    ]
-    if any(i < outputs for i in differing):
-        return "outputs"
-    if any(i >= losses for i in differing):
+    if differ(whole[losses:], parts[other_losses:]):
         return "losses"
-    return "kept" if differing else None
+    kept, others = whole[outputs:losses], parts[other_outputs:other_losses]
+    # What a layer is given and keeps is new to it only where it was split.
+    if len(kept) != len(others):
+        return None
+    sums = [i for i, (_, kind) in enumerate(others) if kind == "sum"]
+    is_other = differ([kept[i] for i in sums], [others[i] for i in sums])
+    return "kept" if is_other else None
 
 
 def _joins(

@@ -1,15 +1,14 @@
 """Calls of layers that leave nothing behind, or go through other calls."""
 
 import contextlib
-import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from keras_clones import _keras
+from keras_clones.calls import streams
 
 
 def through(
@@ -24,22 +23,31 @@ def through(
 
 
 @contextlib.contextmanager
-def left_as_it_is(layer: keras.Layer) -> Iterator[None]:
+def left_as_it_is(
+    layer: keras.Layer, draws: streams.Draws | None = None
+) -> Iterator[None]:
     """Undo what calls of a layer leave: on layers, and in random streams.
 
     What they assign to variables of Keras is not assigned in the first place,
     and no summary is written.
+
+    Args:
+        layer: The layer.
+        draws: `Draws` of its calls, where threads that read data may draw
+            meanwhile. Defaults to none, which leaves no draw.
     """
     undo = remember(_keras.layers(layer))
-    streams = random.getstate(), np.random.get_state()
+    before = streams.now()
     # Without TensorBoard installed there is nothing to write with.
     silent = getattr(tf.summary, "record_if", contextlib.nullcontext)(False)
     try:
         with silent:
             yield
     finally:
-        random.setstate(streams[0])
-        np.random.set_state(streams[1])
+        if draws is None:
+            streams.put(before)
+        else:
+            draws.undo()
         undo()
 
 

@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from keras_clones import _keras, warn
 from keras_clones.calls import looks, own_code, rows_apart, telling
+from keras_clones.calls.batches import Kept
 from keras_clones.door.step_function import Remembered, StepFunction
 from keras_clones.plan import exactness
 from keras_clones.tensors import sharding
@@ -38,6 +39,7 @@ def run(step: StepFunction, found: looks.Looks, data: Any) -> Any:
     """
     before = Remembered(step) if _may_undo(step, found) else None
     result = failed = None
+    spec = getattr(data, "element_spec", None)
     data = _taken(step, found, data)
     with warn.collecting() as told:
         try:
@@ -55,10 +57,8 @@ def run(step: StepFunction, found: looks.Looks, data: Any) -> Any:
             # A look may have built what no step has come to.
             before.see_new()
         _tell(step, found, findings, before, failed)
-    batches, found.batches.kept = found.batches.kept, []
-    if step.name == _PREDICTS:
-        batches = found.batches.taken
-    if failed is None or findings or any(one.fails for one in told):
+    batches = _kept(step, found, spec)
+    if failed is None or findings or told:
         again = _called_whole(step, told, batches, before, failed)
         if again is not None:
             return again.run()
@@ -102,6 +102,20 @@ def _taken(step: StepFunction, found: looks.Looks, data: Any) -> Any:
         taken.append(next(data))
         return iter(taken)
     return data
+
+
+def _kept(step: StepFunction, found: looks.Looks, spec: Any) -> Kept:
+    """Return the batches that a step took, and let go of them.
+
+    Args:
+        step: `StepFunction` that ran.
+        found: `Looks` of the deployment.
+        spec: Structure of `tf.TypeSpec`s, what its iterator said of them.
+    """
+    batches, found.batches.kept = found.batches.kept, []
+    if step.name == _PREDICTS:
+        batches = found.batches.taken
+    return Kept(batches, None if step.model.run_eagerly else spec)
 
 
 def _run(
@@ -173,7 +187,7 @@ class _Again(NamedTuple):
 
     step: StepFunction
     layers: list[keras.Layer]
-    batches: list[Any]
+    batches: Kept
     before: Remembered
     message: str
     failed: Exception | None
@@ -185,6 +199,7 @@ class _Again(NamedTuple):
         self.before.undo()
         try:
             made.call_whole(self.layers)
+            made.looks.batches.drawn.again()
             result = self._run_anew()
         except Exception as error:
             self.before.undo()
@@ -209,14 +224,15 @@ class _Again(NamedTuple):
 
     def _run_anew(self) -> Any:
         function = self.step.made_anew()
-        predicts = self.step.name == _PREDICTS
-        return function(self.batches if predicts else iter(self.batches))
+        if self.step.name == _PREDICTS:
+            return function(self.batches.batches)
+        return function(self.batches.iterator())
 
 
 def _called_whole(
     step: StepFunction,
     told: Sequence[warn.Found],
-    batches: list[Any],
+    batches: Kept,
     before: Remembered | None,
     failed: Exception | None,
 ) -> _Again | None:
@@ -227,7 +243,7 @@ def _called_whole(
         layers.pop(id(known), None)
     # Pieces take turns, so none of them has all rows.
     in_pieces = made.pieces > 1 or made.pieces_grow
-    if made.exact or in_pieces or not layers or not batches:
+    if made.exact or in_pieces or not layers or not batches.batches:
         return None
     if before is None or not before.has(step.model.variables):
         return None

@@ -1,6 +1,5 @@
 """A step function of a cloned model, and what it takes to run it again."""
 
-import random
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -53,7 +52,6 @@ class Remembered:
         unbuilt = [o for o in _keras.optimizers(step.model) if not o.built]
         built = [layer for layer in _keras.layers(step.model) if layer.built]
         self._forget = undone.remember([*unbuilt, *built])
-        self._streams = random.getstate(), np.random.get_state()
         self.see_new()
 
     def see_new(self) -> None:
@@ -69,9 +67,7 @@ class Remembered:
         return all(id(variable) in self._held for variable in variables)
 
     def undo(self) -> None:
-        """Give all of it back, and random streams their states."""
+        """Give all of it back."""
         self._forget()
-        random.setstate(self._streams[0])
-        np.random.set_state(self._streams[1])
         for variable, value in self._held.values():
             variable.assign(value)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from keras_clones import _keras
+from keras_clones import _keras, warn
 from keras_clones.devices.placement import PlacedClone
 
 Combine = Callable[[list[Any]], list[Any]]
@@ -161,6 +161,7 @@ class _Here:
             # Each thread gets scopes of its own in the one graph.
             self.graph.switch_to_thread_local()
         self.keras_state = _keras.thread_state()
+        self.warning = warn.as_here()
 
     def call(
         self, clone: PlacedClone, function: Callable[[int], Any], index: int
@@ -169,6 +170,7 @@ class _Here:
             if self.graph is not None:
                 stack.enter_context(self.graph.as_default())
             stack.enter_context(_keras.thread_state_of(self.keras_state))
+            stack.enter_context(self.warning())
             stack.enter_context(tf.device(clone.device))
             stack.enter_context(tf.name_scope(clone.scope or "clone"))
             return function(index)
