@@ -175,9 +175,10 @@ def test_layers_that_mix_rows(name, float64):
     model, told = assert_called_whole(make, whole, layer_losses="mean")
     assert f"Layers {names} mix the rows" in told
     assert f"`clone_model(..., whole={names})`" in told
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model.fit(*test_rows_apart.data(10), verbose=0)
+    if name == "scores":
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model.fit(*test_rows_apart.data(10), verbose=0)
 
 
 @pytest.mark.full_but("averaging", "raw")
