@@ -49,6 +49,9 @@ _EpochIterator = _private("keras.src.trainers.epoch_iterator.EpochIterator")
 _ArrayDataAdapter = _private(
     "keras.src.trainers.data_adapters.array_data_adapter.ArrayDataAdapter"
 )
+_TFEpochIterator = _private(
+    "keras.src.backend.tensorflow.trainer.TFEpochIterator"
+)
 _ALL_METRICS = _private("keras.src.metrics.ALL_OBJECTS_DICT")
 
 
@@ -160,6 +163,11 @@ def all_replaced(attributes: Iterable[tuple[Any, str, Any]]) -> Iterator[None]:
         for owner, name, value in attributes:
             stack.enter_context(replaced(owner, name, value))
         yield
+
+
+def wait_by(wait: Callable[[], None]) -> None:
+    """Let `fit` and its kin wait by a function for what steps have started."""
+    _TFEpochIterator.tf_sync = lambda _: wait()
 
 
 def unreduced(

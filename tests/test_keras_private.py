@@ -697,6 +697,19 @@ def test_all_that_was_asked_for_is_waited_for():
     assert _tf.wait_for_all() is None
 
 
+def test_fit_waits_by_another_function():
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    waited = []
+    held = _keras._TFEpochIterator.tf_sync
+    try:
+        _keras.wait_by(lambda: waited.append(1))
+        model.fit(np.ones((4, 2)), np.ones((4, 1)), epochs=2, verbose=0)
+    finally:
+        _keras._TFEpochIterator.tf_sync = held
+    assert len(waited) >= 2
+
+
 def test_functions_are_read_as_graphs():
     double = tf.function(lambda x: x * 2).get_concrete_function(tf.ones(2))
     graph, names = _tf.function_def_to_graph_def(double.function_def)

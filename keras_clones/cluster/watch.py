@@ -19,7 +19,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_clones import _tf
+from keras_clones import _keras, _tf
 from keras_clones.cluster import hello
 from keras_clones.devices.hosts import Host
 
@@ -138,6 +138,7 @@ def start(lines: dict[Host, socket.socket], timeout: float) -> None:
     watch = Watch(lines, timeout)
     watch.start()
     _watches.append(watch)
+    _keras.wait_by(_wait)
     atexit.register(stop)
 
 
@@ -145,6 +146,7 @@ def stop() -> None:
     """Watch nothing any more."""
     while _watches:
         _watches.pop().stop()
+    _keras.wait_by(_tf.wait_for_all)
 
 
 def naming_lost_hosts(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -202,6 +204,32 @@ def check() -> None:
     """
     if lost := [what for watch in _watches for what in watch.seen_lost]:
         raise _lost(lost)
+
+
+def _wait() -> None:
+    """Wait for all operations, but not for good for a host that is lost.
+
+    TensorFlow may do so where a host ends while a program waits.
+    """
+    failed: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            _tf.wait_for_all()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    patience = _SECONDS_TO_END
+    while thread.is_alive() and patience > 0:
+        thread.join(_PAUSE)
+        if any(watch.seen_lost for watch in _watches):
+            patience -= _PAUSE
+    if thread.is_alive():
+        check()
+    if failed:
+        raise failed[0]
 
 
 def _lost(hosts: list[str]) -> ConnectionError:
