@@ -8,14 +8,15 @@ told to it as variables, in a clone alone.
 
 import contextlib
 import functools
-import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
 
 from keras_clones import _keras, _tf
+from keras_clones.clone.swaps import Swaps
 
 
 class Read(NamedTuple):
@@ -25,34 +26,20 @@ class Read(NamedTuple):
     value: tf.Tensor
 
 
-@contextlib.contextmanager
-def of_mirrors() -> Iterator[None]:
+def of_mirrors() -> AbstractContextManager[None]:
     """Let such functions ask for mirrors, while any clone is traced or runs."""
-    module = _tf.custom_gradients
-    with _lock:
-        _users[0] += 1
-        if _users[0] == 1:
-            for name, (_, asking) in _functions().items():
-                setattr(module, name, asking)
-    try:
-        yield
-    finally:
-        with _lock:
-            _users[0] -= 1
-            if _users[0] == 0:
-                for name, (function, _) in _functions().items():
-                    setattr(module, name, function)
-
-
-_lock = threading.Lock()
-_users = [0]
+    return _swaps.made()
 
 
 @functools.cache
-def _functions() -> dict[str, tuple[Any, Any]]:
-    """Return what is swapped by its name, and what takes its place."""
-    found = {n: getattr(_tf.custom_gradients, n) for n in _tf.DECORATORS}
-    return {name: (f, _asking(f)) for name, f in found.items()}
+def _functions() -> dict[tuple[Any, str], tuple[Any, Any]]:
+    """Return what is swapped by its place, and what takes its place."""
+    module = _tf.custom_gradients
+    found = {name: getattr(module, name) for name in _tf.DECORATORS}
+    return {(module, name): (f, _asking(f)) for name, f in found.items()}
+
+
+_swaps = Swaps(_functions)
 
 
 def _asking(decorator: Callable[..., Any]) -> Callable[..., Any]:

@@ -22,6 +22,7 @@ from keras_clones.clone.global_rows import (
     locate,
     tell,
 )
+from keras_clones.clone.swaps import Swaps
 
 # What draws by a seed alone, and which of its arguments may have a row for
 # each row that it draws.
@@ -69,8 +70,6 @@ class _Active(threading.local):
 
 
 _active = _Active()
-_lock = threading.Lock()
-_users = [0]
 
 
 @contextlib.contextmanager
@@ -87,29 +86,11 @@ def of_global_batch(
     """
     held = _active.rows
     _active.rows = locate(leaves, total, begin, exact)
-    with _swapped():
+    with _swaps.made():
         try:
             yield
         finally:
             _active.rows = held
-
-
-@contextlib.contextmanager
-def _swapped() -> Iterator[None]:
-    """Let what draws ask for whom, while any clone is traced or runs."""
-    with _lock:
-        _users[0] += 1
-        if _users[0] == 1:
-            for (module, name), (_, asking) in _functions().items():
-                setattr(module, name, asking)
-    try:
-        yield
-    finally:
-        with _lock:
-            _users[0] -= 1
-            if _users[0] == 0:
-                for (module, name), (function, _) in _functions().items():
-                    setattr(module, name, function)
 
 
 @functools.cache
@@ -124,6 +105,10 @@ def _functions() -> dict[tuple[Any, str], tuple[Any, Any]]:
     make = getattr(module, name)
     found[module, name] = make, _marking(make)
     return found
+
+
+# What draws asks for whom.
+_swaps = Swaps(_functions)
 
 
 def _marking(make: Callable[..., Any]) -> Callable[..., Any]:

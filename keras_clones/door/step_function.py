@@ -51,7 +51,7 @@ class Remembered:
         self._held: dict[int, tuple[Any, Any]] = {}
         unbuilt = [o for o in _keras.optimizers(step.model) if not o.built]
         built = [layer for layer in _keras.layers(step.model) if layer.built]
-        self._forget = undone.remember([*unbuilt, *built])
+        self._forget = undone.remember([*unbuilt, *built], variables=False)
         self.see_new()
 
     def see_new(self) -> None:

@@ -114,7 +114,7 @@ def _tell_of_unknown(
             exact,
             _owners(model, _keras.own_variables, floats),
         )
-    counts = [v for v in inexact if all(v is not one for one in floats)]
+    counts = [v for v in inexact if not keras.backend.is_float_dtype(v.dtype)]
     if counts:
         paths = [v.path for v in counts]
         warn_or_refuse(
